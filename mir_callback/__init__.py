@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MIR, the Modality Integration Rate, inside the training loop of a vision-language model (arXiv:2410.07167)."""
+
+from mir_callback.errors import MIRError
+from mir_callback.evaluation import MIRReport, evaluate_mir
+from mir_callback.metric.frechet import frechet_distance
+from mir_callback.metric.rate import MIRResult, modality_integration_rate
+from mir_callback.probe.samples import Probe, Sample
+from mir_callback.training.callback import MIRCallback
+from mir_callback.training.plateau import PlateauRule, Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MIRCallback",
+    "MIRError",
+    "MIRReport",
+    "MIRResult",
+    "PlateauRule",
+    "Probe",
+    "Sample",
+    "Verdict",
+    "evaluate_mir",
+    "frechet_distance",
+    "modality_integration_rate",
+]

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One evaluation of MIR on a live model, on one process or on all ranks of a training run.
+
+The recipe: observe -> forward this rank's batches -> share norms -> decide scale and outliers -> share medians and
+sums -> every layer's scatter to its owner (layer mod world size) -> owner solves -> share K distances.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mir_callback import collectives
+from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
+from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
+from mir_callback.metric.rate import rate_of
+from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms, text_centric_scale
+from mir_callback.model.capture import HiddenStateCapture
+from mir_callback.model.decoder import Decoder, find_decoder
+from mir_callback.model.modality import vision_token_ids
+from mir_callback.model.observer import undisturbed
+from mir_callback.probe.batches import EncodedProbe, encode_probe
+from mir_callback.probe.samples import Probe
+
+DEFAULT_BATCH_SIZE = 4
+_PROGRESS_DELAY_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class MIRReport:
+    """One evaluation and how it was made. The same on every rank.
+
+    Attributes:
+        mir: log10 of the summed per-layer distances.
+        per_layer: FD_k of decoder layers 1..K.
+        root: "exact" or "paper_fast".
+        seconds: wall time of the evaluation on rank 0.
+        num_samples: image + text pairs.
+        num_vision_tokens: vision rows per layer, over all ranks.
+        num_text_tokens: text rows per layer, over all ranks.
+        vision_outliers: per layer, how many vision rows the 3-sigma rule replaced.
+        text_outliers: the same for text rows.
+        probe_fingerprint: which probe (contents and encoding rules).
+        tokens_fingerprint: which token ids it became; differs between tokenizers and image token counts.
+        dtype: dtype of the hidden states.
+        world_size: number of ranks that took part.
+    """
+
+    mir: float
+    per_layer: list[float]
+    root: str
+    seconds: float
+    num_samples: int
+    num_vision_tokens: int
+    num_text_tokens: int
+    vision_outliers: list[int]
+    text_outliers: list[int]
+    probe_fingerprint: str
+    tokens_fingerprint: str
+    dtype: str
+    world_size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """One modality of one layer once norms are shared: this rank's rows, and what every rank knows."""
+
+    rows: Tensor
+    outliers: Tensor
+    count: int
+    replaced: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    vision: _Cloud
+    text: _Cloud
+    scale: float
+
+
+def evaluate_mir(
+    model: nn.Module,
+    probe: Probe,
+    *,
+    processor: Any = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    root: str = "exact",
+    zero_owner: Any = None,
+    progress: bool = True,
+) -> MIRReport:
+    """Compute MIR of a model as it stands, and leave it as it stood.
+
+    Args:
+        model: a Hugging Face vision-language model, bare or wrapped (DDP, DeepSpeed engine, PEFT).
+        probe: the samples; the same on every rank.
+        processor: the model's processor (image processor and tokenizer).
+        batch_size: samples per forward on each rank.
+        root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
+        zero_owner: with ZeRO-3 and a bare model: the engine or its optimizer, so that weights gathered by the
+            forwards can be released.
+        progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
+
+    Returns:
+        The report, the same on every rank.
+
+    Raises:
+        ConfigError, ProbeError, UnsupportedModelError: before any forward; on every rank if on one.
+        NumericsError: hidden states that are not finite or too few tokens; on every rank.
+
+    Ranks: collective. Every rank must call it with the same probe and options.
+    Source: arXiv:2410.07167, section 3.
+    """
+    encoded = encode_for(model, probe, processor=processor, batch_size=batch_size, root=root)
+    return evaluate_encoded(model, encoded, root=root, zero_owner=zero_owner, progress=progress)
+
+
+def encode_for(
+    model: nn.Module, probe: Probe, *, processor: Any, batch_size: int = DEFAULT_BATCH_SIZE, root: str = "exact"
+) -> EncodedProbe:
+    """Check everything that can be checked without a forward, on all ranks, and encode this rank's share.
+
+    Returns:
+        What :func:`evaluate_encoded` takes; it can be used again and again while the model trains.
+
+    Raises:
+        MIRError: as :func:`evaluate_mir`; if it fails on one rank it fails on all.
+
+    Ranks: collective.
+    """
+    encoded = None
+    error: Exception | None = None
+    try:
+        check_root(root)
+        top = find_decoder(model).model
+        encoded = encode_probe(
+            probe,
+            processor,
+            vision_token_ids(top),
+            top.config,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            batch_size=batch_size,
+        )
+    except Exception as caught:
+        error = caught
+    collectives.agree(error)
+    assert encoded is not None
+    _check_same_on_all_ranks(probe_fingerprint=encoded.fingerprint, batch_size=batch_size, root=root)
+    return replace(encoded, digests=tuple(chain.from_iterable(collectives.gather_objects(encoded.digests))))
+
+
+def evaluate_encoded(
+    model: nn.Module, encoded: EncodedProbe, *, root: str = "exact", zero_owner: Any = None, progress: bool = True
+) -> MIRReport:
+    """:func:`evaluate_mir` on an already encoded probe. Collective."""
+    started = time.perf_counter()
+    decoder = find_decoder(model)
+    steps = len(encoded.batches) + len(decoder.layers)
+    with _progress(steps, shown=progress and collectives.is_main()) as bar:
+        with undisturbed(model, model, zero_owner), HiddenStateCapture(decoder) as capture:
+            _forward_all(model, encoded, decoder, capture, bar)
+        layers = _share_norms(capture, len(decoder.layers))
+        per_layer = _distances(layers, root, bar)
+    first = layers[0]
+    return MIRReport(
+        mir=rate_of(per_layer),
+        per_layer=per_layer,
+        root=root,
+        seconds=collectives.broadcast_object(time.perf_counter() - started),
+        num_samples=encoded.num_samples,
+        num_vision_tokens=first.vision.count,
+        num_text_tokens=first.text.count,
+        vision_outliers=[layer.vision.replaced for layer in layers],
+        text_outliers=[layer.text.replaced for layer in layers],
+        probe_fingerprint=encoded.fingerprint,
+        tokens_fingerprint=encoded.tokens_fingerprint,
+        dtype=str(first.vision.rows.dtype).removeprefix("torch."),
+        world_size=collectives.world_size(),
+    )
+
+
+def _check_same_on_all_ranks(**options: object) -> None:
+    """Ranks that were given different options would wait for each other for ever; refuse at once."""
+    everyone = collectives.gather_objects(options)
+    for name in options:
+        values = [other[name] for other in everyone]
+        if any(value != values[0] for value in values):
+            raise ConfigError(f"{name} must be the same on every rank, got {values}; build it from the same files")
+
+
+def _forward_all(
+    model: nn.Module, encoded: EncodedProbe, decoder: Decoder, capture: HiddenStateCapture, bar: tqdm
+) -> None:
+    """Every batch of this rank through the model; a failure on one rank becomes one on all."""
+    error: Exception | None = None
+    try:
+        anchor = next(p for p in decoder.model.parameters() if p.is_floating_point())
+        for batch in encoded.batches:
+            placed = batch.on(anchor.device, anchor.dtype)
+            capture.forward(model, placed.inputs, placed.masks, placed.keep)
+            bar.update()
+    except Exception as caught:
+        error = caught
+    collectives.agree(error)
+
+
+def _share_norms(capture: HiddenStateCapture, num_layers: int) -> list[_Layer]:
+    """Decide text scale and outliers of every layer from the norms of all ranks. Raises alike on every rank."""
+    rows = [capture.take_layer(layer) for layer in range(num_layers)]
+    vision, text = (_share_modality([pair[i] for pair in rows], name) for i, name in enumerate(("vision", "text")))
+    return [
+        _Layer(vision_cloud, text_cloud, text_centric_scale(text_norms))
+        for (vision_cloud, _), (text_cloud, text_norms) in zip(vision, text, strict=True)
+    ]
+
+
+def _share_modality(rows: list[Tensor], name: str) -> list[tuple[_Cloud, Tensor]]:
+    """Per layer: this rank's cloud, and the norms of all ranks' rows."""
+    mine = torch.stack([row_norms(layer_rows) for layer_rows in rows])
+    everyone = collectives.gather_columns(mine)
+    _check_norms(everyone, name)
+    shared = []
+    for layer_rows, norms, all_norms in zip(rows, mine, everyone, strict=True):
+        rule = OutlierRule.from_norms(all_norms)
+        cloud = _Cloud(layer_rows, rule.outliers(norms), len(all_norms), int(rule.outliers(all_norms).sum()))
+        shared.append((cloud, all_norms))
+    return shared
+
+
+def _check_norms(norms: Tensor, name: str) -> None:
+    if norms.shape[1] < 2:
+        raise NumericsError(
+            f"{name} must have at least 2 tokens over the whole probe, got {norms.shape[1]}; use more samples"
+        )
+    bad = (~torch.isfinite(norms)).sum(dim=1)
+    if bool(bad.any()):
+        layer = int(bad.nonzero()[0])
+        raise NumericsError(
+            f"layer {layer + 1}, {name}: hidden states must be finite, got NaN or infinity in {int(bad[layer])} of "
+            f"{norms.shape[1]} tokens; the run may have diverged or overflowed its dtype"
+        )
+
+
+def _distances(layers: list[_Layer], root: str, bar: tqdm) -> list[float]:
+    """FD of every layer, on every rank.
+
+    Layers go in waves of one per rank: the ranks of a wave solve side by side, and none holds the moments of more
+    than one layer.
+    """
+    world = collectives.world_size()
+    device = layers[0].vision.rows.device
+    distances = torch.zeros(len(layers), dtype=torch.float64, device=device)
+    error: Exception | None = None
+    for start in range(0, len(layers), world):
+        wave = range(start, min(start + world, len(layers)))
+        owned = None
+        for index in wave:
+            moments = _shared_moments(layers[index], owner=index % world)
+            if index % world == collectives.rank():
+                owned = index, moments
+        try:
+            if owned is not None:
+                distances[owned[0]] = _solve(*owned, root)
+        except Exception as caught:
+            error = error or caught
+        bar.update(len(wave))
+    collectives.agree(error)
+    return [float(value) for value in collectives.sum_over_ranks(distances)]
+
+
+def _solve(index: int, moments: tuple[Moments, Moments], root: str) -> float:
+    result = frechet_from_moments(*moments, root)
+    warn_if_clipped(result, index + 1, root)
+    return result.distance
+
+
+def _shared_moments(layer: _Layer, owner: int) -> tuple[Moments, Moments]:
+    """Text-scaled moments of both modalities over all ranks; complete on the owner only."""
+    clouds = (layer.vision, layer.text)
+    _replace_outliers(clouds)
+    sums = collectives.sum_over_ranks(torch.stack([row_sum(cloud.rows) for cloud in clouds]))
+    vision, text = (
+        _cloud_moments(cloud, total / cloud.count, owner) for cloud, total in zip(clouds, sums, strict=True)
+    )
+    return vision.scaled(layer.scale), text.scaled(layer.scale)
+
+
+def _replace_outliers(clouds: tuple[_Cloud, _Cloud]) -> None:
+    """Overwrite outlier rows with their modality's median; ranks agree on who needs one, as all know all norms."""
+    affected = [cloud for cloud in clouds if cloud.replaced]
+    medians = lower_medians(
+        [cloud.rows for cloud in affected], [cloud.count for cloud in affected], collectives.sum_over_ranks
+    )
+    for cloud, median in zip(affected, medians, strict=True):
+        cloud.rows[cloud.outliers] = median
+
+
+def _cloud_moments(cloud: _Cloud, mean: Tensor, owner: int) -> Moments:
+    dim = cloud.rows.shape[1]
+    if cloud.count < dim:
+        centred = collectives.gather_columns((cloud.rows.double() - mean).T.contiguous()).T
+        return moments_from_centred(mean, centred)
+    scatter = collectives.sum_to_rank(scatter_about(cloud.rows, mean), owner)
+    return moments_from_scatter(cloud.count, mean, scatter)
+
+
+@contextmanager
+def _progress(steps: int, *, shown: bool) -> Iterator[tqdm]:
+    with tqdm(
+        total=steps, desc="MIR", unit="step", delay=_PROGRESS_DELAY_SECONDS, disable=not shown, leave=False
+    ) as bar:
+        yield bar

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Modality Integration Rate: its definition, in memory, in one page.
+
+The evaluation of a live model (mir_callback/evaluation.py) computes the same number from rows that are spread over
+ranks; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mir_callback.errors import NumericsError
+from mir_callback.metric.frechet import check_root, check_rows, frechet_from_moments, warn_if_clipped
+from mir_callback.metric.moments import moments_of
+from mir_callback.metric.tokens import OutlierRule, row_norms, text_centric_scale
+
+
+@dataclass(frozen=True)
+class MIRResult:
+    """A Modality Integration Rate.
+
+    Attributes:
+        mir: log10 of the summed per-layer distances; -inf when they are all zero.
+        per_layer: FD_k of decoder layers 1..K, text-normalised, >= 0.
+        root: how the trace of the matrix square root was found, "exact" or "paper_fast".
+    """
+
+    mir: float
+    per_layer: list[float]
+    root: str
+
+
+def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], *, root: str = "exact") -> MIRResult:
+    """MIR of hidden states held in memory.
+
+    Per layer: scale both modalities by the inverse mean text norm, replace 3-sigma outliers by the per-dimension
+    median of their modality, take the Frechet distance; then log10 of the sum over layers.
+
+    Args:
+        vision: for each decoder layer the rows of all vision tokens, (r, d), any floating dtype; the last layer's
+            after the model's final norm.
+        text: for each decoder layer the rows of the text tokens after the image, (s, d), same d and device.
+        root: "exact", or "paper_fast" for the analytic value of the authors' fast mode; never compare the two.
+
+    Returns:
+        The rate, its per-layer distances and the root.
+
+    Raises:
+        ConfigError: unknown root.
+        NumericsError: no layers, layer counts that differ, fewer than two rows, widths that differ, values that are
+            not finite, or a zero mean text norm. The message names layer (counted from 1) and modality.
+
+    Ranks: pure.
+    Source: arXiv:2410.07167, section 3. Replacement of outliers and lower medians follow the authors' code.
+    """
+    check_root(root)
+    if len(vision) != len(text) or not len(vision):
+        raise NumericsError(
+            "vision and text must hold the same number of decoder layers, at least one, "
+            f"got {len(vision)} and {len(text)}"
+        )
+    per_layer = []
+    for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True), start=1):
+        check_rows(vision_rows, text_rows, where=f"layer {layer}, ")
+        alpha = text_centric_scale(row_norms(text_rows))
+        result = frechet_from_moments(
+            moments_of(replace_outliers(vision_rows)).scaled(alpha),
+            moments_of(replace_outliers(text_rows)).scaled(alpha),
+            root,
+        )
+        warn_if_clipped(result, layer, root)
+        per_layer.append(result.distance)
+    return MIRResult(mir=rate_of(per_layer), per_layer=per_layer, root=root)
+
+
+def rate_of(per_layer: Sequence[float]) -> float:
+    """log10 of the sum of per-layer distances; -inf for a zero sum. Ranks: pure."""
+    total = math.fsum(per_layer)
+    return math.log10(total) if total > 0.0 else -math.inf
+
+
+def replace_outliers(rows: Tensor) -> Tensor:
+    """Rows with every 3-sigma outlier replaced by the per-dimension lower median of all rows.
+
+    Args:
+        rows: (N, d), any floating dtype, N >= 2.
+
+    Returns:
+        (N, d), the same dtype; the input itself when nothing is replaced.
+
+    Ranks: pure.
+    Source: the authors' code (the paper speaks of removal); see docs/metric.md.
+    """
+    norms = row_norms(rows)
+    outliers = OutlierRule.from_norms(norms).outliers(norms)
+    if not bool(outliers.any()):
+        return rows
+    replaced = rows.clone()
+    replaced[outliers] = rows.median(dim=0).values
+    return replaced

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token rows before their moments: norms, the text-centric scale, the 3-sigma rule.
+
+Everything here is decided from row norms in float64, so that it costs one number per token to share between ranks.
+The 3-sigma rule does not depend on the text-centric scale (both sides of its inequality scale alike), hence the rule
+works on raw norms and the scale is applied to finished moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mir_callback.errors import NumericsError
+
+SIGMAS = 3.0
+_CHUNK_ROWS = 4096  # rows held in float64 at a time
+
+# Adds a tensor of integers over all holders of rows; the identity where one process holds all of them.
+SumOverShards = Callable[[Tensor], Tensor]
+
+
+def double_chunks(rows: Tensor) -> Iterator[Tensor]:
+    """Pieces of ``rows`` in float64, so that a long matrix is never held twice. Ranks: pure."""
+    for start in range(0, rows.shape[0], _CHUNK_ROWS):
+        yield rows[start : start + _CHUNK_ROWS].double()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Euclidean norm of each row.
+
+    Args:
+        rows: (N, d), any floating dtype.
+
+    Returns:
+        (N,) float64, on the device of ``rows``.
+
+    Ranks: pure.
+    """
+    if rows.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.float64, device=rows.device)
+    return torch.cat([torch.linalg.vector_norm(chunk, dim=1) for chunk in double_chunks(rows)])
+
+
+def text_centric_scale(text_norms: Tensor) -> float:
+    """The factor alpha that makes the mean text-token norm one.
+
+    Args:
+        text_norms: (s,) float64, the raw norms of all text rows of a layer.
+
+    Returns:
+        ``1 / mean(text_norms)``, float.
+
+    Raises:
+        NumericsError: the mean norm is zero or not finite.
+
+    Ranks: pure.
+    Source: arXiv:2410.07167, section 3 (text-centric normalisation).
+    """
+    mean = text_norms.mean().item()
+    if not (0.0 < mean < float("inf")):
+        raise NumericsError(
+            f"text: the mean token norm must be positive and finite to scale by it, got {mean}; "
+            "check that the text rows are hidden states of real tokens"
+        )
+    return 1.0 / mean
+
+
+@dataclass(frozen=True)
+class OutlierRule:
+    """The 3-sigma rule of one modality in one layer: a row is replaced if its norm is too far from the median norm."""
+
+    median: float
+    limit: float
+
+    @classmethod
+    def from_norms(cls, norms: Tensor) -> OutlierRule:
+        """Build the rule from the norms of *all* rows of the modality, outliers included.
+
+        Args:
+            norms: (N,) float64, N >= 2.
+
+        Returns:
+            Lower median and three unbiased standard deviations of ``norms``.
+
+        Ranks: pure.
+        Source: arXiv:2410.07167, section 3, with the replacement and the lower median of the authors' code.
+        """
+        # Sorted first: the sums behind std are then the same whatever order the ranks delivered the norms in.
+        ordered = norms.sort().values
+        return cls(median=ordered[(len(ordered) - 1) // 2].item(), limit=SIGMAS * ordered.std().item())
+
+    def outliers(self, norms: Tensor) -> Tensor:
+        """Mark the rows to replace.
+
+        Args:
+            norms: (N,) float64, of all rows or of a part of them.
+
+        Returns:
+            (N,) bool, true where ``|norm - median| > 3 sd``.
+
+        Ranks: pure.
+        """
+        return (norms - self.median).abs() > self.limit
+
+
+_INTEGER_OF = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+_INTEGER_OF[torch.bfloat16] = torch.int16
+
+
+def _order_key(rows: Tensor) -> Tensor:
+    """Map floats to integers of the same width such that the order is kept (-0.0 directly below 0.0)."""
+    bits = rows.contiguous().view(_INTEGER_OF[rows.dtype])
+    flipped = bits ^ torch.iinfo(bits.dtype).max
+    return torch.where(bits < 0, flipped, bits)
+
+
+def _float_of_key(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`_order_key`."""
+    bits = torch.where(keys < 0, keys ^ torch.iinfo(keys.dtype).max, keys)
+    return bits.view(dtype)
+
+
+def lower_medians(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:
+    """Exact per-dimension lower medians of row matrices that are spread over ranks.
+
+    Bisects the order-preserving integer key of the floats: as many rounds as the dtype has bits, each a count per
+    dimension, and the rounds of all matrices share one reduction. Equal to ``torch.median(dim=0)`` of the stacked
+    rows, to the last bit.
+
+    Args:
+        shards: this rank's rows of each matrix, (n_i, d) of one floating dtype; n_i may be 0.
+        totals: rows of each matrix over all ranks, every one >= 1.
+        sum_over_shards: adds an integer tensor over the ranks that hold rows; the identity on one.
+
+    Returns:
+        One (d,) tensor per matrix, in the dtype of the rows.
+
+    Ranks: collective if ``sum_over_shards`` is; pure otherwise.
+    """
+    if not shards:
+        return []
+    dtype, device = shards[0].dtype, shards[0].device
+    info = torch.iinfo(_INTEGER_OF[dtype])
+    keys = [_order_key(shard) for shard in shards]
+    wanted = torch.tensor([(total - 1) // 2 + 1 for total in totals], device=device)[:, None]
+    # The smallest key with at least `wanted` rows at or below it lies in [low, high]; int64 holds the midpoints.
+    # (float64 keys: the midpoint is formed from halves, as low + high itself would overflow.)
+    low = torch.full((len(shards), shards[0].shape[1]), info.min, dtype=torch.int64, device=device)
+    high = torch.full_like(low, info.max)
+    for _ in range(info.bits):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        below = torch.stack([(key <= middle[i].to(key.dtype)).sum(dim=0) for i, key in enumerate(keys)])
+        reached = sum_over_shards(below) >= wanted
+        high = torch.where(reached, middle, high)
+        low = torch.where(reached, low, middle + 1)
+    return [_float_of_key(row.to(_INTEGER_OF[dtype]), dtype) for row in high]

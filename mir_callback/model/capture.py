@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes with hooks that keep only the vision and text rows of each decoder layer.
+
+What is kept is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
+model's final norm. Which module that norm is, is observed and not guessed: it is the sibling of the layer list that
+is called on the last layer's output.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mir_callback.errors import UnsupportedModelError
+from mir_callback.model.decoder import Decoder
+from mir_callback.model.modality import ModalityMasks
+
+
+class HiddenStateCapture:
+    """Collects token rows layer by layer over several forward passes.
+
+    Use as a context manager: hooks exist only inside it. After every forward the call pattern is checked, so that a
+    model this recipe does not fit is refused instead of measured wrongly.
+
+    Attributes:
+        vision: for each layer the list of (n, d) row tensors kept so far, in the dtype of the hidden states.
+        text: likewise for text rows.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._hooks = ExitStack()
+        self._masks: ModalityMasks | None = None
+        self._vision_positions: Tensor | None = None
+        self._calls: list[int] = []
+        self._last_output: Tensor | None = None
+        self._last_after_norm: Tensor | None = None
+        self._embeddings: Tensor | None = None
+        self._first_input: Tensor | None = None
+        self._verified = False
+        self.vision: list[list[Tensor]] = [[] for _ in decoder.layers]
+        self.text: list[list[Tensor]] = [[] for _ in decoder.layers]
+
+    def __enter__(self) -> HiddenStateCapture:
+        """Register the hooks."""
+        for index, layer in enumerate(self._decoder.layers):
+            self._keep(layer.register_forward_hook(self._layer_hook(index)))
+        for sibling in self._decoder.siblings:
+            self._keep(sibling.register_forward_hook(self._sibling_hook))
+        first = self._decoder.layers[0]
+        self._keep(first.register_forward_pre_hook(self._first_layer_input, with_kwargs=True))
+        embedding = getattr(self._decoder.model, "get_input_embeddings", _nothing)()
+        if isinstance(embedding, nn.Module):
+            self._keep(embedding.register_forward_hook(self._embedding_hook))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Remove the hooks, also after an error."""
+        self._hooks.close()
+        self._forget_batch()
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], masks: ModalityMasks, keep: Tensor) -> None:
+        """One ordinary top-level forward; the rows of its kept samples are appended.
+
+        Args:
+            model: the model to call, bare or wrapped; in evaluation mode and under no_grad by the caller.
+            inputs: keyword arguments of its forward, on its device, without labels.
+            masks: modality masks (B, S) of this batch, on the same device.
+            keep: (B,) bool; False for padding repeats, whose rows are discarded.
+
+        Raises:
+            UnsupportedModelError: the model did not call its layers as expected.
+
+        Ranks: collective under ZeRO-3 (it gathers weights); every rank must call it equally often.
+        """
+        self._forget_batch()
+        self._masks = ModalityMasks(masks.vision & keep[:, None], masks.text & keep[:, None])
+        self._vision_positions = masks.vision
+        model(**inputs, **_no_extra_outputs(self._decoder.model))
+        self._check_calls()
+        final = self._last_output if self._last_after_norm is None else self._last_after_norm
+        assert final is not None
+        self._append(len(self._decoder.layers) - 1, final)
+        self._forget_batch()
+
+    def take_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Hand over the rows of one layer, stacked, and let go of them.
+
+        Returns:
+            vision (r, d) and text (s, d) of this rank, r or s may be 0.
+
+        Ranks: pure.
+        """
+        stacked = []
+        for kept in (self.vision, self.text):
+            stacked.append(torch.cat(kept[layer]))
+            kept[layer] = []
+        return stacked[0], stacked[1]
+
+    def _keep(self, handle: Any) -> None:
+        self._hooks.callback(handle.remove)
+
+    def _forget_batch(self) -> None:
+        self._masks = self._last_output = self._last_after_norm = None
+        self._embeddings = self._first_input = self._vision_positions = None
+        self._calls = []
+
+    def _layer_hook(self, index: int) -> Any:
+        last = len(self._decoder.layers) - 1
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._calls.append(index)
+            state = output[0] if isinstance(output, tuple) else output
+            if index == last:
+                self._last_output = state
+            elif self._masks is not None and state.ndim == 3:
+                # Copied here and now: some families add features in place after the layer has returned.
+                self._append(index, state)
+
+        return hook
+
+    def _sibling_hook(self, _module: nn.Module, args: Any, output: Any) -> None:
+        last = self._last_output
+        if last is None or self._last_after_norm is not None or not isinstance(output, Tensor):
+            return
+        if args and isinstance(args[0], Tensor) and args[0].shape == last.shape == output.shape:
+            self._last_after_norm = output
+
+    def _first_layer_input(self, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        state = args[0] if args else kwargs.get("hidden_states")
+        if self._first_input is None and isinstance(state, Tensor):
+            self._first_input = state if self._verified else state.clone()
+
+    def _embedding_hook(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self._embeddings is None and isinstance(output, Tensor) and not self._verified:
+            self._embeddings = output.clone()
+
+    def _append(self, layer: int, state: Tensor) -> None:
+        assert self._masks is not None
+        self.vision[layer].append(state[self._masks.vision])
+        self.text[layer].append(state[self._masks.text])
+
+    def _check_calls(self) -> None:
+        """Refuse a model whose forward does not look like one pass of (batch, sequence, d) through the layers."""
+        name = type(self._decoder.model).__name__
+        expected = list(range(len(self._decoder.layers)))
+        if self._calls != expected:
+            raise UnsupportedModelError(
+                f"{name}: every decoder layer in {self._decoder.path} must run exactly once and in order, "
+                f"got {self._calls} for {len(expected)} layers; this architecture is not supported"
+            )
+        positions = self._vision_positions
+        assert positions is not None
+        shape = (*positions.shape, self._decoder.hidden_size)
+        got = None if self._first_input is None else tuple(self._first_input.shape)
+        if got != shape:
+            raise UnsupportedModelError(
+                f"{name}: the first decoder layer must read (batch, sequence, hidden) = {shape} as input_ids has it, "
+                f"got {got}; models that splice or prepend image features themselves need an adapter"
+            )
+        if self._verified:
+            return
+        if self._embeddings is not None and self._embeddings.shape == shape:
+            assert self._first_input is not None
+            if torch.equal(self._first_input[positions], self._embeddings[positions]):
+                raise UnsupportedModelError(
+                    f"{name}: the vision positions hold plain token embeddings, no image features; either the model "
+                    "mixes vision in by cross-attention, which MIR does not cover, or the images did not reach it"
+                )
+        self._verified = True
+
+
+def _nothing() -> None:
+    """Stands for `get_input_embeddings` of a model that has none."""
+
+
+def _no_extra_outputs(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that keep the forward lean: no cache, and logits of one position where the model can."""
+    parameters = inspect.signature(type(model).forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    lean: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in parameters or open_ended:
+        lean["logits_to_keep"] = 1
+    elif "num_logits_to_keep" in parameters:
+        lean["num_logits_to_keep"] = 1
+    return lean

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the language model's decoder layers inside a Hugging Face vision-language model.
+
+No path is hard-coded: families put the decoder under `model.language_model`, `model.text_model`,
+`language_model.model` and others. The rule is `get_decoder()` followed to its fixed point, then the module list
+called `layers` that has as many members as the text configuration has hidden layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mir_callback.errors import UnsupportedModelError
+
+_NOT_TEXT = ("vision", "visual", "audio", "image", "qformer", "perceiver", "vq")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The part of a model whose hidden states are read.
+
+    Attributes:
+        model: the unwrapped top-level model, the one to call.
+        path: name of the layer list below ``model``, for messages.
+        layers: the decoder layers, in order.
+        siblings: direct children of the module that owns the layers, the final norm among them.
+        hidden_size: width d of the hidden states.
+    """
+
+    model: nn.Module
+    path: str
+    layers: nn.ModuleList
+    siblings: tuple[nn.Module, ...]
+    hidden_size: int
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model below DDP, a DeepSpeed engine or PEFT.
+
+    Only for finding things: PEFT's adapters live inside the modules of the model returned, so its forward is the
+    adapted one. Ranks: pure.
+    """
+    current: Any = model
+    while True:
+        if isinstance(getattr(current, "module", None), nn.Module):
+            current = current.module
+        elif hasattr(current, "peft_config") and hasattr(current, "get_base_model"):
+            current = current.get_base_model()
+        else:
+            found: nn.Module = current
+            return found
+
+
+def text_config(model: nn.Module) -> Any:
+    """The language model's part of ``model.config``. Ranks: pure."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModelError(
+            f"model must carry a Hugging Face config, got {type(model).__name__} without one; "
+            "pass a transformers vision-language model"
+        )
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config(decoder=True)
+    except TypeError:  # older transformers know no `decoder` argument
+        return config.get_text_config()
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Locate decoder layers generically.
+
+    Args:
+        model: a Hugging Face vision-language model, bare or wrapped.
+
+    Returns:
+        The decoder; nothing in the model is changed or called.
+
+    Raises:
+        UnsupportedModelError: no such layer list, or the model has no configuration.
+
+    Ranks: pure.
+    """
+    top = unwrap(model)
+    config = text_config(top)
+    wanted = getattr(config, "num_hidden_layers", None)
+    root = _decoder_root(top)
+    found = [
+        (name, module)
+        for name, module in _layer_lists(root)
+        if len(module) == wanted and not any(word in name.lower() for word in _NOT_TEXT)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(top).__name__}: no list of {wanted} decoder layers found below {type(root).__name__}; "
+            "MIR needs a decoder-only language model whose layers form one ModuleList"
+        )
+    # `layers` first, then nearest the top.
+    name, layers = min(found, key=lambda item: (item[0].split(".")[-1] != "layers", item[0].count("."), item[0]))
+    owner = root.get_submodule(name.rpartition(".")[0])
+    siblings = tuple(child for child in owner.children() if child is not layers)
+    return Decoder(top, _path_below(top, layers), layers, siblings, int(config.hidden_size))
+
+
+def _decoder_root(top: nn.Module) -> nn.Module:
+    """`get_decoder()` repeated until it returns itself."""
+    module: Any = top
+    while callable(getattr(module, "get_decoder", None)):
+        below = module.get_decoder()
+        if below is None or below is module:
+            break
+        module = below
+    root: nn.Module = module
+    return root
+
+
+def _layer_lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, module in root.named_modules():
+        if name and isinstance(module, nn.ModuleList):
+            yield name, module
+
+
+def _path_below(top: nn.Module, target: nn.Module) -> str:
+    return next((name for name, module in top.named_modules() if module is target), "layers")

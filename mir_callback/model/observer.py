@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at a model in training without leaving a trace: everything an evaluation touches is put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
+
+    Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
+    mode stays so), the random states of Python, NumPy, torch and the current accelerator device, and ZeRO-3's
+    gathered or in-flight weights, which are released.
+
+    `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
+    next backward pass.
+
+    Args:
+        model: any module; its own flags and those of all modules below it are handled.
+        *zero_owners: objects that may own ZeRO-3 partitioned weights: the DeepSpeed engine, its optimizer, or a
+            wrapper around one of them. Others, and None, are ignored.
+
+    Ranks: each for itself, but every rank must enter it (releasing weights waits for gathers in flight).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    states = _random_states()
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        release_gathered_weights(*zero_owners)
+        _restore_random_states(states)
+
+
+def release_gathered_weights(*zero_owners: Any) -> None:
+    """Give ZeRO-3 weights that a forward-only pass left gathered back to their shards.
+
+    A pass without a backward leaves up to `stage3_max_live_parameters` gathered, and some in flight for a backward
+    that never comes. A no-op without DeepSpeed and for stages 0 to 2.
+
+    Ranks: every rank that took part in the forward.
+    """
+    for owner in zero_owners:
+        release = _partition_cache_release(owner)
+        if release is not None:
+            release()
+            return
+
+
+def _partition_cache_release(owner: Any) -> Any:
+    """The bound `empty_partition_cache` of an engine, of its optimizer, or of accelerate's wrapper around it."""
+    for candidate in (owner, getattr(owner, "optimizer", None)):
+        release = getattr(candidate, "empty_partition_cache", None)
+        if release is not None:
+            return release
+    return None
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    device = _device_module()
+    if device is not None:
+        states["device"] = device.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    device = _device_module()
+    if device is not None and "device" in states:
+        device.set_rng_state(states["device"])
+
+
+def _device_module() -> Any:
+    """`torch.cuda` or its like, if that accelerator is in use and keeps a random state of its own."""
+    for name in ("cuda", "xpu", "npu"):
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available() and module.is_initialized():
+            return module
+    return None

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A probe: a fixed list of image + text pairs with a fingerprint, which never changes while values are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.probe import sources, storage
+
+# Enters the fingerprint: a change of how samples are encoded makes values that cannot be compared with older ones.
+ENCODING = "image, text; plain prompt; version 1"
+DEFAULT_MAX_TEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and one text; they need not belong together.
+
+    Attributes:
+        name: where it came from, for messages only; not part of the fingerprint.
+        image: the bytes of an image file, as found.
+        text: the text that follows the image.
+    """
+
+    name: str
+    image: bytes = field(repr=False)
+    text: str
+
+    def open_image(self) -> Image.Image:
+        """Decode the image, completely, as RGB.
+
+        Raises:
+            ProbeError: the bytes are not a whole image.
+        """
+        try:
+            with Image.open(io.BytesIO(self.image)) as image:
+                return image.convert("RGB")
+        except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
+            raise ProbeError(
+                f"probe image of {self.name} must be a readable image, got {type(error).__name__}: {error}; "
+                "replace or remove that file"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed set of samples.
+
+    Attributes:
+        samples: the pairs, in order.
+        max_text_tokens: texts are cut to this many tokens of the model's tokenizer.
+
+    Raises:
+        ProbeError: no samples, an unreadable image or an empty text; all are checked at construction.
+    """
+
+    samples: tuple[Sample, ...]
+    max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+
+    def __post_init__(self) -> None:
+        """Check every sample, so that nothing can fail later that could have failed now."""
+        object.__setattr__(self, "samples", tuple(self.samples))
+        if not self.samples:
+            raise ProbeError("samples must hold at least one image + text pair, got none; see Probe.from_folders")
+        _require_positive_int("max_text_tokens", self.max_text_tokens)
+        for sample in self.samples:
+            sample.open_image()
+            if not sample.text.strip():
+                raise ProbeError(
+                    f"probe text of {sample.name} must not be empty, got {sample.text!r}; replace or remove it"
+                )
+
+    @classmethod
+    def from_folders(
+        cls,
+        images: str | Path,
+        texts: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw images and texts from two folders, searched recursively; pairs need not belong together.
+
+        Args:
+            images: folder of image files.
+            texts: folder of `.txt`, `.md` or `.story` files (of a story the part before its first @highlight).
+            num_samples: how many pairs; the paper uses 100, and below 20 MIR fluctuates.
+            seed: the draw depends on it and on the relative file names only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: an empty or missing folder, fewer files than asked, an unreadable image, an empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        _check_draw(num_samples, seed)
+        image_files = sources.draw(sources.image_files(Path(images)), num_samples, seed, "images", images)
+        text_files = sources.draw(sources.text_files(Path(texts)), num_samples, seed, "texts", texts)
+        samples = [
+            Sample(f"{image.name} + {text.name}", image.read_bytes(), sources.read_text(text))
+            for image, text in zip(image_files, text_files, strict=True)
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_llava_json(
+        cls,
+        json_file: str | Path,
+        images: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw records from a LLaVA-format JSON list (`id`, `image`, `conversations`).
+
+        The text of a record is what its turns say, without the image placeholder, one turn a line. Records without
+        an image or with several are passed over.
+
+        Args:
+            json_file: the list of records.
+            images: the folder the records' `image` paths start from.
+            num_samples: how many records.
+            seed: the draw depends on it and on the order of the records only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a list, fewer usable records than asked, a missing or unreadable image, empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        _check_draw(num_samples, seed)
+        records = sources.llava_records(Path(json_file))
+        drawn = sources.draw(records, num_samples, seed, "json_file", json_file)
+        samples = [
+            Sample(record.name, sources.read_image_bytes(Path(images) / record.image, record.name), record.text)
+            for record in drawn
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Sequence[tuple[Image.Image, str]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+    ) -> Probe:
+        """Build a probe from images and texts in memory; images are kept as lossless PNG.
+
+        Raises:
+            ProbeError: no pairs or an empty text.
+
+        Ranks: any.
+        """
+        samples = [Sample(f"pair {index}", _png(image), text) for index, (image, text) in enumerate(pairs)]
+        return cls(tuple(samples), max_text_tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the contents (image bytes, texts, order) and the encoding (cut, prompt form)."""
+        digest = hashlib.sha256(f"{ENCODING}; max_text_tokens={self.max_text_tokens}".encode())
+        for sample in self.samples:
+            digest.update(hashlib.sha256(sample.image).digest())
+            digest.update(hashlib.sha256(sample.text.encode()).digest())
+        return digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the probe as one file (a path ending in .zip) or as one folder that another team can use.
+
+        The write is complete or not there at all. An existing probe is replaced, anything else is not.
+
+        Args:
+            path: where to; parents are created.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ProbeError: something that is no probe stands at ``path``.
+
+        Ranks: rank 0 only.
+        """
+        entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
+        return storage.write(Path(path), entries, self.max_text_tokens, self.fingerprint)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probe:
+        """Read a probe that :meth:`save` wrote.
+
+        Raises:
+            ProbeError: nothing there, not a probe, damaged, or its contents do not match its stored fingerprint.
+
+        Ranks: any.
+        """
+        stored = storage.read(Path(path))
+        samples = tuple(Sample(*entry) for entry in stored.entries)
+        probe = cls(samples, stored.max_text_tokens)
+        if probe.fingerprint != stored.fingerprint:
+            raise ProbeError(
+                f"probe {path}: contents must match the stored fingerprint {stored.fingerprint}, "
+                f"got {probe.fingerprint}; the files were edited or written for another encoding, save the probe anew"
+            )
+        return probe
+
+
+def _check_draw(num_samples: int, seed: int) -> None:
+    _require_positive_int("num_samples", num_samples)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed must be an integer, got {seed!r}; use e.g. seed=0")
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; leave it out for the default")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where samples come from: folders of files and LLaVA-format JSON. Reading and drawing only, no models."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mir_callback.errors import ProbeError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".story"})
+IMAGE_PLACEHOLDER = "<image>"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LlavaRecord:
+    """The usable part of one LLaVA-format record: a name for messages, its one image path, its text."""
+
+    name: str
+    image: str
+    text: str
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files below ``folder``, ordered by relative path."""
+    return _files(folder, IMAGE_SUFFIXES, "images")
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Text files below ``folder``, ordered by relative path."""
+    return _files(folder, TEXT_SUFFIXES, "texts")
+
+
+def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | Path) -> list[T]:
+    """Choose ``num_samples`` different items, the same ones for the same seed and items.
+
+    Raises:
+        ProbeError: fewer items than asked.
+    """
+    if len(items) < num_samples:
+        raise ProbeError(
+            f"num_samples must not exceed what {field} holds, got num_samples={num_samples} and {len(items)} usable "
+            f"items in {origin}; lower num_samples or add {field}"
+        )
+    return random.Random(seed).sample(items, num_samples)
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, stripped; of a `.story` file the article without its @highlight sections."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(
+            f"probe text {path} must be readable UTF-8, got {type(error).__name__}: {error}; convert or remove it"
+        ) from error
+    if path.suffix.lower() == ".story":
+        text = text.partition("@highlight")[0]
+    return text.strip()
+
+
+def read_image_bytes(path: Path, name: str) -> bytes:
+    """The bytes of an image file a record points to."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ProbeError(
+            f"probe image of {name} must exist at {path}, got {type(error).__name__}; check the images folder"
+        ) from error
+
+
+def llava_records(json_file: Path) -> list[LlavaRecord]:
+    """Records with exactly one image, in file order.
+
+    Raises:
+        ProbeError: the file is missing, is no JSON list of records, or a record lacks `conversations`.
+    """
+    try:
+        data = json.loads(json_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ProbeError(
+            f"json_file must be a readable LLaVA-format JSON list, got {json_file}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(data, list):
+        raise ProbeError(
+            f"json_file {json_file} must hold a list of records, got {type(data).__name__}; "
+            'expected [{"id": ..., "image": ..., "conversations": [...]}, ...]'
+        )
+    records = [_record(entry, index, json_file) for index, entry in enumerate(data)]
+    return [record for record in records if record is not None]
+
+
+def _record(entry: Any, index: int, json_file: Path) -> LlavaRecord | None:
+    name = f"record {entry.get('id', index) if isinstance(entry, dict) else index} of {json_file.name}"
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+        raise ProbeError(
+            f'{name}: conversations must be a list of {{"from": ..., "value": text}}, '
+            f"got {turns!r:.80}; repair or remove that record"
+        )
+    image = entry.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if not isinstance(image, str):
+        return None
+    spoken = (turn["value"].replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns)
+    return LlavaRecord(name, image, "\n".join(text for text in spoken if text))
+
+
+def _files(folder: Path, suffixes: frozenset[str], field: str) -> list[Path]:
+    if not folder.is_dir():
+        raise ProbeError(f"{field} must be an existing folder, got {folder}; check the path")
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    if not files:
+        raise ProbeError(
+            f"{field} must hold files ending in {', '.join(sorted(suffixes))}, got none in {folder}; "
+            "check the path or convert the files"
+        )
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())

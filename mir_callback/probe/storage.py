@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A probe on disk: `probe.json` with the texts and one image file per sample, in a folder or a .zip file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mir_callback.errors import ProbeError
+
+_MANIFEST = "probe.json"
+_FORMAT = "mir-callback probe"
+_VERSION = 1
+
+Entry = tuple[str, bytes, str]  # name, image bytes, text
+
+
+@dataclass(frozen=True)
+class StoredProbe:
+    """What a probe file or folder holds."""
+
+    entries: list[Entry]
+    max_text_tokens: int
+    fingerprint: str
+
+
+def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> Path:
+    """Write a probe beside its place and rename it there. See :meth:`Probe.save`."""
+    files = _files(entries, max_text_tokens, fingerprint)
+    if path.exists() and not _is_probe(path):
+        raise ProbeError(f"path must be free or hold a probe, got {path}; choose another path or remove what is there")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        beside = Path(tempfile.mkstemp(prefix=path.name, dir=path.parent)[1])
+        with zipfile.ZipFile(beside, "w") as archive:
+            for name, content in files.items():
+                # A fixed date: the same probe is the same file, byte for byte.
+                archive.writestr(zipfile.ZipInfo(name), content)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+        return path
+    folder = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    os.chmod(folder, 0o755)
+    _swap(folder, path)
+    return path
+
+
+def read(path: Path) -> StoredProbe:
+    """Read a probe file or folder. See :meth:`Probe.load`."""
+    if path.is_dir():
+        return _parse(path, lambda name: (path / name).read_bytes())
+    if not path.exists():
+        raise ProbeError(f"path must be a saved probe, got {path}, which does not exist; see Probe.save")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _parse(path, archive.read)
+    except zipfile.BadZipFile as error:
+        raise ProbeError(f"path must be a saved probe (a folder or a .zip), got {path}: {error}") from error
+
+
+def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
+    try:
+        manifest = json.loads(content(_MANIFEST))
+        if manifest["format"] != _FORMAT or manifest["version"] != _VERSION:
+            raise ValueError(f"format {manifest['format']!r} version {manifest['version']!r}")
+        entries = [(str(s["name"]), content(_image_member(s["image"])), str(s["text"])) for s in manifest["samples"]]
+        return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]))
+    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ProbeError(
+            f"path must be a whole probe of version {_VERSION}, got {path}: {type(error).__name__}: {error}; "
+            "save the probe anew"
+        ) from error
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put a finished folder in its place; the old one goes only after the new one stands."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+    os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old)
+
+
+def _image_member(name: object) -> str:
+    """A member name that cannot lead out of the probe."""
+    text = str(name)
+    if not text.startswith("images/") or ".." in text:
+        raise ValueError(f"image path {text!r} must lie in images/")
+    return text
+
+
+def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> dict[str, bytes]:
+    samples = []
+    files = {}
+    for index, (name, image, text) in enumerate(entries):
+        member = f"images/{index:05d}.{_suffix(image)}"
+        files[member] = image
+        samples.append({"name": name, "image": member, "text": text})
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "fingerprint": fingerprint,
+        "max_text_tokens": max_text_tokens,
+        "samples": samples,
+    }
+    return {_MANIFEST: json.dumps(manifest, indent=1, ensure_ascii=False).encode(), **files}
+
+
+def _suffix(image: bytes) -> str:
+    with Image.open(io.BytesIO(image)) as opened:
+        return (opened.format or "image").lower()
+
+
+def _is_probe(path: Path) -> bool:
+    try:
+        read(path)
+    except ProbeError:
+        return False
+    return True

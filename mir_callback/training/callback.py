@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer callback: turns Trainer events into evaluations. It owns no maths."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mir_callback import collectives
+from mir_callback.errors import ConfigError
+from mir_callback.evaluation import DEFAULT_BATCH_SIZE, encode_for, evaluate_encoded
+from mir_callback.metric.frechet import check_root
+from mir_callback.probe.batches import EncodedProbe
+from mir_callback.probe.samples import Probe
+from mir_callback.training import trackers
+from mir_callback.training.history import DEFINITION_FIELDS, History, Record
+from mir_callback.training.plateau import PlateauRule, Verdict
+from mir_callback.training.schedule import check_every, is_due
+
+_UNATTACHED = (
+    "[mir] this callback is not attached to the Trainer: values go to the history file and, if a run is active, "
+    "directly to wandb. MIRCallback(...).attach(trainer) would send them through Trainer.log as well, to every "
+    "reporter and to trainer.state.log_history."
+)
+
+
+class MIRCallback(TrainerCallback):
+    """Compute MIR while a vision-language model trains, log it beside the loss, and stop on its plateau.
+
+    Evaluations happen at the first step of the run, every ``every`` optimizer steps, and at the end. Training itself
+    is not changed by them: losses and weights are the same to the last bit.
+
+    Logged (the Trainer's reporters put `train/` before each):
+
+    =================  ==================================================
+    `mir`              log10 of the summed per-layer distances
+    `mir_layer/NN`     distance of decoder layer NN, counted from 1
+    `mir_seconds`      wall time of the evaluation
+    =================  ==================================================
+
+    Args:
+        probe: the fixed samples; the same on every rank.
+        every: optimizer steps between evaluations.
+        stop: a rule that may end training, or None to watch only.
+        processor: the model's processor; by default the Trainer's own (`processing_class`).
+        batch_size: probe samples per forward on each rank.
+        root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
+
+    Raises:
+        ConfigError: an option breaks its rule.
+
+    Ranks: construct it on every rank with the same arguments.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        every: int = 50,
+        stop: PlateauRule | None = None,
+        *,
+        processor: Any = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        root: str = "exact",
+    ) -> None:
+        check_every(every)
+        check_root(root)
+        if not isinstance(probe, Probe):
+            raise ConfigError(f"probe must be a Probe, got {type(probe).__name__}; see Probe.from_folders, Probe.load")
+        if stop is not None and not callable(getattr(stop, "verdict", None)):
+            raise ConfigError(f"stop must be None or a rule with verdict(history), got {stop!r}; use PlateauRule()")
+        self.probe = probe
+        self.every = every
+        self.stop = stop
+        self._processor = processor
+        self._batch_size = batch_size
+        self._root = root
+        self._history = History()
+        self._encoded: EncodedProbe | None = None
+        self._emit: trackers.Emit | None = None
+        self._started = 0.0
+
+    @property
+    def history(self) -> list[Record]:
+        """Records of the evaluations so far, newest last; the lines of `<output_dir>/mir_history.jsonl`."""
+        return self._history.records
+
+    def attach(self, trainer: Any) -> MIRCallback:
+        """Add this callback to a Trainer and log through it.
+
+        Args:
+            trainer: a transformers Trainer, before `train()`.
+
+        Returns:
+            This callback.
+
+        Raises:
+            ConfigError: not a Trainer.
+
+        Ranks: every rank.
+        """
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is None:
+            raise ConfigError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
+        if self not in handler.callbacks:
+            trainer.add_callback(self)
+        self._emit = trackers.through_trainer(trainer)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check everything, open the history and evaluate before the first step. Errors here end the run."""
+        self._started = time.perf_counter()
+        processor = self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer")
+        model = kwargs["model"]
+        self._encoded = encode_for(model, self.probe, processor=processor, batch_size=self._batch_size, root=self._root)
+        self._history.open(args.output_dir or ".", state.global_step, self._definition())
+        if self._emit is None:
+            _say(_UNATTACHED)
+        if not self._history.has_step(state.global_step):
+            self._evaluate(state, model, kwargs.get("optimizer"), tolerant=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Evaluate if due, and stop training if the rule says so."""
+        if is_due(state.global_step, self.every, ending=control.should_training_stop):
+            verdict = self._evaluate(state, kwargs["model"], kwargs.get("optimizer"), tolerant=True)
+            if verdict.stop:
+                control.should_training_stop = True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate the final weights if the last step has not been; not if other weights were loaded meanwhile."""
+        if not self._history.has_step(state.global_step) and not args.load_best_model_at_end:
+            self._evaluate(state, kwargs["model"], kwargs.get("optimizer"), tolerant=True)
+
+    def _definition(self) -> dict[str, str]:
+        assert self._encoded is not None
+        values = (self._encoded.fingerprint, self._encoded.tokens_fingerprint, self._root)
+        return dict(zip(DEFINITION_FIELDS, values, strict=True))
+
+    def _evaluate(self, state: TrainerState, model: nn.Module, optimizer: Any, *, tolerant: bool) -> Verdict:
+        """One evaluation, its record, its log lines and the verdict on the history so far. Collective."""
+        record: Record = {"step": state.global_step, "epoch": state.epoch}
+        record |= self._measure(model, optimizer, state.global_step, tolerant)
+        verdict = self._judge([*self.history, record])
+        record |= {"verdict": verdict.kind, "reason": verdict.reason}
+        record |= {"elapsed": time.perf_counter() - self._started, "time": time.time()}
+        try:
+            self._history.append(record)
+        except OSError as error:
+            warnings.warn(f"step {state.global_step}: MIR could not be written to disk: {error}", stacklevel=2)
+        values = trackers.log_values(record)
+        if values:
+            (self._emit or trackers.to_wandb)(values, state.global_step)
+        _say(_console_line(record, stopping=verdict.stop))
+        return verdict
+
+    def _measure(self, model: nn.Module, optimizer: Any, step: int, tolerant: bool) -> Record:
+        """The fields of a record that come from the model; `mir` None where a tolerated evaluation failed."""
+        assert self._encoded is not None
+        started = time.perf_counter()
+        try:
+            report = evaluate_encoded(model, self._encoded, root=self._root, zero_owner=optimizer)
+        except Exception as error:
+            if not tolerant:
+                raise
+            warnings.warn(f"step {step}: MIR evaluation failed, training goes on: {error}", stacklevel=2)
+            failed = {"seconds": time.perf_counter() - started, "error": f"{type(error).__name__}: {error}"}
+            return {"mir": None, "per_layer": None, **failed, **self._definition()}
+        fields = report.as_dict()
+        if not math.isfinite(report.mir):
+            fields |= {"mir": None, "error": "every distance is zero: vision and text tokens cannot be told apart"}
+        return fields
+
+    def _judge(self, history: list[Record]) -> Verdict:
+        """Rank 0 decides, all ranks obey."""
+        if self.stop is None:
+            return Verdict("going on", "no stop rule")
+        return collectives.broadcast_object(self.stop.verdict(history))
+
+
+def _console_line(record: Record, *, stopping: bool) -> str:
+    if record["mir"] is None:
+        return f"[mir] step {record['step']}: evaluation FAILED after {record['seconds']:.1f} s: {record['error']}"
+    line = f"[mir] step {record['step']}: MIR {record['mir']:.4f} ({record['seconds']:.1f} s) {record['verdict']}"
+    return f"{line}; stopping training: {record['reason']}" if stopping else line
+
+
+def _say(line: str) -> None:
+    if collectives.is_main():
+        tqdm.write(line)

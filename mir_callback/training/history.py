@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run's evaluations: one JSON object a line, written as they happen, continued on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mir_callback import collectives
+from mir_callback.errors import HistoryError
+
+FILE_NAME = "mir_history.jsonl"
+# What makes values comparable; a history continues only if these are the same.
+DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root")
+
+Record = dict[str, Any]
+
+
+class History:
+    """Records of one run, newest last; the same on every rank, written by rank 0.
+
+    Attributes:
+        records: the evaluations so far.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self._path: Path | None = None
+
+    def open(self, folder: str | Path, global_step: int, definition: Mapping[str, str]) -> None:
+        """Start or continue the history of a run.
+
+        At step 0 a new history starts; a file of an earlier run is moved aside, to `mir_history.<n>.jsonl`. Later
+        the existing file is continued: records after ``global_step`` belong to a branch of the run that is not
+        continued, and stay in a copy moved aside.
+
+        Args:
+            folder: the run's output folder; created if missing.
+            global_step: where training starts now.
+            definition: how values are made now, by DEFINITION_FIELDS.
+
+        Raises:
+            HistoryError: the existing history was made with another probe or definition, is damaged, or the folder
+                cannot be written; on every rank.
+
+        Ranks: collective.
+        """
+        path = Path(folder) / FILE_NAME
+        records: list[Record] = []
+        error: Exception | None = None
+        if collectives.is_main():
+            try:
+                records = _continue(path, global_step, definition)
+            except OSError as caught:
+                error = HistoryError(
+                    f"output_dir must be writable for {FILE_NAME}, got {path}: {caught}; choose another output_dir"
+                )
+            except Exception as caught:
+                error = caught
+        collectives.agree(error)
+        self._path = path
+        self.records = collectives.broadcast_object(records)
+
+    def append(self, record: Record) -> None:
+        """Add a record; rank 0 writes its line and flushes it to the disk before going on.
+
+        Raises:
+            OSError: the line could not be written (rank 0 only); the record is kept in memory.
+
+        Ranks: all.
+        """
+        self.records.append(record)
+        if collectives.is_main() and self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def has_step(self, step: int) -> bool:
+        """Whether the newest record belongs to ``step``."""
+        return bool(self.records) and self.records[-1]["step"] == step
+
+
+def read_history(path: str | Path) -> list[Record]:
+    """Read a history file.
+
+    A last line without its end, as a killed process leaves it, is dropped.
+
+    Args:
+        path: the `.jsonl` file.
+
+    Returns:
+        The records, oldest first.
+
+    Raises:
+        HistoryError: a line is no JSON object with `step` and `mir`; the message names it.
+
+    Ranks: any.
+    """
+    records = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not {"step", "mir"} <= record.keys():
+                raise ValueError("not an object with step and mir")
+        except ValueError as error:
+            raise HistoryError(
+                f"{path}, line {number} must be a JSON object with step and mir, got {line!r:.80}: {error}; "
+                "repair or remove that line"
+            ) from error
+        records.append(record)
+    return records
+
+
+def _continue(path: Path, global_step: int, definition: Mapping[str, str]) -> list[Record]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.touch()
+        return []
+    if global_step == 0:
+        if path.stat().st_size > 0:
+            os.replace(path, _free_name(path))
+        path.touch()
+        return []
+    found = read_history(path)
+    _check_definition(path, found, definition)
+    kept = [record for record in found if record["step"] <= global_step]
+    content = "".join(_line(record) for record in kept)
+    if content != path.read_text(encoding="utf-8"):
+        # Written beside and renamed: at no moment is there neither the old file nor the new one.
+        beside = path.with_suffix(".new")
+        beside.write_text(content, encoding="utf-8")
+        os.link(path, _free_name(path))
+        os.replace(beside, path)
+    return kept
+
+
+def _check_definition(path: Path, records: list[Record], definition: Mapping[str, str]) -> None:
+    for record in records:
+        for field in DEFINITION_FIELDS:
+            if field in record and record[field] != definition[field]:
+                raise HistoryError(
+                    f"{field} must be that of the history being continued, got {definition[field]} but {path} has "
+                    f"{record[field]} at step {record['step']}; use the same probe, processor and root "
+                    "(Probe.save and Probe.load), or move the history file away to start a new one"
+                )
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    return candidate
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
