@@ -118,8 +118,9 @@ class HiddenStateCapture:
             state = output[0] if isinstance(output, tuple) else output
             if index == last:
                 self._last_output = state
-            elif self._masks is not None and state.ndim == 3:
-                # Copied here and now: some families add features in place after the layer has returned.
+            elif self._masks is not None and state.shape[:-1] == self._masks.vision.shape:
+                # Copied here and now: some families add features in place after the layer has returned. Another
+                # shape is left to the check after the forward, which refuses it with a reason.
                 self._append(index, state)
 
         return hook

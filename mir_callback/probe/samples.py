@@ -42,7 +42,8 @@ class Sample:
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
-                return image.convert("RGB")
+                whole: Image.Image = image.convert("RGB")
+                return whole
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
             raise ProbeError(
                 f"probe image of {self.name} must be a readable image, got {type(error).__name__}: {error}; "

@@ -1,0 +1,93 @@
+# `make help` lists what there is. `make demo` and `make test` need nothing else first: the tools go into .venv/, their
+# caches into .cache/, and both are used again afterwards.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
+STAMP := $(VENV)/.installed
+EXTENSION := .cache/extension.log
+SOURCES := $(wildcard mir_callback llava_integration)
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+export WANDB_MODE ?= offline
+# Private, because DeepSpeed fails to start on an extension that another installation has built.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all checks bench clean distclean preflight
+
+help: ## show this list
+	@echo 'make TARGET [PYTHON=/path/to/python3.10-or-newer]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv with all that is needed (the other targets do so themselves)
+
+demo: $(EXTENSION) ## pre-train a tiny LLaVA under ZeRO-3 and watch its MIR; results in runs/demo/
+	@gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)'); \
+	case $$gpus in \
+	0) processes=2; export DS_ACCELERATOR=cpu;; \
+	1) processes=1;; \
+	*) processes=2;; \
+	esac; \
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node $$processes examples/tiny_llava_pretrain.py
+
+test: checks $(EXTENSION) ## the checks, then the fast tests
+	$(ON_CPU) $(PY) -m pytest -m 'not slow'
+
+test-all: checks $(EXTENSION) ## the checks, then all tests, the slow ones too
+	$(ON_CPU) $(PY) -m pytest
+
+checks: $(STAMP) ## style, formatting, types, spelling
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy $(SOURCES)
+	$(PY) -m codespell_lib
+
+bench: $(STAMP) ## time the exact solver against scipy's
+	$(PY) benchmarks/solver.py
+
+clean: ## remove caches and build products; .venv/ and runs/ stay
+	rm -rf .cache build dist *.egg-info .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv/ and runs/
+	rm -rf $(VENV) runs
+
+# The tests are the same everywhere, with a GPU or without.
+ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+
+# PyTorch goes first, so that nothing else chooses another one. DeepSpeed is a source package and looks at the PyTorch it is
+# built with: no build isolation, no extensions built in advance (DS_BUILD_OPS), no search for a CUDA compiler (DS_ACCELERATOR).
+$(STAMP): constraints.txt setup.py
+	@$(MAKE) --no-print-directory preflight
+	@test -x $(PY) || { echo 'creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@mkdir -p .cache
+	@echo 'installing PyTorch (on Linux its default build is large; once)'
+	@$(PIP) 'pip>=22.3' torch
+	@echo 'installing DeepSpeed'
+	@$(PIP) setuptools wheel ninja numpy
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation deepspeed
+	@echo 'installing mir-callback with what its demo, tests and checks need'
+	@$(PIP) --no-build-isolation --editable '.[demo,test,checks]'
+	@touch $@
+
+# DeepSpeed would build this at its first start, in every process at once.
+$(EXTENSION): $(STAMP)
+	@echo "building DeepSpeed's extension for CPU (a minute or two, once)"
+	@mkdir -p $(@D)
+	@DS_ACCELERATOR=cpu $(PY) -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.part 2>&1 || \
+	  { cat $@.part; exit 1; }
+	@mv $@.part $@
+
+preflight:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo '$(PYTHON) was not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mir-callback needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo '$(PYTHON) comes without venv; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+	  { echo 'no C++ compiler was found, and DeepSpeed needs one for its extension; on Debian and Ubuntu: apt install g++'; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	  { echo "$(PYTHON) comes without Python.h, which DeepSpeed's extension needs; on Debian and Ubuntu: apt install python3-dev"; exit 1; }

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a plain process group that evaluates good and bad cases: `evaluate_worker FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mir_callback import Probe, evaluate_mir
+from tests import tiny_models
+from tests.distributed.launch import write_rank
+from tests.samples import pairs
+
+GOOD = {
+    "seven samples": {"count": 7},
+    "one sample": {"count": 1},
+    "few tokens": {"count": 2, "max_text_tokens": 6},
+    "paper_fast": {"count": 5, "root": "paper_fast"},
+    "bfloat16": {"count": 6, "dtype": torch.bfloat16},
+    "qwen": {"count": 5, "build": tiny_models.qwen2_5_vl},
+}
+
+
+def good_value(
+    count: int, max_text_tokens: int = 99, root: str = "exact", dtype: Any = None, build: Any = tiny_models.llava
+) -> dict[str, Any]:
+    """One evaluation, also called by the test itself on a single process."""
+    model, processor = build()
+    probe = Probe.from_pairs(pairs(count), max_text_tokens=max_text_tokens)
+    report = evaluate_mir(model.to(dtype or torch.float32), probe, processor=processor, root=root, batch_size=2)
+    return report.as_dict()
+
+
+def different_probe(rank: int) -> None:
+    """Every rank brings another probe."""
+    model, processor = tiny_models.llava()
+    evaluate_mir(model, Probe.from_pairs(pairs(4, seed=rank)), processor=processor)
+
+
+def different_batch_size(rank: int) -> None:
+    """Ranks would run different numbers of forwards."""
+    model, processor = tiny_models.llava()
+    evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor, batch_size=1 + rank)
+
+
+def processor_fails_on_rank_1(rank: int) -> None:
+    """Encoding fails on one rank only."""
+    model, processor = tiny_models.llava()
+    if rank == 1:
+        processor.image_processor = None
+    evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
+
+
+def forward_fails_on_rank_1(rank: int) -> None:
+    """The forward fails on one rank only, as when one runs out of memory."""
+    model, processor = tiny_models.llava()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    if rank == 1:
+        model.lm_head.register_forward_hook(fail)
+    evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
+
+
+def nan_on_rank_1(rank: int) -> None:
+    """Hidden states are not finite on one rank only."""
+    model, processor = tiny_models.llava()
+    if rank == 1:
+        with torch.no_grad():
+            model.model.language_model.layers[2].mlp.down_proj.weight.fill_(torch.nan)
+    evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
+
+
+BAD: dict[str, Callable[[int], None]] = {
+    case.__name__: case
+    for case in (
+        different_probe,
+        different_batch_size,
+        processor_fails_on_rank_1,
+        forward_fails_on_rank_1,
+        nan_on_rank_1,
+    )
+}
+
+
+def outcome(case: Callable[[int], None], rank: int) -> str:
+    """The error a case ended with."""
+    try:
+        case(rank)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(folder: str) -> None:
+    """Run every case; after a bad one the ranks must still be in step for the next."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    bad = {name: outcome(case, rank) for name, case in BAD.items()}
+    good = {name: good_value(**options) for name, options in GOOD.items()}
+    write_rank(folder, rank, {"good": good, "bad": bad})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

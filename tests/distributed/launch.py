@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start real torch.distributed processes and read what each rank wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(module: str, folder: Path, *arguments: str, processes: int = 2, timeout: float = 240) -> list[Any]:
+    """Run `python -m module folder arguments...` on several ranks.
+
+    Each rank writes `<folder>/rank<r>.json`. A run is judged by these files and not by its exit code: two-rank runs
+    on the CPU sometimes abort while the interpreter shuts down, also without anything of ours in them.
+
+    Returns:
+        What each rank wrote, in rank order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    finished = subprocess.run(
+        [*command, "-m", module, str(folder), *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    (folder / "output.txt").write_text(finished.stdout + finished.stderr)
+    missing = [rank for rank in range(processes) if not (folder / f"rank{rank}.json").exists()]
+    assert not missing, f"ranks {missing} wrote nothing:\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def write_rank(folder: str | Path, rank: int, value: Any) -> None:
+    """Write one rank's result; for the processes started."""
+    beside = Path(folder) / f"rank{rank}.tmp"
+    beside.write_text(json.dumps(value))
+    beside.rename(Path(folder) / f"rank{rank}.json")

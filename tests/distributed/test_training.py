@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real two-rank training under DDP and DeepSpeed ZeRO 0 to 3: unchanged by the callback, and measured right."""
+
+import re
+
+import pytest
+import torch
+
+from mir_callback import Probe, evaluate_mir
+from tests import tiny_models
+from tests.distributed.launch import run_ranks
+from tests.distributed.train_worker import EVERY, NUM_SAMPLES, STEPS
+from tests.samples import pairs
+
+SETUPS = ["ddp", "0", "1", "2", "3"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run a setup once, with or without the callback; (folder, what the ranks wrote)."""
+    done = {}
+
+    def run(setup, watched):
+        if (setup, watched) not in done:
+            folder = tmp_path_factory.mktemp(f"{setup}-{watched}")
+            done[setup, watched] = folder, run_ranks("tests.distributed.train_worker", folder, setup, watched)
+        return done[setup, watched]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return Probe.from_pairs(pairs(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_training_is_the_same_to_the_last_bit(runs, setup):
+    plain, watched = runs(setup, "off")[1], runs(setup, "on")[1]
+    assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
+    for rank in (0, 1):
+        for field in ("log", "weights", "rng"):
+            assert watched[rank][field] == plain[rank][field], field
+    assert [record["step"] for record in watched[0]["history"]] == list(range(0, STEPS + 1, EVERY))
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, probe):
+    folder, (first, second) = runs(setup, "on")
+    model, processor = tiny_models.llava(dropout=0.2)
+    untrained = evaluate_mir(model, probe, processor=processor)
+    assert first["history"][0]["mir"] == pytest.approx(untrained.mir, abs=1e-6)
+    model.load_state_dict(torch.load(folder / "weights.pt"), strict=False)
+    trained = evaluate_mir(model, probe, processor=processor)
+    assert first["history"][-1]["step"] == STEPS
+    assert first["history"][-1]["mir"] == pytest.approx(trained.mir, abs=1e-6)
+    assert first["history"][-1]["per_layer"] == pytest.approx(trained.per_layer, rel=1e-5)
+    assert abs(trained.mir - untrained.mir) > 1e-3
+    for ours, theirs in zip(first["history"], second["history"], strict=True):
+        assert ours["mir"] == theirs["mir"]
+        assert ours["num_vision_tokens"] == trained.num_vision_tokens
+        assert ours["num_text_tokens"] == trained.num_text_tokens
+        assert ours["tokens_fingerprint"] == trained.tokens_fingerprint
+
+
+def test_zero3_weights_are_back_in_their_shards_after_every_evaluation(runs):
+    for rank in runs("3", "on")[1]:
+        assert set(rank["gathered"].values()) == {0}
+        assert len(rank["gathered"]) == STEPS
+
+
+def test_zero3_prefetch_trace_stays_valid_after_the_first_steps(runs):
+    # The evaluation before step 1 records a trace without a backward pass, which the first training forward replaces.
+    invalidated = re.findall("Invalidate trace cache", (runs("3", "on")[0] / "output.txt").read_text())
+    assert len(invalidated) == 1

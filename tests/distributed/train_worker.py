@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a training run: `train_worker FOLDER SETUP on|off`, SETUP is ddp or a ZeRO stage."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from mir_callback import MIRCallback, Probe
+from tests.distributed.launch import write_rank
+from tests.samples import pairs
+from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer
+
+STEPS = 6
+EVERY = 2
+NUM_SAMPLES = 7  # odd: the last rank comes out one short and repeats a sample
+
+
+def deepspeed_config(setup: str) -> dict[str, Any] | None:
+    """A configuration as users write it, with thresholds small enough that the tiny weights are really sharded."""
+    if setup == "ddp":
+        return None
+    zero: dict[str, Any] = {"stage": int(setup)}
+    if setup == "3":
+        zero |= {"stage3_param_persistence_threshold": 0, "log_trace_cache_warnings": True}
+    return {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 1.0,
+        "zero_optimization": zero,
+    }
+
+
+class GatheredWeights(TrainerCallback):
+    """Notes after every step how many ZeRO-3 weights are not back in their shards."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, int] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        statuses = [parameter.ds_status.name for parameter in model.parameters() if hasattr(parameter, "ds_status")]
+        self.left[state.global_step] = sum(status != "NOT_AVAILABLE" for status in statuses)
+
+
+def final_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights whole, on every rank."""
+    parameters = dict(model.named_parameters())
+    gathered: Any = contextlib.nullcontext()
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with gathered:
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """One hash over all weights."""
+    joined = hashlib.sha256()
+    for name in sorted(weights):
+        joined.update(weights[name].contiguous().numpy().tobytes())
+    return joined.hexdigest()
+
+
+def main(folder: str, setup: str, watched: str) -> None:
+    """Train, then write what this rank saw."""
+    trainer = make_trainer(
+        Path(folder) / "run", steps=STEPS, deepspeed=deepspeed_config(setup), ddp_backend="gloo", dropout=0.2
+    )
+    callback = None
+    if watched == "on":
+        callback = MIRCallback(Probe.from_pairs(pairs(NUM_SAMPLES)), every=EVERY, batch_size=2).attach(trainer)
+    gathered = GatheredWeights()
+    trainer.add_callback(gathered)
+    trainer.train()
+    weights = final_weights(trainer.model)
+    if dist.get_rank() == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+    write_rank(
+        folder,
+        dist.get_rank(),
+        {
+            "log": [
+                [entry["step"], entry["loss"], entry.get("grad_norm"), entry["learning_rate"]]
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+            "weights": digest(weights),
+            "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+            "history": callback.history if callback else [],
+            "gathered": gathered.left,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms, the 3-sigma rule and medians, whole and in shards."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mir_callback.metric.moments import moments_of, row_sum, scatter_about
+from mir_callback.metric.rate import replace_outliers
+from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms
+from tests import reference
+from tests.clouds import CASES, generator
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outliers_are_replaced_as_in_the_reference(case):
+    rows, _ = CASES[case](generator(11))
+    np.testing.assert_array_equal(replace_outliers(rows).numpy(), reference.without_outliers(rows.numpy()))
+
+
+def test_outlier_cases_do_replace_rows():
+    rows, _ = CASES["with_outliers"](generator(11))
+    norms = row_norms(rows)
+    assert int(OutlierRule.from_norms(norms).outliers(norms).sum()) == 5
+
+
+def test_outlier_rule_is_the_same_whatever_order_norms_come_in():
+    norms = row_norms(CASES["massive"](generator(1))[0])
+    shuffled = norms[torch.randperm(len(norms), generator=generator(2))]
+    assert OutlierRule.from_norms(norms) == OutlierRule.from_norms(shuffled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5, 100])
+def test_lower_medians_equal_torch_median_to_the_last_bit(dtype, count):
+    rows = torch.randn(count, 9, generator=generator(count)).to(dtype)
+    rows[:, 0] = -3.0
+    rows[:, 1] *= 1e-6
+    rows[:, 2] *= 1e4
+    others = torch.randn(7, 9, generator=generator(1)).to(dtype)
+    first, second = lower_medians([rows, others], [count, 7], lambda counts: counts)
+    assert torch.equal(first, rows.median(dim=0).values)
+    assert torch.equal(second, others.median(dim=0).values)
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=30),
+)
+@settings(max_examples=200, deadline=None)
+def test_lower_medians_equal_torch_median_for_any_finite_floats(values):
+    rows = torch.tensor(values, dtype=torch.float32)[:, None]
+    found = lower_medians([rows], [len(values)], lambda counts: counts)[0]
+    assert float(found) == float(rows.median(dim=0).values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lower_medians_need_one_reduction_per_bit(dtype):
+    calls = []
+    rows = torch.randn(6, 3, generator=generator(0)).to(dtype)
+
+    def count_calls(counts):
+        calls.append(counts.shape)
+        return counts
+
+    lower_medians([rows, rows], [6, 6], count_calls)
+    assert calls == [(2, 3)] * torch.finfo(dtype).bits
+
+
+def test_sums_and_scatters_of_parts_add_up_to_those_of_the_whole():
+    rows, _ = CASES["massive_constant"](generator(3))
+    rows = rows.to(torch.bfloat16)
+    parts = rows[:17], rows[17:17], rows[17:]
+    mean = sum(row_sum(part) for part in parts) / len(rows)
+    scatter = sum(scatter_about(part, mean) for part in parts)
+    covariance = scatter / (len(rows) - 1)
+    np.testing.assert_allclose(covariance, np.cov(reference.to_numpy(rows), rowvar=False), rtol=1e-10, atol=1e-12)
+    whole = moments_of(rows)
+    assert torch.allclose(whole.covariance, covariance, rtol=1e-12, atol=1e-14)
+
+
+def test_scaling_moments_is_scaling_rows():
+    for case in ("equal", "few_rows"):
+        rows, _ = CASES[case](generator(4))
+        scaled, direct = moments_of(rows).scaled(0.37), moments_of(rows * 0.37)
+        assert torch.allclose(scaled.mean, direct.mean)
+        assert torch.allclose(scaled.trace, direct.trace)

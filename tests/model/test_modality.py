@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which positions are vision and which are text."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mir_callback.errors import UnsupportedModelError
+from mir_callback.model.modality import modality_masks, vision_token_ids
+from tests import tiny_models
+
+V, PAD = 9, 0
+
+
+def masks(ids, attention):
+    found = modality_masks(torch.tensor([ids]), torch.tensor([attention]), (V,))
+    return found.vision[0].int().tolist(), found.text[0].int().tolist()
+
+
+def test_text_before_the_image_counts_in_neither():
+    assert masks([1, 2, V, V, 3, 4], [1] * 6) == ([0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_in_neither(side):
+    ids, real = [1, V, V, 3], [1] * 4
+    padded = ([PAD, PAD, *ids], [0, 0, *real]) if side == "left" else ([*ids, PAD, PAD], [*real, 0, 0])
+    vision, text = masks(*padded)
+    assert (sum(vision), sum(text)) == (2, 1)
+    assert text.index(1) == (5 if side == "left" else 3)
+
+
+def test_text_between_two_images_counts_in_neither():
+    assert masks([V, 2, V, 3], [1] * 4) == ([1, 0, 1, 0], [0, 0, 0, 1])
+
+
+def test_a_sample_without_image_has_no_text():
+    assert masks([1, 2, 3], [1, 1, 1]) == ([0, 0, 0], [0, 0, 0])
+
+
+def test_a_padded_image_id_is_not_vision():
+    assert masks([V, 2, V], [1, 1, 0]) == ([1, 0, 0], [0, 1, 0])
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, V]), st.booleans()), min_size=1, max_size=20))
+def test_masks_are_disjoint_real_and_text_follows_all_vision(tokens):
+    ids = torch.tensor([[token for token, _ in tokens]])
+    real = torch.tensor([[real for _, real in tokens]])
+    found = modality_masks(ids, real.long(), (V,))
+    assert not (found.vision & found.text).any()
+    assert not ((found.vision | found.text) & ~real).any()
+    if found.text.any():
+        assert found.text.nonzero()[:, 1].min() > found.vision.nonzero()[:, 1].max()
+
+
+@pytest.mark.parametrize("build", [tiny_models.llava, tiny_models.qwen2_5_vl, tiny_models.idefics3])
+def test_ids_come_from_the_configuration(build):
+    model, processor = build()
+    assert processor.tokenizer.convert_tokens_to_ids(processor.image_token) in vision_token_ids(model)
+
+
+def test_error_when_the_configuration_names_no_image_token():
+    model, _ = tiny_models.llava()
+    with pytest.raises(UnsupportedModelError, match="names no image token"):
+        vision_token_ids(model.model.language_model)

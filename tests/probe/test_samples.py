@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building, fingerprinting, saving and loading probes, and what is said when that cannot be."""
+
+import dataclasses
+import json
+import re
+import shutil
+import zipfile
+
+import pytest
+
+from mir_callback import Probe
+from mir_callback.errors import ConfigError, ProbeError
+from tests.samples import pairs, write_folders, write_llava_json
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return write_folders(tmp_path, 12)
+
+
+def test_same_seed_draws_same_probe_wherever_the_folders_are(folders, tmp_path):
+    probe = Probe.from_folders(*folders, num_samples=5, seed=3)
+    elsewhere = tmp_path / "copy"
+    for folder in folders:
+        shutil.copytree(folder, elsewhere / folder.name)
+    again = Probe.from_folders(elsewhere / "images", elsewhere / "texts", num_samples=5, seed=3)
+    assert len(probe) == 5
+    assert again.fingerprint == probe.fingerprint
+    assert Probe.from_folders(*folders, num_samples=5, seed=4).fingerprint != probe.fingerprint
+
+
+def test_fingerprint_changes_with_image_text_order_and_cut():
+    probe = Probe.from_pairs(pairs(3))
+    first, second, third = probe.samples
+    variants = [
+        Probe((first, third, second)),
+        Probe((first, second)),
+        Probe((first, second, dataclasses.replace(third, text=third.text + "."))),
+        Probe((first, second, dataclasses.replace(third, image=first.image))),
+        Probe(probe.samples, max_text_tokens=10),
+    ]
+    assert len({probe.fingerprint, *(variant.fingerprint for variant in variants)}) == 6
+
+
+def test_names_of_samples_are_not_part_of_the_fingerprint():
+    probe = Probe.from_pairs(pairs(2))
+    renamed = Probe(tuple(dataclasses.replace(sample, name="x") for sample in probe.samples))
+    assert renamed.fingerprint == probe.fingerprint
+
+
+@pytest.mark.parametrize("name", ["probe.zip", "probe", "deep/er/probe.zip"])
+def test_saved_probe_loads_as_it_was(tmp_path, name):
+    probe = Probe.from_pairs(pairs(4), max_text_tokens=77)
+    path = probe.save(tmp_path / name)
+    assert Probe.load(path) == probe
+    assert Probe.load(path).fingerprint == probe.fingerprint
+    probe.save(path)  # a probe may be replaced
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_saved_file_is_the_same_byte_for_byte_and_its_images_open(tmp_path):
+    probe = Probe.from_pairs(pairs(2))
+    first, second = probe.save(tmp_path / "a.zip"), probe.save(tmp_path / "b.zip")
+    assert first.read_bytes() == second.read_bytes()
+    folder = probe.save(tmp_path / "folder")
+    assert sorted(path.suffix for path in (folder / "images").iterdir()) == [".png", ".png"]
+
+
+def test_an_unpacked_zip_is_a_probe_folder(tmp_path):
+    probe = Probe.from_pairs(pairs(2))
+    with zipfile.ZipFile(probe.save(tmp_path / "a.zip")) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert Probe.load(tmp_path / "unpacked") == probe
+
+
+def test_save_refuses_to_replace_what_is_no_probe(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").write_text("x")
+    with pytest.raises(ProbeError, match="path must be free or hold a probe"):
+        Probe.from_pairs(pairs(1)).save(tmp_path / "data")
+    assert (tmp_path / "data" / "precious").read_text() == "x"
+
+
+def test_load_refuses_an_edited_probe(tmp_path):
+    folder = Probe.from_pairs(pairs(2)).save(tmp_path / "probe")
+    manifest = json.loads((folder / "probe.json").read_text())
+    manifest["samples"][0]["text"] += " edited"
+    (folder / "probe.json").write_text(json.dumps(manifest))
+    with pytest.raises(ProbeError, match="must match the stored fingerprint"):
+        Probe.load(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "manifest", "image", "version", "escape", "not a zip", "truncated"])
+def test_load_says_what_is_wrong_with_a_damaged_probe(tmp_path, damage):
+    path = Probe.from_pairs(pairs(2)).save(tmp_path / ("probe" if damage != "truncated" else "probe.zip"))
+    if damage == "missing":
+        path = tmp_path / "nowhere"
+    elif damage == "manifest":
+        (path / "probe.json").write_text("{")
+    elif damage == "image":
+        (path / "images" / "00001.png").unlink()
+    elif damage == "not a zip":
+        path = tmp_path / "text.zip"
+        path.write_text("hello")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        manifest = json.loads((path / "probe.json").read_text())
+        if damage == "version":
+            manifest["version"] = 99
+        else:
+            manifest["samples"][0]["image"] = "images/../../secret"
+        (path / "probe.json").write_text(json.dumps(manifest))
+    with pytest.raises(ProbeError, match=f"path must be a .*{re.escape(str(path))}"):
+        Probe.load(path)
+
+
+def test_llava_json_gives_text_of_turns_without_placeholder(tmp_path):
+    json_file, images = write_llava_json(tmp_path, 6)
+    probe = Probe.from_llava_json(json_file, images, num_samples=6)
+    texts = sorted(sample.text for sample in probe.samples)
+    assert texts[2] == "Describe the image concisely.\nScene 2."
+    assert {sample.name for sample in probe.samples} == {f"record {i} of data.json" for i in range(6)}
+
+
+def test_llava_json_passes_over_records_without_one_image(tmp_path):
+    json_file, images = write_llava_json(tmp_path, 6)
+    records = json.loads(json_file.read_text())
+    del records[0]["image"]
+    records[1]["image"] = [records[1]["image"], records[2]["image"]]
+    records[2]["image"] = [records[2]["image"]]
+    json_file.write_text(json.dumps(records))
+    assert len(Probe.from_llava_json(json_file, images, num_samples=4)) == 4
+    with pytest.raises(ProbeError, match="num_samples=5 and 4 usable items"):
+        Probe.from_llava_json(json_file, images, num_samples=5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must be a readable LLaVA-format JSON list"),
+        ("{}", "must hold a list of records, got dict"),
+        ("[3]", "record 0 of data.json: conversations must be a list"),
+        ('[{"id": "a", "image": "x.png"}]', "record a of data.json: conversations must be a list"),
+        ('[{"id": "a", "image": "x.png", "conversations": [{"value": "hi"}]}]', "must exist at .*x.png"),
+    ],
+)
+def test_llava_json_errors_name_record_and_rule(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(ProbeError, match=message):
+        Probe.from_llava_json(path, tmp_path, num_samples=1)
+
+
+def test_story_files_end_before_their_highlights(tmp_path):
+    images, _ = write_folders(tmp_path, 1)
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "a.story").write_text("An article.\n\n@highlight\n\nA summary\n")
+    probe = Probe.from_folders(images, tmp_path / "stories", num_samples=1)
+    assert probe.samples[0].text == "An article."
+
+
+def test_error_names_folder_when_it_is_missing_or_empty(folders, tmp_path):
+    images, texts = folders
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ProbeError, match="images must be an existing folder, got .*nowhere"):
+        Probe.from_folders(tmp_path / "nowhere", texts)
+    with pytest.raises(ProbeError, match="texts must hold files ending in .*got none in .*void"):
+        Probe.from_folders(images, tmp_path / "void", num_samples=3)
+
+
+def test_error_says_how_many_there_are_when_fewer_samples_than_asked(folders):
+    with pytest.raises(ProbeError, match="num_samples=13 and 12 usable items"):
+        Probe.from_folders(*folders, num_samples=13)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_error_names_the_file_when_an_image_cannot_be_read(folders, damage):
+    images, texts = folders
+    victim = images / "part0" / "004.png"
+    content = {"truncated": victim.read_bytes()[:-3000], "garbage": b"hello", "empty": b""}[damage]
+    victim.write_bytes(content)
+    with pytest.raises(ProbeError, match=r"004\.png.* must be a readable image"):
+        Probe.from_folders(images, texts, num_samples=12)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t ", b"\xff\xfe\xfa"])
+def test_error_names_the_file_when_a_text_is_empty_or_not_utf8(folders, content):
+    images, texts = folders
+    (texts / "part1" / "003.txt").write_bytes(content)
+    with pytest.raises(ProbeError, match=r"003\.txt"):
+        Probe.from_folders(images, texts, num_samples=12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+        ({"num_samples": 2.5}, "num_samples must be an integer"),
+        ({"num_samples": True}, "num_samples must be an integer"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"num_samples": 2, "max_text_tokens": 0}, "max_text_tokens must be an integer of at least 1, got 0"),
+    ],
+)
+def test_error_names_the_option_when_it_breaks_its_rule(folders, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Probe.from_folders(*folders, **options)
+
+
+def test_error_when_a_probe_has_no_samples():
+    with pytest.raises(ProbeError, match="at least one image"):
+        Probe(())

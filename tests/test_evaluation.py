@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One evaluation on a live model, on one process (tests/distributed has more)."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mir_callback import MIRReport, Probe, evaluate_mir, modality_integration_rate
+from mir_callback.errors import ConfigError, NumericsError, ProbeError, UnsupportedModelError
+from tests import reference, tiny_models
+from tests.model.test_capture import FAMILIES
+from tests.samples import pairs
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return Probe.from_pairs(pairs(COUNT))
+
+
+@torch.no_grad()
+def hidden_rows(model, processor):
+    """Vision and text rows of every layer, sample by sample, from the hidden states the model itself returns."""
+    vision, text = [], []
+    placeholder = processor.image_token
+    for image, words in pairs(COUNT):
+        inputs = processor(images=[[image]], text=[placeholder + words], return_tensors="pt")
+        states = model(**inputs, output_hidden_states=True).hidden_states[1:]
+        image_at = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+        vision.append([state[0, image_at] for state in states])
+        text.append([state[0, image_at[-1] + 1 :] for state in states])
+    return [torch.cat(layer) for layer in zip(*vision, strict=True)], [
+        torch.cat(layer) for layer in zip(*text, strict=True)
+    ]
+
+
+def test_value_equals_the_definition_on_the_models_own_hidden_states(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    vision, text = hidden_rows(model.eval(), processor)
+    expected, distances = reference.rate(vision, text)
+    assert report.mir == pytest.approx(expected, abs=1e-6)
+    assert report.mir == pytest.approx(modality_integration_rate(vision, text).mir, abs=1e-8)
+    assert report.per_layer == pytest.approx(distances, rel=1e-5)
+    assert (report.num_vision_tokens, report.num_text_tokens) == (len(vision[0]), len(text[0]))
+    assert report.num_samples == COUNT
+    assert report.dtype == "float32"
+    assert report.world_size == 1
+    assert report.seconds > 0
+    assert report.probe_fingerprint == probe.fingerprint
+
+
+def test_outliers_reported_are_those_the_rule_replaces(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    vision, _ = hidden_rows(model.eval(), processor)
+    replaced = [
+        int((reference.without_outliers(rows.double().numpy()) != rows.double().numpy()).any(axis=1).sum())
+        for rows in vision
+    ]
+    assert report.vision_outliers == replaced
+    assert sum(replaced) > 0
+
+
+@pytest.mark.parametrize("build", FAMILIES)
+def test_batch_size_does_not_change_the_value(build, probe):
+    model, processor = build()
+    values = [evaluate_mir(model, probe, processor=processor, batch_size=size).mir for size in (1, 3, 10)]
+    assert values == pytest.approx([values[0]] * 3, abs=1e-6)
+
+
+def test_padding_side_does_not_change_the_value(probe):
+    model, processor = tiny_models.llava()
+    right = evaluate_mir(model, probe, processor=processor).mir
+    processor.tokenizer.padding_side = "left"
+    assert evaluate_mir(model, probe, processor=processor).mir == pytest.approx(right, abs=1e-6)
+
+
+def test_fewer_tokens_than_dimensions_equals_the_reference():
+    model, processor = tiny_models.llava()
+    few = Probe.from_pairs([(pairs(1)[0][0], "the text tokens drift"), (pairs(2)[1][0], "or come")])
+    report = evaluate_mir(model, few, processor=processor)
+    assert report.num_text_tokens < tiny_models.HIDDEN
+    rows = []
+    for image, words in ((pairs(1)[0][0], "the text tokens drift"), (pairs(2)[1][0], "or come")):
+        inputs = processor(images=[[image]], text=["<image>" + words], return_tensors="pt")
+        with torch.no_grad():
+            states = model.eval()(**inputs, output_hidden_states=True).hidden_states[1:]
+        rows.append((states, inputs["input_ids"][0] == model.config.image_token_id))
+    vision = [torch.cat([s[k][0][at] for s, at in rows]) for k in range(tiny_models.LAYERS)]
+    text = [torch.cat([s[k][0][int(at.nonzero()[-1]) + 1 :] for s, at in rows]) for k in range(tiny_models.LAYERS)]
+    assert report.mir == pytest.approx(reference.rate(vision, text)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_models_of_any_float_dtype_are_measured_in_it(probe, dtype):
+    model, processor = tiny_models.llava()
+    single = evaluate_mir(model, probe, processor=processor).mir
+    report = evaluate_mir(model.to(dtype), probe, processor=processor)
+    assert report.dtype == str(dtype).removeprefix("torch.")
+    assert report.mir == pytest.approx(single, abs=0.05 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_paper_fast_is_another_number_and_says_so(probe):
+    model, processor = tiny_models.llava()
+    fast = evaluate_mir(model, probe, processor=processor, root="paper_fast")
+    vision, text = hidden_rows(model.eval(), processor)
+    assert fast.root == "paper_fast"
+    assert fast.mir == pytest.approx(reference.rate(vision, text, reference.frechet_paper_fast)[0], abs=1e-6)
+    assert fast.mir != evaluate_mir(model, probe, processor=processor).mir
+
+
+def test_evaluation_leaves_the_model_as_it_was(probe):
+    model, processor = tiny_models.llava(dropout=0.5)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    first = evaluate_mir(model, probe, processor=processor)
+    assert torch.equal(torch.rand(3), expected)
+    second = evaluate_mir(model, probe, processor=processor)
+    assert first.mir == second.mir
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_goes_on_after_an_evaluation(probe):
+    model, processor = tiny_models.llava()
+    evaluate_mir(model, probe, processor=processor)
+    image, words = pairs(1)[0]
+    inputs = processor(images=[[image]], text=["<image>" + words], return_tensors="pt")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_report_is_json_ready(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    restored = MIRReport(**json.loads(json.dumps(report.as_dict())))
+    assert restored == report
+
+
+def test_tokens_fingerprint_tells_tokenizations_apart(probe):
+    model, processor = tiny_models.llava()
+    first = evaluate_mir(model, probe, processor=processor, batch_size=2)
+    again = evaluate_mir(model, probe, processor=processor, batch_size=5)
+    cut = evaluate_mir(model, dataclasses.replace(probe, max_text_tokens=4), processor=processor)
+    assert first.tokens_fingerprint == again.tokens_fingerprint != cut.tokens_fingerprint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_error_names_layer_and_modality_when_states_are_not_finite(probe, value):
+    model, processor = tiny_models.llava()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(NumericsError, match="layer 2, vision: hidden states must be finite.* in 160 of 160 tokens"):
+        evaluate_mir(model, probe, processor=processor)
+    assert all(not module._forward_hooks for module in model.model.language_model.layers)
+
+
+def test_error_before_any_forward_when_something_does_not_fit(probe):
+    model, processor = tiny_models.llava()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ConfigError, match="processor must handle images and text"):
+        evaluate_mir(model, probe)
+    with pytest.raises(ConfigError, match="root must be one of"):
+        evaluate_mir(model, probe, processor=processor, root="sqrtm")
+    with pytest.raises(UnsupportedModelError, match="names no image token"):
+        evaluate_mir(model.model.language_model, probe, processor=processor)
+    model.config.image_token_index = 5
+    with pytest.raises(ProbeError, match="must give vision tokens"):
+        evaluate_mir(model, probe, processor=processor)
+    assert calls == []

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The history file: written line by line, continued on resume, never losing what was there."""
+
+import json
+
+import pytest
+
+from mir_callback.errors import HistoryError
+from mir_callback.training.history import FILE_NAME, History, read_history
+
+DEFINITION = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
+
+
+def record(step, **fields):
+    return {"step": step, "mir": 2.0 - step / 1000, **DEFINITION, **fields}
+
+
+def opened(folder, step=0, **changes):
+    history = History()
+    history.open(folder, step, {**DEFINITION, **changes})
+    return history
+
+
+@pytest.fixture
+def run(tmp_path):
+    history = opened(tmp_path / "deep" / "run")
+    for step in (0, 50, 100):
+        history.append(record(step))
+    return tmp_path / "deep" / "run"
+
+
+def lines(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_every_record_is_on_disk_at_once(tmp_path):
+    history = opened(tmp_path)
+    for count, step in enumerate((0, 50), start=1):
+        history.append(record(step, mir=None, error="NumericsError: x"))
+        assert len(read_history(tmp_path / FILE_NAME)) == count
+    assert history.has_step(50)
+    assert not history.has_step(0)
+
+
+def test_resume_continues_the_file(run):
+    history = opened(run, step=100)
+    assert [r["step"] for r in history.records] == [0, 50, 100]
+    history.append(record(150))
+    assert lines(run / FILE_NAME) == [0, 50, 100, 150]
+    assert [path.name for path in run.iterdir()] == [FILE_NAME]
+
+
+def test_resume_from_an_older_checkpoint_keeps_the_abandoned_branch_aside(run):
+    history = opened(run, step=50)
+    assert [r["step"] for r in history.records] == [0, 50]
+    assert lines(run / FILE_NAME) == [0, 50]
+    assert lines(run / "mir_history.1.jsonl") == [0, 50, 100]
+
+
+def test_a_new_run_in_the_same_folder_moves_the_old_history_aside(run):
+    assert opened(run, step=0, probe_fingerprint="another").records == []
+    assert lines(run / "mir_history.1.jsonl") == [0, 50, 100]
+    opened(run, step=0).append(record(0))
+    opened(run, step=0)
+    assert lines(run / "mir_history.2.jsonl") == [0]
+
+
+def test_resume_without_a_history_starts_one(tmp_path):
+    assert opened(tmp_path, step=70).records == []
+
+
+@pytest.mark.parametrize("field", DEFINITION)
+def test_resume_refuses_values_made_differently_and_touches_nothing(run, field):
+    before = (run / FILE_NAME).read_bytes()
+    with pytest.raises(HistoryError, match=f"{field} must be that of the history being continued, got other"):
+        opened(run, step=100, **{field: "other"})
+    assert (run / FILE_NAME).read_bytes() == before
+
+
+def test_a_line_without_its_end_is_dropped_and_kept_aside(run):
+    with (run / FILE_NAME).open("a") as file:
+        file.write('{"step": 150, "mi')
+    history = opened(run, step=150)
+    assert [r["step"] for r in history.records] == [0, 50, 100]
+    history.append(record(200))
+    assert lines(run / FILE_NAME) == [0, 50, 100, 200]
+
+
+@pytest.mark.parametrize("line", ["garbage", "[]", '{"step": 3}', ""])
+def test_error_names_the_line_when_it_is_damaged(run, line):
+    content = (run / FILE_NAME).read_text().splitlines()
+    content[1] = line
+    (run / FILE_NAME).write_text("\n".join(content) + "\n")
+    with pytest.raises(HistoryError, match="line 2 must be a JSON object with step and mir"):
+        opened(run, step=100)
+
+
+def test_error_when_the_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HistoryError, match="output_dir must be writable"):
+        opened(tmp_path / "file" / "run")
+
+
+def test_only_strict_json_is_written(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        opened(tmp_path).append(record(0, mir=float("nan")))
