@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mir_callback.errors import MIRError, RemoteError
+from mir_callback.errors import ConfigError, MIRError, RemoteError
 
 T = TypeVar("T")
 
@@ -94,6 +94,25 @@ def agree(error: Exception | None) -> None:
         if failure is not None:
             kind, text = failure
             raise (kind if issubclass(kind, MIRError) else RemoteError)(f"rank {failed_rank} failed: {text}")
+
+
+def require_same(**options: object) -> None:
+    """Refuse options that differ between ranks, which would sooner or later wait for each other for ever.
+
+    Args:
+        **options: (small, picklable, comparable) values by name.
+
+    Raises:
+        ConfigError: some option is not the same on every rank; on every rank.
+    """
+    everyone = gather_objects(options)
+    for name in options:
+        values = [other[name] for other in everyone]
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"{name} must be the same on every rank, got {values} on ranks 0 to {len(values) - 1}; "
+                "build it from the same files and arguments everywhere"
+            )
 
 
 def _active() -> bool:

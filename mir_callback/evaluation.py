@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.errors import NumericsError
 from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
 from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
 from mir_callback.metric.rate import rate_of
@@ -158,7 +158,7 @@ def encode_for(
         error = caught
     collectives.agree(error)
     assert encoded is not None
-    _check_same_on_all_ranks(probe_fingerprint=encoded.fingerprint, batch_size=batch_size, root=root)
+    collectives.require_same(probe_fingerprint=encoded.fingerprint, batch_size=batch_size, root=root)
     return replace(encoded, digests=tuple(chain.from_iterable(collectives.gather_objects(encoded.digests))))
 
 
@@ -190,15 +190,6 @@ def evaluate_encoded(
         dtype=str(first.vision.rows.dtype).removeprefix("torch."),
         world_size=collectives.world_size(),
     )
-
-
-def _check_same_on_all_ranks(**options: object) -> None:
-    """Ranks that were given different options would wait for each other for ever; refuse at once."""
-    everyone = collectives.gather_objects(options)
-    for name in options:
-        values = [other[name] for other in everyone]
-        if any(value != values[0] for value in values):
-            raise ConfigError(f"{name} must be the same on every rank, got {values}; build it from the same files")
 
 
 def _forward_all(

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mir_callback import MIRReport, Probe, evaluate_mir, modality_integration_rate
+from mir_callback import MIRReport, Probe, evaluate_mir, evaluation, modality_integration_rate
 from mir_callback.errors import ConfigError, NumericsError, ProbeError, UnsupportedModelError
 from tests import reference, tiny_models
 from tests.model.test_capture import FAMILIES
@@ -136,6 +136,17 @@ def test_training_goes_on_after_an_evaluation(probe):
     inputs = processor(images=[[image]], text=["<image>" + words], return_tensors="pt")
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_progress_is_shown_when_it_takes_long(probe, monkeypatch, capsys):
+    model, processor = tiny_models.llava()
+    evaluate_mir(model, probe, processor=processor)
+    assert "MIR:" not in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "_PROGRESS_DELAY_SECONDS", 0.0)
+    evaluate_mir(model, probe, processor=processor)
+    assert "MIR:" in capsys.readouterr().err
+    evaluate_mir(model, probe, processor=processor, progress=False)
+    assert "MIR:" not in capsys.readouterr().err
 
 
 def test_report_is_json_ready(probe):

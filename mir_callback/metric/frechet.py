@@ -139,8 +139,8 @@ def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
     """Say aloud that a layer's distance was clipped at zero by more than rounding. Ranks: pure."""
     if result.clipped:
         warnings.warn(
-            f"layer {layer}: root={root!r} gave a distance of {result.raw:.3e}, clipped to 0; "
-            "with root='paper_fast' this happens to strongly correlated clouds, use root='exact'",
+            f"layer {layer}: root={root!r} gave a distance of {result.raw:.3e}, clipped to 0; it lies below zero by "
+            f"more than rounding ({result.rounding:.1e}), as 'paper_fast' can for strongly correlated clouds",
             stacklevel=3,
         )
 

@@ -184,7 +184,9 @@ def _no_extra_outputs(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that keep the forward lean: no cache, and logits of one position where the model can."""
     parameters = inspect.signature(type(model).forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    lean: dict[str, Any] = {"use_cache": False}
+    lean: dict[str, Any] = {}
+    if "use_cache" in parameters or open_ended:
+        lean["use_cache"] = False
     if "logits_to_keep" in parameters or open_ended:
         lean["logits_to_keep"] = 1
     elif "num_logits_to_keep" in parameters:

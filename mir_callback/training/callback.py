@@ -117,6 +117,7 @@ class MIRCallback(TrainerCallback):
     ) -> None:
         """Check everything, open the history and evaluate before the first step. Errors here end the run."""
         self._started = time.perf_counter()
+        collectives.require_same(every=self.every, stop=repr(self.stop))
         processor = self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer")
         model = kwargs["model"]
         self._encoded = encode_for(model, self.probe, processor=processor, batch_size=self._batch_size, root=self._root)
@@ -132,7 +133,7 @@ class MIRCallback(TrainerCallback):
         """Evaluate if due, and stop training if the rule says so."""
         if is_due(state.global_step, self.every, ending=control.should_training_stop):
             verdict = self._evaluate(state, kwargs["model"], kwargs.get("optimizer"), tolerant=True)
-            if verdict.stop:
+            if verdict is not None and verdict.stop:
                 control.should_training_stop = True
         return control
 
@@ -148,12 +149,12 @@ class MIRCallback(TrainerCallback):
         values = (self._encoded.fingerprint, self._encoded.tokens_fingerprint, self._root)
         return dict(zip(DEFINITION_FIELDS, values, strict=True))
 
-    def _evaluate(self, state: TrainerState, model: nn.Module, optimizer: Any, *, tolerant: bool) -> Verdict:
+    def _evaluate(self, state: TrainerState, model: nn.Module, optimizer: Any, *, tolerant: bool) -> Verdict | None:
         """One evaluation, its record, its log lines and the verdict on the history so far. Collective."""
         record: Record = {"step": state.global_step, "epoch": state.epoch}
         record |= self._measure(model, optimizer, state.global_step, tolerant)
         verdict = self._judge([*self.history, record])
-        record |= {"verdict": verdict.kind, "reason": verdict.reason}
+        record |= {"verdict": verdict.kind, "reason": verdict.reason} if verdict else {"verdict": None, "reason": None}
         record |= {"elapsed": time.perf_counter() - self._started, "time": time.time()}
         try:
             self._history.append(record)
@@ -162,7 +163,7 @@ class MIRCallback(TrainerCallback):
         values = trackers.log_values(record)
         if values:
             (self._emit or trackers.to_wandb)(values, state.global_step)
-        _say(_console_line(record, stopping=verdict.stop))
+        _say(_console_line(record, verdict))
         return verdict
 
     def _measure(self, model: nn.Module, optimizer: Any, step: int, tolerant: bool) -> Record:
@@ -182,18 +183,20 @@ class MIRCallback(TrainerCallback):
             fields |= {"mir": None, "error": "every distance is zero: vision and text tokens cannot be told apart"}
         return fields
 
-    def _judge(self, history: list[Record]) -> Verdict:
-        """Rank 0 decides, all ranks obey."""
+    def _judge(self, history: list[Record]) -> Verdict | None:
+        """Rank 0 decides, all ranks obey; None without a rule."""
         if self.stop is None:
-            return Verdict("going on", "no stop rule")
+            return None
         return collectives.broadcast_object(self.stop.verdict(history))
 
 
-def _console_line(record: Record, *, stopping: bool) -> str:
+def _console_line(record: Record, verdict: Verdict | None) -> str:
     if record["mir"] is None:
         return f"[mir] step {record['step']}: evaluation FAILED after {record['seconds']:.1f} s: {record['error']}"
-    line = f"[mir] step {record['step']}: MIR {record['mir']:.4f} ({record['seconds']:.1f} s) {record['verdict']}"
-    return f"{line}; stopping training: {record['reason']}" if stopping else line
+    line = f"[mir] step {record['step']}: MIR {record['mir']:.4f} ({record['seconds']:.1f} s)"
+    if verdict is None:
+        return line
+    return f"{line} {verdict.kind}; stopping training: {verdict.reason}" if verdict.stop else f"{line} {verdict.kind}"
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def _continue(path: Path, global_step: int, definition: Mapping[str, str]) -> li
         # Written beside and renamed: at no moment is there neither the old file nor the new one.
         beside = path.with_suffix(".new")
         beside.write_text(content, encoding="utf-8")
-        os.link(path, _free_name(path))
+        shutil.copy2(path, _free_name(path))
         os.replace(beside, path)
     return kept
 

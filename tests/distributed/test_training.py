@@ -63,10 +63,16 @@ def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, pro
         assert ours["tokens_fingerprint"] == trained.tokens_fingerprint
 
 
+@pytest.mark.parametrize("setup", SETUPS)
+def test_the_wrapped_model_gives_the_same_value(runs, setup):
+    for rank in runs(setup, "on")[1]:
+        assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-6)
+
+
 def test_zero3_weights_are_back_in_their_shards_after_every_evaluation(runs):
     for rank in runs("3", "on")[1]:
         assert set(rank["gathered"].values()) == {0}
-        assert len(rank["gathered"]) == STEPS
+        assert len(rank["gathered"]) == STEPS + 1
 
 
 def test_zero3_prefetch_trace_stays_valid_after_the_first_steps(runs):

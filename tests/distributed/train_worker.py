@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from mir_callback import MIRCallback, Probe
+from mir_callback import MIRCallback, Probe, evaluate_mir
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer
@@ -42,11 +42,15 @@ class GatheredWeights(TrainerCallback):
     """Notes after every step how many ZeRO-3 weights are not back in their shards."""
 
     def __init__(self) -> None:
-        self.left: dict[int, int] = {}
+        self.left: dict[str, int] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.count(f"step {state.global_step}", model)
+
+    def count(self, when: str, model: torch.nn.Module) -> None:
+        """Note it now."""
         statuses = [parameter.ds_status.name for parameter in model.parameters() if hasattr(parameter, "ds_status")]
-        self.left[state.global_step] = sum(status != "NOT_AVAILABLE" for status in statuses)
+        self.left[when] = sum(status != "NOT_AVAILABLE" for status in statuses)
 
 
 def final_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -76,10 +80,15 @@ def main(folder: str, setup: str, watched: str) -> None:
     )
     callback = None
     if watched == "on":
-        callback = MIRCallback(Probe.from_pairs(pairs(NUM_SAMPLES)), every=EVERY, batch_size=2).attach(trainer)
+        probe = Probe.from_pairs(pairs(NUM_SAMPLES))
+        callback = MIRCallback(probe, every=EVERY, batch_size=2).attach(trainer)
     gathered = GatheredWeights()
     trainer.add_callback(gathered)
     trainer.train()
+    wrapped = None
+    if callback:
+        wrapped = evaluate_mir(trainer.model_wrapped, probe, processor=trainer.processing_class).mir
+        gathered.count("after a wrapped model", trainer.model)
     weights = final_weights(trainer.model)
     if dist.get_rank() == 0:
         torch.save(weights, Path(folder) / "weights.pt")
@@ -95,6 +104,7 @@ def main(folder: str, setup: str, watched: str) -> None:
             "weights": digest(weights),
             "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
             "history": callback.history if callback else [],
+            "wrapped": wrapped,
             "gathered": gathered.left,
         },
     )

@@ -216,6 +216,15 @@ def test_resume_with_another_probe_is_refused(tmp_path, probe):
     assert [record["step"] for record in file_records(tmp_path)] == [0, 2, 3]
 
 
+def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe):
+    trainer = make_trainer(tmp_path, steps=1, bf16=True)
+    single = evaluate_mir(tiny_models.llava(dropout=0.1)[0], probe, processor=trainer.processing_class)
+    callback = MIRCallback(probe).attach(trainer)
+    trainer.train()
+    assert callback.history[0]["mir"] == pytest.approx(single.mir, abs=0.05)
+    assert callback.history[0]["mir"] != pytest.approx(single.mir, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

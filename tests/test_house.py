@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rules that a machine can check: imports point downwards, and the metric needs torch only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mir_callback"
+# From the ground up; a room may import from the rooms below it and from itself.
+FLOORS = [["errors"], ["collectives", "metric"], ["model"], ["probe"], ["evaluation"], ["training"], ["analysis"]]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    here = room_of(path)
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "llava_integration":
+            pytest.fail(f"{path} imports {name}")
+        if parts[0] == "mir_callback":
+            there = parts[1]
+            assert there == here or LEVEL[there] < LEVEL[here], f"{path} imports {name}"
+
+
+def test_every_room_has_its_floor():
+    assert {room_of(path) for path in FILES} == set(LEVEL)
+
+
+def test_metric_imports_torch_only():
+    foreign = {
+        name.split(".")[0]
+        for path in (PACKAGE / "metric").glob("*.py")
+        for name in imports_of(path)
+        if name.split(".")[0] not in sys.stdlib_module_names
+    }
+    assert foreign == {"torch", "mir_callback"}
+
+
+def test_optional_packages_are_not_imported_with_ours():
+    code = "import sys, mir_callback; print([m for m in ('wandb', 'deepspeed', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
