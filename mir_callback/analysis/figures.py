@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from mir_callback.errors import HistoryError
 
@@ -55,6 +56,7 @@ def _draw_curve(axes: Axes, measured: Sequence[Mapping[str, Any]], log_history: 
         beside = axes.twinx()
         beside.plot(*zip(*losses, strict=True), color=_LOSS_COLOUR, linewidth=1, alpha=0.8)
         beside.set_yscale("log")
+        _plain_numbers(beside)
         beside.set_ylabel("training loss", color=_LOSS_COLOUR)
     if measured[-1].get("verdict") == "plateau":
         axes.axvline(steps[-1], color="black", linestyle=":", linewidth=1)
@@ -76,10 +78,19 @@ def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[Mapping[str, Any
     norm = LogNorm(vmin=visible.min(), vmax=visible.max()) if visible.size and visible.min() < visible.max() else None
     shown = np.ma.masked_less_equal(layers, 0.0) if norm else layers
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(layers) + 1) + 0.5, shown, norm=norm, cmap="viridis")
-    figure.colorbar(mesh, ax=axes, label="distance FD")
+    bar = figure.colorbar(mesh, ax=axes, label="distance FD")
+    if norm is not None:
+        _plain_numbers(bar.ax)
     axes.set_yticks(np.arange(1, len(layers) + 1, max(1, len(layers) // 8)))
     axes.set_ylabel("decoder layer")
     axes.set_xlabel("optimizer step")
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Write 20 and not 2 x 10^1 beside a logarithmic axis."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:
