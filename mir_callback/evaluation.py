@@ -25,10 +25,11 @@ from mir_callback.metric.moments import Moments, moments_from_centred, moments_f
 from mir_callback.metric.rate import rate_of
 from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms, text_centric_scale
 from mir_callback.model.capture import HiddenStateCapture
-from mir_callback.model.decoder import Decoder, find_decoder
-from mir_callback.model.modality import vision_token_ids
+from mir_callback.model.decoder import find_decoder, unwrap
 from mir_callback.model.observer import undisturbed
+from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.batches import EncodedProbe, encode_probe
+from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.probe.samples import Probe
 
 DEFAULT_BATCH_SIZE = 4
@@ -96,6 +97,7 @@ def evaluate_mir(
     probe: Probe,
     *,
     processor: Any = None,
+    adapter: Adapter | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     root: str = "exact",
     zero_owner: Any = None,
@@ -106,7 +108,8 @@ def evaluate_mir(
     Args:
         model: a Hugging Face vision-language model, bare or wrapped (DDP, DeepSpeed engine, PEFT).
         probe: the samples; the same on every rank.
-        processor: the model's processor (image processor and tokenizer).
+        processor: the model's processor (image processor and tokenizer); not needed with an adapter.
+        adapter: for models that are not Hugging Face's own, see `llava_integration`.
         batch_size: samples per forward on each rank.
         root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
         zero_owner: with ZeRO-3 and a bare model: the engine or its optimizer, so that weights gathered by the
@@ -123,12 +126,31 @@ def evaluate_mir(
     Ranks: collective. Every rank must call it with the same probe and options.
     Source: arXiv:2410.07167, section 3.
     """
-    encoded = encode_for(model, probe, processor=processor, batch_size=batch_size, root=root)
-    return evaluate_encoded(model, encoded, root=root, zero_owner=zero_owner, progress=progress)
+    adapter = adapter_for(model, processor, adapter)
+    encoded = encode_for(model, probe, adapter, batch_size=batch_size, root=root)
+    return evaluate_encoded(model, encoded, adapter, root=root, zero_owner=zero_owner, progress=progress)
+
+
+def adapter_for(model: nn.Module, processor: Any, adapter: Adapter | None = None) -> Adapter:
+    """The adapter given, or Hugging Face's for this model and processor; if that fails on one rank, on all.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as :class:`HuggingFaceAdapter`.
+
+    Ranks: collective.
+    """
+    error: Exception | None = None
+    try:
+        adapter = HuggingFaceAdapter(model, processor) if adapter is None else adapter
+    except Exception as caught:
+        error = caught
+    collectives.agree(error)
+    assert adapter is not None
+    return adapter
 
 
 def encode_for(
-    model: nn.Module, probe: Probe, *, processor: Any, batch_size: int = DEFAULT_BATCH_SIZE, root: str = "exact"
+    model: nn.Module, probe: Probe, adapter: Adapter, *, batch_size: int = DEFAULT_BATCH_SIZE, root: str = "exact"
 ) -> EncodedProbe:
     """Check everything that can be checked without a forward, on all ranks, and encode this rank's share.
 
@@ -144,16 +166,9 @@ def encode_for(
     error: Exception | None = None
     try:
         check_root(root)
-        top = find_decoder(model).model
-        encoded = encode_probe(
-            probe,
-            processor,
-            vision_token_ids(top),
-            top.config,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            batch_size=batch_size,
-        )
+        find_decoder(model)
+        world = collectives.world_size()
+        encoded = encode_probe(probe, adapter, rank=collectives.rank(), world_size=world, batch_size=batch_size)
     except Exception as caught:
         error = caught
     collectives.agree(error)
@@ -163,7 +178,13 @@ def encode_for(
 
 
 def evaluate_encoded(
-    model: nn.Module, encoded: EncodedProbe, *, root: str = "exact", zero_owner: Any = None, progress: bool = True
+    model: nn.Module,
+    encoded: EncodedProbe,
+    adapter: Adapter,
+    *,
+    root: str = "exact",
+    zero_owner: Any = None,
+    progress: bool = True,
 ) -> MIRReport:
     """:func:`evaluate_mir` on an already encoded probe. Collective."""
     started = time.perf_counter()
@@ -171,7 +192,7 @@ def evaluate_encoded(
     steps = len(encoded.batches) + len(decoder.layers)
     with _progress(steps, shown=progress and collectives.is_main()) as bar:
         with undisturbed(model, model, zero_owner), HiddenStateCapture(decoder) as capture:
-            _forward_all(model, encoded, decoder, capture, bar)
+            _forward_all(model, encoded, adapter, capture, bar)
         layers = _share_norms(capture, len(decoder.layers))
         per_layer = _distances(layers, root, bar)
     first = layers[0]
@@ -193,16 +214,19 @@ def evaluate_encoded(
 
 
 def _forward_all(
-    model: nn.Module, encoded: EncodedProbe, decoder: Decoder, capture: HiddenStateCapture, bar: tqdm
+    model: nn.Module, encoded: EncodedProbe, adapter: Adapter, capture: HiddenStateCapture, bar: tqdm
 ) -> None:
     """Every batch of this rank through the model; a failure on one rank becomes one on all."""
     error: Exception | None = None
     try:
-        anchor = next(p for p in decoder.model.parameters() if p.is_floating_point())
-        for batch in encoded.batches:
-            placed = batch.on(anchor.device, anchor.dtype)
-            capture.forward(model, placed.inputs, placed.masks, placed.keep)
-            bar.update()
+        anchor = next(p for p in model.parameters() if p.is_floating_point())
+        with adapter.live_masks(unwrap(model)) as live:
+            for batch in encoded.batches:
+                placed = batch.on(anchor.device, anchor.dtype)
+                masks = placed.masks or live
+                assert masks is not None  # an adapter knows its masks before or during the forward
+                capture.forward(model, placed.inputs, masks, placed.keep)
+                bar.update()
     except Exception as caught:
         error = caught
     collectives.agree(error)

@@ -9,7 +9,7 @@ is called on the last layer's output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -35,6 +35,8 @@ class HiddenStateCapture:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._hooks = ExitStack()
+        self._find_masks: Callable[[], ModalityMasks] | None = None
+        self._keep_rows: Tensor | None = None
         self._masks: ModalityMasks | None = None
         self._vision_positions: Tensor | None = None
         self._calls: list[int] = []
@@ -54,6 +56,9 @@ class HiddenStateCapture:
             self._keep(sibling.register_forward_hook(self._sibling_hook))
         first = self._decoder.layers[0]
         self._keep(first.register_forward_pre_hook(self._first_layer_input, with_kwargs=True))
+        head = getattr(self._decoder.model, "get_output_embeddings", _nothing)()
+        if isinstance(head, nn.Module) and _logits_argument(self._decoder.model) is None:
+            self._keep(head.register_forward_pre_hook(_last_position))
         embedding = getattr(self._decoder.model, "get_input_embeddings", _nothing)()
         if isinstance(embedding, nn.Module):
             self._keep(embedding.register_forward_hook(self._embedding_hook))
@@ -64,13 +69,20 @@ class HiddenStateCapture:
         self._hooks.close()
         self._forget_batch()
 
-    def forward(self, model: nn.Module, inputs: Mapping[str, Any], masks: ModalityMasks, keep: Tensor) -> None:
+    def forward(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        masks: ModalityMasks | Callable[[], ModalityMasks],
+        keep: Tensor,
+    ) -> None:
         """One ordinary top-level forward; the rows of its kept samples are appended.
 
         Args:
             model: the model to call, bare or wrapped; in evaluation mode and under no_grad by the caller.
             inputs: keyword arguments of its forward, on its device, without labels.
-            masks: modality masks (B, S) of this batch, on the same device.
+            masks: modality masks (B, S) of the sequence the decoder layers see, on the same device; or what tells
+                them once the first layer is reached, for models that place image features themselves.
             keep: (B,) bool; False for padding repeats, whose rows are discarded.
 
         Raises:
@@ -79,8 +91,8 @@ class HiddenStateCapture:
         Ranks: collective under ZeRO-3 (it gathers weights); every rank must call it equally often.
         """
         self._forget_batch()
-        self._masks = ModalityMasks(masks.vision & keep[:, None], masks.text & keep[:, None])
-        self._vision_positions = masks.vision
+        self._find_masks = masks if callable(masks) else lambda: masks
+        self._keep_rows = keep
         model(**inputs, **_no_extra_outputs(self._decoder.model))
         self._check_calls()
         final = self._last_output if self._last_after_norm is None else self._last_after_norm
@@ -106,8 +118,9 @@ class HiddenStateCapture:
         self._hooks.callback(handle.remove)
 
     def _forget_batch(self) -> None:
-        self._masks = self._last_output = self._last_after_norm = None
-        self._embeddings = self._first_input = self._vision_positions = None
+        self._find_masks = self._keep_rows = self._masks = self._vision_positions = None
+        self._last_output = self._last_after_norm = None
+        self._embeddings = self._first_input = None
         self._calls = []
 
     def _layer_hook(self, index: int) -> Any:
@@ -133,6 +146,11 @@ class HiddenStateCapture:
             self._last_after_norm = output
 
     def _first_layer_input(self, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self._find_masks is None or self._keep_rows is None:
+            return
+        masks, keep = self._find_masks(), self._keep_rows[:, None]
+        self._vision_positions = masks.vision
+        self._masks = ModalityMasks(masks.vision & keep, masks.text & keep)
         state = args[0] if args else kwargs.get("hidden_states")
         if self._first_input is None and isinstance(state, Tensor):
             self._first_input = state if self._verified else state.clone()
@@ -156,7 +174,7 @@ class HiddenStateCapture:
                 f"got {self._calls} for {len(expected)} layers; this architecture is not supported"
             )
         positions = self._vision_positions
-        assert positions is not None
+        assert positions is not None  # the first layer ran
         shape = (*positions.shape, self._decoder.hidden_size)
         got = None if self._first_input is None else tuple(self._first_input.shape)
         if got != shape:
@@ -182,13 +200,28 @@ def _nothing() -> None:
 
 def _no_extra_outputs(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that keep the forward lean: no cache, and logits of one position where the model can."""
-    parameters = inspect.signature(type(model).forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     lean: dict[str, Any] = {}
-    if "use_cache" in parameters or open_ended:
+    if _accepts(model, "use_cache"):
         lean["use_cache"] = False
-    if "logits_to_keep" in parameters or open_ended:
-        lean["logits_to_keep"] = 1
-    elif "num_logits_to_keep" in parameters:
-        lean["num_logits_to_keep"] = 1
+    logits = _logits_argument(model)
+    if logits is not None:
+        lean[logits] = 1
     return lean
+
+
+def _logits_argument(model: nn.Module) -> str | None:
+    """The argument that limits logits to the last positions, by this model's name for it, or None."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if "num_logits_to_keep" in parameters:
+        return "num_logits_to_keep"
+    return "logits_to_keep" if _accepts(model, "logits_to_keep") else None
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _last_position(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Logits of one position, for models that have no argument for it: the rest would be B x S x vocabulary floats."""
+    return (args[0][:, -1:], *args[1:])

@@ -14,8 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mir_callback import collectives
 from mir_callback.errors import ConfigError
-from mir_callback.evaluation import DEFAULT_BATCH_SIZE, encode_for, evaluate_encoded
+from mir_callback.evaluation import DEFAULT_BATCH_SIZE, adapter_for, encode_for, evaluate_encoded
 from mir_callback.metric.frechet import check_root
+from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.batches import EncodedProbe
 from mir_callback.probe.samples import Probe
 from mir_callback.training import trackers
@@ -49,6 +50,7 @@ class MIRCallback(TrainerCallback):
         every: optimizer steps between evaluations.
         stop: a rule that may end training, or None to watch only.
         processor: the model's processor; by default the Trainer's own (`processing_class`).
+        adapter: for models that are not Hugging Face's own, see `llava_integration`.
         batch_size: probe samples per forward on each rank.
         root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
 
@@ -65,6 +67,7 @@ class MIRCallback(TrainerCallback):
         stop: PlateauRule | None = None,
         *,
         processor: Any = None,
+        adapter: Adapter | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         root: str = "exact",
     ) -> None:
@@ -81,6 +84,8 @@ class MIRCallback(TrainerCallback):
         self._batch_size = batch_size
         self._root = root
         self._history = History()
+        self._given_adapter = adapter
+        self._adapter: Adapter | None = None
         self._encoded: EncodedProbe | None = None
         self._emit: trackers.Emit | None = None
         self._started = 0.0
@@ -120,7 +125,8 @@ class MIRCallback(TrainerCallback):
         collectives.require_same(every=self.every, stop=repr(self.stop))
         processor = self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer")
         model = kwargs["model"]
-        self._encoded = encode_for(model, self.probe, processor=processor, batch_size=self._batch_size, root=self._root)
+        self._adapter = adapter_for(model, processor, self._given_adapter)
+        self._encoded = encode_for(model, self.probe, self._adapter, batch_size=self._batch_size, root=self._root)
         self._history.open(args.output_dir or ".", state.global_step, self._definition())
         if self._emit is None:
             _say(_UNATTACHED)
@@ -169,9 +175,10 @@ class MIRCallback(TrainerCallback):
     def _measure(self, model: nn.Module, optimizer: Any, step: int, tolerant: bool) -> Record:
         """The fields of a record that come from the model; `mir` None where a tolerated evaluation failed."""
         assert self._encoded is not None
+        assert self._adapter is not None
         started = time.perf_counter()
         try:
-            report = evaluate_encoded(model, self._encoded, root=self._root, zero_owner=optimizer)
+            report = evaluate_encoded(model, self._encoded, self._adapter, root=self._root, zero_owner=optimizer)
         except Exception as error:
             if not tolerant:
                 raise

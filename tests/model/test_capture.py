@@ -8,9 +8,9 @@ from torch import nn
 from mir_callback import Probe
 from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.capture import HiddenStateCapture
-from mir_callback.model.decoder import find_decoder, unwrap
-from mir_callback.model.modality import vision_token_ids
+from mir_callback.model.decoder import find_decoder
 from mir_callback.probe.batches import encode_probe
+from mir_callback.probe.huggingface import HuggingFaceAdapter
 from tests import tiny_models
 from tests.samples import pairs
 
@@ -18,10 +18,9 @@ FAMILIES = [tiny_models.llava, tiny_models.qwen2_5_vl, tiny_models.idefics3, tin
 
 
 def batches(model, processor, count=5, batch_size=2):
-    ids = vision_token_ids(unwrap(model))
+    adapter = HuggingFaceAdapter(model, processor)
     probe = Probe.from_pairs(pairs(count))
-    config = unwrap(model).config
-    return encode_probe(probe, processor, ids, config, rank=0, world_size=1, batch_size=batch_size).batches
+    return encode_probe(probe, adapter, rank=0, world_size=1, batch_size=batch_size).batches
 
 
 @pytest.mark.parametrize("build", FAMILIES)

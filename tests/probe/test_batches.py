@@ -8,22 +8,15 @@ from hypothesis import strategies as st
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.model.modality import vision_token_ids
-from mir_callback.probe.batches import cut_text, encode_probe, image_placeholder, share_of_rank
+from mir_callback.probe.batches import encode_probe, share_of_rank
+from mir_callback.probe.huggingface import HuggingFaceAdapter, cut_text, image_placeholder
 from tests import tiny_models
 from tests.samples import SENTENCE, pairs
 
 
 def encode(model, processor, probe, rank=0, world_size=1, batch_size=4):
-    return encode_probe(
-        probe,
-        processor,
-        vision_token_ids(model),
-        model.config,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-    )
+    adapter = HuggingFaceAdapter(model, processor)
+    return encode_probe(probe, adapter, rank=rank, world_size=world_size, batch_size=batch_size)
 
 
 @given(st.integers(1, 200), st.integers(1, 17))
