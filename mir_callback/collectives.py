@@ -6,6 +6,8 @@ Every function here but `rank`, `world_size` and `is_main` is collective: all ra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from mir_callback.errors import ConfigError, MIRError, RemoteError
 
 T = TypeVar("T")
+
+_SHARED = "_known_to_all_ranks"  # marks a failure of this rank that the others know of
 
 
 def world_size() -> int:
@@ -87,13 +91,38 @@ def agree(error: Exception | None) -> None:
         MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
             and message.
     """
-    failures = gather_objects(None if error is None else (type(error), f"{type(error).__name__}: {error}"))
+    failure = None
     if error is not None:
+        # Only our own classes travel: others may not be importable, or not picklable, elsewhere.
+        kind = type(error) if isinstance(error, MIRError) else RemoteError
+        failure = kind, f"{type(error).__name__}: {error}"
+    failures = gather_objects(failure)
+    if error is not None:
+        setattr(error, _SHARED, True)
         raise error
-    for failed_rank, failure in enumerate(failures):
-        if failure is not None:
-            kind, text = failure
-            raise (kind if issubclass(kind, MIRError) else RemoteError)(f"rank {failed_rank} failed: {text}")
+    for failed_rank, told in enumerate(failures):
+        if told is not None:
+            raise told[0](f"rank {failed_rank} failed: {told[1]}")
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block of local work (no collectives in it) that succeeds on all ranks or fails on all, see :func:`agree`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(error)
+
+
+def is_shared(error: Exception) -> bool:
+    """Whether every rank has this failure, so that going on after it leaves the ranks in step.
+
+    True for what :func:`agree` raised and for this package's own errors, which are raised from values all ranks share
+    or through `agree`; true for anything on one process.
+    """
+    return world_size() == 1 or isinstance(error, MIRError) or getattr(error, _SHARED, False)
 
 
 def require_same(**options: object) -> None:

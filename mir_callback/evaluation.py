@@ -139,12 +139,8 @@ def adapter_for(model: nn.Module, processor: Any, adapter: Adapter | None = None
 
     Ranks: collective.
     """
-    error: Exception | None = None
-    try:
+    with collectives.all_or_none():
         adapter = HuggingFaceAdapter(model, processor) if adapter is None else adapter
-    except Exception as caught:
-        error = caught
-    collectives.agree(error)
     assert adapter is not None
     return adapter
 
@@ -162,17 +158,11 @@ def encode_for(
 
     Ranks: collective.
     """
-    encoded = None
-    error: Exception | None = None
-    try:
+    with collectives.all_or_none():
         check_root(root)
         find_decoder(model)
         world = collectives.world_size()
         encoded = encode_probe(probe, adapter, rank=collectives.rank(), world_size=world, batch_size=batch_size)
-    except Exception as caught:
-        error = caught
-    collectives.agree(error)
-    assert encoded is not None
     collectives.require_same(probe_fingerprint=encoded.fingerprint, batch_size=batch_size, root=root)
     return replace(encoded, digests=tuple(chain.from_iterable(collectives.gather_objects(encoded.digests))))
 
@@ -217,8 +207,7 @@ def _forward_all(
     model: nn.Module, encoded: EncodedProbe, adapter: Adapter, capture: HiddenStateCapture, bar: tqdm
 ) -> None:
     """Every batch of this rank through the model; a failure on one rank becomes one on all."""
-    error: Exception | None = None
-    try:
+    with collectives.all_or_none():
         anchor = next(p for p in model.parameters() if p.is_floating_point())
         with adapter.live_masks(unwrap(model)) as live:
             for batch in encoded.batches:
@@ -227,14 +216,12 @@ def _forward_all(
                 assert masks is not None  # an adapter knows its masks before or during the forward
                 capture.forward(model, placed.inputs, masks, placed.keep)
                 bar.update()
-    except Exception as caught:
-        error = caught
-    collectives.agree(error)
 
 
 def _share_norms(capture: HiddenStateCapture, num_layers: int) -> list[_Layer]:
     """Decide text scale and outliers of every layer from the norms of all ranks. Raises alike on every rank."""
-    rows = [capture.take_layer(layer) for layer in range(num_layers)]
+    with collectives.all_or_none():
+        rows = [capture.take_layer(layer) for layer in range(num_layers)]
     vision, text = (_share_modality([pair[i] for pair in rows], name) for i, name in enumerate(("vision", "text")))
     return [
         _Layer(vision_cloud, text_cloud, text_centric_scale(text_norms))
@@ -244,7 +231,8 @@ def _share_norms(capture: HiddenStateCapture, num_layers: int) -> list[_Layer]:
 
 def _share_modality(rows: list[Tensor], name: str) -> list[tuple[_Cloud, Tensor]]:
     """Per layer: this rank's cloud, and the norms of all ranks' rows."""
-    mine = torch.stack([row_norms(layer_rows) for layer_rows in rows])
+    with collectives.all_or_none():
+        mine = torch.stack([row_norms(layer_rows) for layer_rows in rows])
     everyone = collectives.gather_columns(mine)
     _check_norms(everyone, name)
     shared = []
@@ -278,7 +266,6 @@ def _distances(layers: list[_Layer], root: str, bar: tqdm) -> list[float]:
     world = collectives.world_size()
     device = layers[0].vision.rows.device
     distances = torch.zeros(len(layers), dtype=torch.float64, device=device)
-    error: Exception | None = None
     for start in range(0, len(layers), world):
         wave = range(start, min(start + world, len(layers)))
         owned = None
@@ -286,13 +273,10 @@ def _distances(layers: list[_Layer], root: str, bar: tqdm) -> list[float]:
             moments = _shared_moments(layers[index], owner=index % world)
             if index % world == collectives.rank():
                 owned = index, moments
-        try:
+        with collectives.all_or_none():
             if owned is not None:
                 distances[owned[0]] = _solve(*owned, root)
-        except Exception as caught:
-            error = error or caught
         bar.update(len(wave))
-    collectives.agree(error)
     return [float(value) for value in collectives.sum_over_ranks(distances)]
 
 
@@ -306,7 +290,9 @@ def _shared_moments(layer: _Layer, owner: int) -> tuple[Moments, Moments]:
     """Text-scaled moments of both modalities over all ranks; complete on the owner only."""
     clouds = (layer.vision, layer.text)
     _replace_outliers(clouds)
-    sums = collectives.sum_over_ranks(torch.stack([row_sum(cloud.rows) for cloud in clouds]))
+    with collectives.all_or_none():
+        sums = torch.stack([row_sum(cloud.rows) for cloud in clouds])
+    collectives.sum_over_ranks(sums)
     vision, text = (
         _cloud_moments(cloud, total / cloud.count, owner) for cloud, total in zip(clouds, sums, strict=True)
     )
@@ -328,7 +314,9 @@ def _cloud_moments(cloud: _Cloud, mean: Tensor, owner: int) -> Moments:
     if cloud.count < dim:
         centred = collectives.gather_columns((cloud.rows.double() - mean).T.contiguous()).T
         return moments_from_centred(mean, centred)
-    scatter = collectives.sum_to_rank(scatter_about(cloud.rows, mean), owner)
+    with collectives.all_or_none():  # the largest allocation of an evaluation after its forwards
+        scatter = scatter_about(cloud.rows, mean)
+    collectives.sum_to_rank(scatter, owner)
     return moments_from_scatter(cloud.count, mean, scatter)
 
 

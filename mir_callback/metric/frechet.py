@@ -8,8 +8,8 @@
 
 For any factors S_v = A^T A and S_t = B^T B, tr((S_v S_t)^(1/2)) is the nuclear norm of A B^T, that is the sum of
 square roots of the eigenvalues of A S_t A^T. The eigenvalues are cheap, but a small one is only known up to the
-rounding of the largest, and the square root magnifies that. So the cheap way comes with a bound on its error, and
-where the bound is too large for the distance at hand the singular values of A B^T, which do not suffer, are used.
+rounding of the largest, and the square root magnifies that. So the cheap way comes with an estimate of its error,
+and where that is too large for the distance at hand the singular values of A B^T, which do not suffer, are used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Root = Literal["exact", "paper_fast"]
 ROOTS: tuple[str, ...] = get_args(Root)
 
 _EPS = torch.finfo(torch.float64).eps
-# The eigenvalue way is kept while its error bound moves log10(FD) by less than about 4e-8.
+# The eigenvalue way is kept while its error moves log10(FD) by less than about 4e-8.
 _EIGENVALUE_TOLERANCE = 1e-7
 
 
@@ -40,7 +40,7 @@ class Frechet:
     Attributes:
         distance: FD >= 0; rounding below zero, and anything smaller than ``rounding``, is 0.
         raw: the value before clipping.
-        rounding: bound on the rounding error of ``raw``.
+        rounding: generous estimate of the rounding error of ``raw``, from the sizes of the covariances.
     """
 
     distance: float
@@ -146,7 +146,7 @@ def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
 
 
 def _cross_term(vision: Moments, text: Moments, root: str, base: float) -> tuple[float, float]:
-    """The term T of the distance and a bound on its error."""
+    """The term T of the distance and an estimate of its error."""
     if root == "paper_fast":
         term = _trace_of_product(vision, text)
         return term, 16.0 * _EPS * abs(term)
@@ -179,7 +179,7 @@ def _prefers_left(vision: Moments, text: Moments) -> bool:
 
 
 def _root_by_eigenvalues(left: Moments, right: Moments) -> tuple[float, float] | None:
-    """Sum of root eigenvalues of A S A^T with an error bound; None if ``left`` has no Cholesky factor."""
+    """Sum of root eigenvalues of A S A^T with an estimate of its error; None if ``left`` has no Cholesky factor."""
     a = left.factor
     if a is None:
         assert left.covariance is not None
@@ -194,17 +194,18 @@ def _root_by_eigenvalues(left: Moments, right: Moments) -> tuple[float, float] |
         product = a @ right.covariance @ a.T
     values = torch.linalg.eigvalsh(0.5 * (product + product.T)).clamp_min(0.0)
     roots = values.sqrt()
-    noise = 8.0 * _EPS * values[-1]
+    # Rounding of the product, which may cancel, and not only of its eigenvalues.
+    noise = 8.0 * _EPS * left.size * right.size
     error = torch.minimum(noise.sqrt().expand_as(roots), noise / (2.0 * roots).clamp_min(1e-300)).sum()
     return roots.sum().item(), error.item()
 
 
 def _root_by_singular_values(left: Moments, right: Moments) -> tuple[float, float]:
-    """Nuclear norm of A B^T, with an error bound: each singular value is good to the rounding of the largest."""
+    """Nuclear norm of A B^T; each singular value is good to the rounding of the factors' product."""
     singular = torch.linalg.svdvals(_factor(left) @ _factor(right).T)
     if singular.numel() == 0:
         return 0.0, 0.0
-    return singular.sum().item(), (8.0 * _EPS * singular.numel() * singular[0]).item()
+    return singular.sum().item(), (8.0 * _EPS * singular.numel() * (left.size * right.size).sqrt()).item()
 
 
 def _factor(moments: Moments) -> Tensor:

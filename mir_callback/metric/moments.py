@@ -39,6 +39,14 @@ class Moments:
         assert self.covariance is not None
         return self.covariance.diagonal().sum()
 
+    @property
+    def size(self) -> Tensor:
+        """Frobenius norm of the covariance, 0-d float64; an upper bound of its largest eigenvalue."""
+        if self.factor is not None:
+            return (self.factor @ self.factor.T).square().sum().sqrt()
+        assert self.covariance is not None
+        return self.covariance.square().sum().sqrt()
+
     def scaled(self, alpha: float) -> Moments:
         """Moments of ``alpha * rows``."""
         return Moments(

@@ -186,10 +186,12 @@ class HiddenStateCapture:
             return
         if self._embeddings is not None and self._embeddings.shape == shape:
             assert self._first_input is not None
-            if torch.equal(self._first_input[positions], self._embeddings[positions]):
+            plain = (self._first_input[positions] == self._embeddings[positions]).all(dim=-1)
+            if bool(plain.any()):
                 raise UnsupportedModelError(
-                    f"{name}: the vision positions hold plain token embeddings, no image features; either the model "
-                    "mixes vision in by cross-attention, which MIR does not cover, or the images did not reach it"
+                    f"{name}: {int(plain.sum())} of {len(plain)} vision positions hold plain token embeddings, no "
+                    "image features; either the model mixes vision in by cross-attention, which MIR does not cover, "
+                    "or the images did not reach it"
                 )
         self._verified = True
 

@@ -18,8 +18,9 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
 
     Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
-    mode stays so), the random states of Python, NumPy, torch and the current accelerator device, and ZeRO-3's
-    gathered or in-flight weights, which are released.
+    mode stays so), tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`), the random states of
+    Python, NumPy, torch and the current accelerator device, and ZeRO-3's gathered or in-flight weights, which are
+    released.
 
     `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
     next backward pass.
@@ -32,14 +33,19 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
     Ranks: each for itself, but every rank must enter it (releasing weights waits for gathers in flight).
     """
     flags = [(module, module.training) for module in model.modules()]
+    kept = [(module, _kept_tensors(module)) for module in model.modules()]
     states = _random_states()
     try:
-        model.eval()
+        # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
+        for module, _ in flags:
+            module.training = False
         with torch.no_grad():
             yield
     finally:
         for module, training in flags:
             module.training = training
+        for module, tensors in kept:
+            _restore_tensors(module, tensors)
         release_gathered_weights(*zero_owners)
         _restore_random_states(states)
 
@@ -66,6 +72,19 @@ def _partition_cache_release(owner: Any) -> Any:
         if release is not None:
             return release
     return None
+
+
+def _kept_tensors(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of a module that are a tensor or None: what a forward may leave behind in it."""
+    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, torch.Tensor)}
+
+
+def _restore_tensors(module: nn.Module, before: dict[str, Any]) -> None:
+    for name, value in _kept_tensors(module).items():
+        if name not in before:
+            delattr(module, name)
+        elif value is not before[name]:
+            setattr(module, name, before[name])
 
 
 def _random_states() -> dict[str, Any]:

@@ -60,7 +60,7 @@ class HuggingFaceAdapter:
         return nullcontext()
 
     def _process(self, samples: Sequence[Sample], max_text_tokens: int) -> dict[str, Any]:
-        prompts = [self._placeholder + cut_text(self._tokenizer, sample.text, max_text_tokens) for sample in samples]
+        prompts = [self._placeholder + self._text_of(sample, max_text_tokens) for sample in samples]
         images = [[sample.open_image()] for sample in samples]
         try:
             encoded: Mapping[str, Any] = self._processor(
@@ -75,6 +75,18 @@ class HuggingFaceAdapter:
         inputs = {name: value for name, value in encoded.items() if name not in _LABELS}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return inputs
+
+    def _text_of(self, sample: Sample, max_text_tokens: int) -> str:
+        text = cut_text(self._tokenizer, sample.text, max_text_tokens)
+        control = {*self._vision_ids, *getattr(self._tokenizer, "all_special_ids", ())}
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if token in control and token != unknown:
+                raise ProbeError(
+                    f"probe text of {sample.name} must be plain text, got the control token "
+                    f"{self._tokenizer.convert_ids_to_tokens(token)!r} in it; remove or rewrite it"
+                )
+        return text
 
     def _check(self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks) -> None:
         for row, sample in enumerate(samples):

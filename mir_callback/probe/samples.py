@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -42,6 +43,8 @@ class Sample:
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
+                if image.mode.startswith("I") or image.mode == "F":
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
                 whole: Image.Image = image.convert("RGB")
                 return whole
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
@@ -78,6 +81,12 @@ class Probe:
                 raise ProbeError(
                     f"probe text of {sample.name} must not be empty, got {sample.text!r}; replace or remove it"
                 )
+            try:
+                sample.text.encode()
+            except UnicodeEncodeError as error:
+                raise ProbeError(
+                    f"probe text of {sample.name} must be valid Unicode, got {error}; repair it"
+                ) from error
 
     @classmethod
     def from_folders(
@@ -105,8 +114,8 @@ class Probe:
         Ranks: any; every rank that calls it reads the files and gets the same probe.
         """
         _check_draw(num_samples, seed)
-        image_files = sources.draw(sources.image_files(Path(images)), num_samples, seed, "images", images)
-        text_files = sources.draw(sources.text_files(Path(texts)), num_samples, seed, "texts", texts)
+        image_files = sources.draw(sources.image_files(_path(images)), num_samples, seed, "images", images)
+        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
         samples = [
             Sample(f"{image.name} + {text.name}", image.read_bytes(), sources.read_text(text))
             for image, text in zip(image_files, text_files, strict=True)
@@ -142,26 +151,29 @@ class Probe:
         Ranks: any; every rank that calls it reads the files and gets the same probe.
         """
         _check_draw(num_samples, seed)
-        records = sources.llava_records(Path(json_file))
+        records = sources.llava_records(_path(json_file))
         drawn = sources.draw(records, num_samples, seed, "json_file", json_file)
         samples = [
-            Sample(record.name, sources.read_image_bytes(Path(images) / record.image, record.name), record.text)
+            Sample(record.name, sources.read_image_bytes(_path(images) / record.image, record.name), record.text)
             for record in drawn
         ]
         return cls(tuple(samples), max_text_tokens)
 
     @classmethod
-    def from_pairs(
-        cls, pairs: Sequence[tuple[Image.Image, str]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
-    ) -> Probe:
-        """Build a probe from images and texts in memory; images are kept as lossless PNG.
+    def from_pairs(cls, pairs: Sequence[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
+        """Build a probe from images (PIL) and texts (str) in memory; images are kept as lossless PNG.
 
         Raises:
             ProbeError: no pairs or an empty text.
 
         Ranks: any.
         """
-        samples = [Sample(f"pair {index}", _png(image), text) for index, (image, text) in enumerate(pairs)]
+        samples = []
+        for index, (image, text) in enumerate(pairs):
+            if not isinstance(image, Image.Image) or not isinstance(text, str):
+                got = f"{type(image).__name__} and {type(text).__name__}"
+                raise ProbeError(f"pair {index} must be a PIL image and a text, got {got}; open the image first")
+            samples.append(Sample(f"pair {index}", _png(image), text))
         return cls(tuple(samples), max_text_tokens)
 
     @cached_property
@@ -194,7 +206,7 @@ class Probe:
         Ranks: rank 0 only.
         """
         entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
-        return storage.write(Path(path), entries, self.max_text_tokens, self.fingerprint)
+        return storage.write(_path(path), entries, self.max_text_tokens, self.fingerprint)
 
     @classmethod
     def load(cls, path: str | Path) -> Probe:
@@ -205,7 +217,7 @@ class Probe:
 
         Ranks: any.
         """
-        stored = storage.read(Path(path))
+        stored = storage.read(_path(path))
         samples = tuple(Sample(*entry) for entry in stored.entries)
         probe = cls(samples, stored.max_text_tokens)
         if probe.fingerprint != stored.fingerprint:
@@ -214,6 +226,10 @@ class Probe:
                 f"got {probe.fingerprint}; the files were edited or written for another encoding, save the probe anew"
             )
         return probe
+
+
+def _path(path: str | Path) -> Path:
+    return Path(path).expanduser()
 
 
 def _check_draw(num_samples: int, seed: int) -> None:

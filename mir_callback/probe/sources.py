@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | 
 def read_text(path: Path) -> str:
     """A text file's content, stripped; of a `.story` file the article without its @highlight sections."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(
             f"probe text {path} must be readable UTF-8, got {type(error).__name__}: {error}; convert or remove it"
@@ -81,7 +82,7 @@ def llava_records(json_file: Path) -> list[LlavaRecord]:
         ProbeError: the file is missing, is no JSON list of records, or a record lacks `conversations`.
     """
     try:
-        data = json.loads(json_file.read_text(encoding="utf-8"))
+        data = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ProbeError(
             f"json_file must be a readable LLaVA-format JSON list, got {json_file}: {type(error).__name__}: {error}"
@@ -115,7 +116,8 @@ def _record(entry: Any, index: int, json_file: Path) -> LlavaRecord | None:
 def _files(folder: Path, suffixes: frozenset[str], field: str) -> list[Path]:
     if not folder.is_dir():
         raise ProbeError(f"{field} must be an existing folder, got {folder}; check the path")
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
     if not files:
         raise ProbeError(
             f"{field} must hold files ending in {', '.join(sorted(suffixes))}, got none in {folder}; "

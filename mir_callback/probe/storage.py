@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -40,20 +39,9 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
         raise ProbeError(f"path must be free or hold a probe, got {path}; choose another path or remove what is there")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
-        beside = Path(tempfile.mkstemp(prefix=path.name, dir=path.parent)[1])
-        with zipfile.ZipFile(beside, "w") as archive:
-            for name, content in files.items():
-                # A fixed date: the same probe is the same file, byte for byte.
-                archive.writestr(zipfile.ZipInfo(name), content)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-        return path
-    folder = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-    os.chmod(folder, 0o755)
-    _swap(folder, path)
+        _write_zip(path, files)
+    else:
+        _write_folder(path, files)
     return path
 
 
@@ -77,22 +65,42 @@ def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
             raise ValueError(f"format {manifest['format']!r} version {manifest['version']!r}")
         entries = [(str(s["name"]), content(_image_member(s["image"])), str(s["text"])) for s in manifest["samples"]]
         return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]))
-    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ProbeError(
             f"path must be a whole probe of version {_VERSION}, got {path}: {type(error).__name__}: {error}; "
             "save the probe anew"
         ) from error
 
 
+def _write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as beside:
+        whole = Path(beside) / path.name
+        with zipfile.ZipFile(whole, "w") as archive:
+            for name, content in files.items():
+                # A fixed date: the same probe is the same file, byte for byte.
+                archive.writestr(zipfile.ZipInfo(name), content)
+        _swap(whole, path)
+
+
+def _write_folder(path: Path, files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as beside:
+        whole = Path(beside) / path.name
+        for name, content in files.items():
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            (whole / name).write_bytes(content)
+        _swap(whole, path)
+
+
 def _swap(new: Path, path: Path) -> None:
-    """Put a finished folder in its place; the old one goes only after the new one stands."""
-    if not path.exists():
+    """Put a finished file or folder in its place; the old one goes only after the new one stands."""
+    if not path.is_dir() and not new.is_dir():
         os.replace(new, path)
         return
-    old = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
-    os.replace(path, old)
+    old = new.with_name("replaced")
+    if path.exists():
+        os.replace(path, old)
     os.replace(new, path)
-    shutil.rmtree(old)
 
 
 def _image_member(name: object) -> str:

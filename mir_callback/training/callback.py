@@ -112,6 +112,12 @@ class MIRCallback(TrainerCallback):
         handler = getattr(trainer, "callback_handler", None)
         if handler is None:
             raise ConfigError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
+        others = [other for other in handler.callbacks if isinstance(other, MIRCallback) and other is not self]
+        if others:
+            raise ConfigError(
+                f"trainer must have one MIRCallback, got {len(others)} already; they would write one history file: "
+                "remove the other with trainer.remove_callback"
+            )
         if self not in handler.callbacks:
             trainer.add_callback(self)
         self._emit = trackers.through_trainer(trainer)
@@ -122,7 +128,8 @@ class MIRCallback(TrainerCallback):
     ) -> None:
         """Check everything, open the history and evaluate before the first step. Errors here end the run."""
         self._started = time.perf_counter()
-        collectives.require_same(every=self.every, stop=repr(self.stop))
+        stop = repr(self.stop) if isinstance(self.stop, PlateauRule) else type(self.stop).__qualname__
+        collectives.require_same(every=self.every, stop=stop)
         processor = self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer")
         model = kwargs["model"]
         self._adapter = adapter_for(model, processor, self._given_adapter)
@@ -164,7 +171,7 @@ class MIRCallback(TrainerCallback):
         record |= {"elapsed": time.perf_counter() - self._started, "time": time.time()}
         try:
             self._history.append(record)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             warnings.warn(f"step {state.global_step}: MIR could not be written to disk: {error}", stacklevel=2)
         values = trackers.log_values(record)
         if values:
@@ -174,13 +181,17 @@ class MIRCallback(TrainerCallback):
 
     def _measure(self, model: nn.Module, optimizer: Any, step: int, tolerant: bool) -> Record:
         """The fields of a record that come from the model; `mir` None where a tolerated evaluation failed."""
-        assert self._encoded is not None
-        assert self._adapter is not None
+        if self._encoded is None or self._adapter is None:
+            raise ConfigError(
+                "MIRCallback must be added before training begins, got its first event in the middle of a run; "
+                "attach it before trainer.train()"
+            )
         started = time.perf_counter()
         try:
             report = evaluate_encoded(model, self._encoded, self._adapter, root=self._root, zero_owner=optimizer)
         except Exception as error:
-            if not tolerant:
+            # A failure that only this rank has would leave it out of step with the others: better to end loudly.
+            if not tolerant or not collectives.is_shared(error):
                 raise
             warnings.warn(f"step {step}: MIR evaluation failed, training goes on: {error}", stacklevel=2)
             failed = {"seconds": time.perf_counter() - started, "error": f"{type(error).__name__}: {error}"}
@@ -191,10 +202,17 @@ class MIRCallback(TrainerCallback):
         return fields
 
     def _judge(self, history: list[Record]) -> Verdict | None:
-        """Rank 0 decides, all ranks obey; None without a rule."""
+        """Rank 0 decides, all ranks obey; None without a rule. A rule that fails does not end training."""
         if self.stop is None:
             return None
-        return collectives.broadcast_object(self.stop.verdict(history))
+        verdict = Verdict("no data", "another rank decides")
+        if collectives.is_main():
+            try:
+                verdict = self.stop.verdict(history)
+            except Exception as error:
+                warnings.warn(f"the stop rule failed, training goes on: {type(error).__name__}: {error}", stacklevel=2)
+                verdict = Verdict("no data", f"the stop rule failed: {type(error).__name__}: {error}")
+        return collectives.broadcast_object(verdict)
 
 
 def _console_line(record: Record, verdict: Verdict | None) -> str:

@@ -30,6 +30,8 @@ class History:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self._path: Path | None = None
+        self._size = 0  # bytes of whole lines written or continued
+        self._torn = False
 
     def open(self, folder: str | Path, global_step: int, definition: Mapping[str, str]) -> None:
         """Start or continue the history of a run.
@@ -63,22 +65,37 @@ class History:
                 error = caught
         collectives.agree(error)
         self._path = path
+        self._size, self._torn = path.stat().st_size if collectives.is_main() else 0, False
         self.records = collectives.broadcast_object(records)
 
     def append(self, record: Record) -> None:
         """Add a record; rank 0 writes its line and flushes it to the disk before going on.
 
         Raises:
-            OSError: the line could not be written (rank 0 only); the record is kept in memory.
+            OSError: the line could not be written (rank 0 only); the record is kept in memory, and the next line
+                replaces what was written of this one.
+            HistoryError: someone else writes the same file (rank 0 only).
 
         Ranks: all.
         """
         self.records.append(record)
         if collectives.is_main() and self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(record))
+            line = _line(record).encode()
+            with self._path.open("r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size != self._size and not self._torn:
+                    raise HistoryError(
+                        f"{self._path} must be written by one MIRCallback only, got {size} bytes where this one has "
+                        f"written {self._size}; give each run its own output_dir"
+                    )
+                self._torn = True  # until the line is whole, what lies behind the last whole one is debris
+                file.truncate(self._size)
+                file.seek(self._size)
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+                self._torn = False
+                self._size += len(line)
 
     def has_step(self, step: int) -> bool:
         """Whether the newest record belongs to ``step``."""
@@ -88,7 +105,7 @@ class History:
 def read_history(path: str | Path) -> list[Record]:
     """Read a history file.
 
-    A last line without its end, as a killed process leaves it, is dropped.
+    Blank lines are passed over. A last line that is not whole, as a killed process leaves it, is dropped.
 
     Args:
         path: the `.jsonl` file.
@@ -97,24 +114,43 @@ def read_history(path: str | Path) -> list[Record]:
         The records, oldest first.
 
     Raises:
-        HistoryError: a line is no JSON object with `step` and `mir`; the message names it.
+        HistoryError: not a text file, or a line is no JSON object with a whole `step` and a `mir` that is a number or
+            null; the message names the line.
 
     Ranks: any.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise HistoryError(f"{path} must be UTF-8 text, got {error}; move the file away to start a new one") from error
     records = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not {"step", "mir"} <= record.keys():
-                raise ValueError("not an object with step and mir")
+            records.append(_record(line))
         except ValueError as error:
+            if number == len(lines):
+                break
             raise HistoryError(
                 f"{path}, line {number} must be a JSON object with step and mir, got {line!r:.80}: {error}; "
                 "repair or remove that line"
             ) from error
-        records.append(record)
     return records
+
+
+def _record(line: str) -> Record:
+    """One line's record; ValueError if it is none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    record = json.loads(line, parse_constant=refuse)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("not an object with a whole step")
+    if "mir" not in record or not (record["mir"] is None or type(record["mir"]) in (int, float)):
+        raise ValueError("its mir is neither a number nor null")
+    return record
 
 
 def _continue(path: Path, global_step: int, definition: Mapping[str, str]) -> list[Record]:

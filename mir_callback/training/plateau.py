@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from mir_callback.errors import ConfigError
@@ -49,13 +50,16 @@ class PlateauRule:
 
     A plateau needs all of: ``window`` finite evaluations after the warm-up, the latest among them; a fitted change
     over them smaller than ``min_delta`` by two standard errors, up or down; no confident rise; and a level no more
-    than ``min_delta`` above the lowest level of the last three windows, so that the flat top between an early rise
-    and the fall after it is not taken for the end.
+    than ``min_delta`` above the lowest level of the last three windows (warm-up included), so that the flat top between
+    an early rise and the fall after it is not taken for the end.
+
+    A steady fall by less than ``min_delta`` over the window counts as flat: that is what ``min_delta`` means. With
+    evaluations close to each other choose a longer window or a smaller ``min_delta``.
 
     Attributes:
         window: evaluations the line is fitted to, at least 4.
         min_delta: change of MIR over the window that still counts as movement, in MIR (log10 units).
-        warmup: evaluations at the start of the run that are never looked at, the one at step 0 included.
+        warmup: evaluations at the start of the run that the line is never fitted to, the one at step 0 included.
 
     Raises:
         ConfigError: a value breaks its rule.
@@ -85,13 +89,16 @@ class PlateauRule:
 
         Ranks: pure. Inside a run rank 0 decides and the others follow.
         """
-        points = [(record["step"], record["mir"]) for record in history[self.warmup :] if _is_finite(record["mir"])]
+        everything = _finite_points(history)
+        points = _finite_points(history[self.warmup :])
         if history and not _is_finite(history[-1]["mir"]):
             return Verdict("no data", "the latest evaluation gave no finite MIR")
         if len(points) < self.window:
             return Verdict(
                 "no data", f"{len(points)} of {self.window} evaluations in the window (after {self.warmup} of warm-up)"
             )
+        if any(later <= earlier for (earlier, _), (later, _) in pairwise(points[-self.window :])):
+            return Verdict("no data", "the steps of the window do not increase; the history is damaged")
         change, error = _fitted_change(points[-self.window :])
         told = (
             f"MIR changed by {change:+.4f} (standard error {error:.4f}) "
@@ -102,10 +109,14 @@ class PlateauRule:
             return Verdict("rising", told)
         if abs(change) + margin >= self.min_delta:
             return Verdict("going on", f"{told}; not confidently below min_delta={self.min_delta}")
-        above = _level_above_best([value for _, value in points], self.window)
+        above = _level_above_best([value for _, value in everything], self.window)
         if above > self.min_delta:
             return Verdict("going on", f"{told}; flat, but {above:.4f} above its recent lowest level")
         return Verdict("plateau", f"{told}; confidently below min_delta={self.min_delta}")
+
+
+def _finite_points(history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    return [(record["step"], record["mir"]) for record in history if _is_finite(record["mir"])]
 
 
 def _is_finite(value: Any) -> bool:
@@ -118,19 +129,18 @@ def _fitted_change(points: Sequence[tuple[float, float]]) -> tuple[float, float]
     mean_step = math.fsum(step for step, _ in points) / count
     mean_value = math.fsum(value for _, value in points) / count
     spread = math.fsum((step - mean_step) ** 2 for step, _ in points)
-    if spread == 0.0:
-        return 0.0, math.inf
     slope = math.fsum((step - mean_step) * (value - mean_value) for step, value in points) / spread
     residual = math.fsum((value - mean_value - slope * (step - mean_step)) ** 2 for step, value in points)
     length = points[-1][0] - points[0][0]
-    return slope * length, math.sqrt(residual / (count - 2) / spread) * abs(length)
+    return slope * length, math.sqrt(residual / (count - 2) / spread) * length
 
 
 def _level_above_best(values: Sequence[float], window: int) -> float:
-    """How far the mean of the last window lies above the lowest mean of the windows remembered."""
+    """How far the mean of the last window lies above the lowest mean of half a window among those remembered."""
     recent = values[-_MEMORY_WINDOWS * window :]
-    levels = [math.fsum(recent[end - window : end]) / window for end in range(window, len(recent) + 1)]
-    return levels[-1] - min(levels)
+    half = window // 2
+    levels = [math.fsum(recent[end - half : end]) / half for end in range(half, len(recent) + 1)]
+    return math.fsum(recent[-window:]) / window - min(levels)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

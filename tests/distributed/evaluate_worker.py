@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mir_callback import Probe, evaluate_mir
+from mir_callback import Probe, evaluate_mir, evaluation
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
@@ -76,6 +76,25 @@ def nan_on_rank_1(rank: int) -> None:
     evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
 
 
+def fails_after_the_forwards_on_rank_1(rank: int) -> None:
+    """One rank runs out of memory while it computes covariances."""
+    model, processor = tiny_models.llava()
+    original = evaluation.scatter_about
+
+    def fail(*_: Any) -> None:
+        class LocalError(RuntimeError):
+            """Of a class that other ranks can't import."""
+
+        raise LocalError("out of memory")
+
+    if rank == 1:
+        evaluation.scatter_about = fail
+    try:
+        evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
+    finally:
+        evaluation.scatter_about = original
+
+
 BAD: dict[str, Callable[[int], None]] = {
     case.__name__: case
     for case in (
@@ -84,6 +103,7 @@ BAD: dict[str, Callable[[int], None]] = {
         processor_fails_on_rank_1,
         forward_fails_on_rank_1,
         nan_on_rank_1,
+        fails_after_the_forwards_on_rank_1,
     )
 }
 

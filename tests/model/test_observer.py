@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from mir_callback import Probe, evaluate_mir
 from mir_callback.model.observer import release_gathered_weights, undisturbed
 from tests import tiny_models
+from tests.samples import pairs
 
 
 def draws():
@@ -45,6 +47,30 @@ def test_flags_and_random_streams_are_restored(fails):
     assert [module.training for module in model.modules()] == flags
     assert torch.is_grad_enabled()
     assert draws() == expected
+
+
+def test_modules_that_do_more_than_a_flag_when_told_to_evaluate_are_not_told():
+    class Merging(torch.nn.Linear):
+        """Merges its adapter into its weight in evaluation mode, as some LoRA layers do."""
+
+        def train(self, mode=True):
+            if not mode:
+                self.weight.data += 1
+            return super().train(mode)
+
+    layer = Merging(2, 2)
+    before = layer.weight.detach().clone()
+    with undisturbed(torch.nn.Sequential(layer)):
+        assert not layer.training
+    assert layer.training
+    assert torch.equal(layer.weight, before)
+
+
+def test_what_a_forward_leaves_in_a_module_is_taken_out_again():
+    model, processor = tiny_models.qwen2_5_vl()
+    before = model.model.rope_deltas
+    evaluate_mir(model, Probe.from_pairs(pairs(2)), processor=processor)
+    assert model.model.rope_deltas is before
 
 
 def test_gathered_weights_are_released_by_the_first_owner_that_can():

@@ -103,6 +103,15 @@ def test_error_when_a_sample_is_longer_than_the_model():
         encode(model, processor, long)
 
 
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<pad>"])
+def test_error_names_the_sample_when_its_text_holds_a_control_token(token):
+    model, processor = tiny_models.llava()
+    (first, _), (image, _) = pairs(2)
+    probe = Probe.from_pairs([(first, "plain"), (image, f"a text with {token} in it")])
+    with pytest.raises(ProbeError, match=f"text of pair 1 must be plain text, got the control token '{token}'"):
+        encode(model, processor, probe)
+
+
 def test_error_when_processor_belongs_to_another_model():
     model, processor = tiny_models.llava()
     model.config.image_token_index = 7

@@ -7,7 +7,9 @@ import re
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
@@ -183,6 +185,34 @@ def test_error_names_the_file_when_an_image_cannot_be_read(folders, damage):
     victim.write_bytes(content)
     with pytest.raises(ProbeError, match=r"004\.png.* must be a readable image"):
         Probe.from_folders(images, texts, num_samples=12)
+
+
+def test_error_when_an_image_has_more_shades_than_it_would_keep(folders):
+    images, texts = folders
+    Image.fromarray(np.full((8, 8), 3000, dtype=np.uint16)).save(images / "part0" / "004.png")
+    with pytest.raises(ProbeError, match=r"004\.png.* mode I;16 has more than 8 bits"):
+        Probe.from_folders(images, texts, num_samples=12)
+
+
+def test_a_byte_order_mark_is_no_text(folders, tmp_path):
+    images, texts = folders
+    for path in texts.rglob("*.txt"):
+        path.write_text("words", encoding="utf-8-sig")
+    assert Probe.from_folders(images, texts, num_samples=1).samples[0].text == "words"
+
+
+def test_linked_folders_are_searched(folders, tmp_path):
+    images, texts = folders
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "there").symlink_to(texts)
+    probe = Probe.from_folders(images, tmp_path / "linked", num_samples=12)
+    assert probe.fingerprint == Probe.from_folders(images, texts, num_samples=12).fingerprint
+
+
+@pytest.mark.parametrize("pair", [("a.png", "text"), (None, "text"), (Image.new("RGB", (4, 4)), None)])
+def test_error_when_a_pair_is_no_image_and_text(pair):
+    with pytest.raises(ProbeError, match="pair 0 must be a PIL image and a text, got"):
+        Probe.from_pairs([pair])
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t ", b"\xff\xfe\xfa"])

@@ -139,6 +139,29 @@ def test_plateau_rule_stops_a_run_that_does_not_move(tmp_path, probe):
     assert [record["verdict"] for record in callback.history] == ["no data"] * 5 + ["plateau"]
 
 
+class Broken:
+    """A rule with a mistake in it."""
+
+    def verdict(self, history):
+        raise KeyError("bug")
+
+
+def test_a_stop_rule_that_fails_is_reported_and_training_goes_on(tmp_path, probe):
+    trainer = make_trainer(tmp_path, steps=2)
+    callback = MIRCallback(probe, every=1, stop=Broken()).attach(trainer)
+    with pytest.warns(UserWarning, match="the stop rule failed, training goes on: KeyError: 'bug'"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert callback.history[-1]["reason"] == "the stop rule failed: KeyError: 'bug'"
+
+
+def test_a_second_callback_is_refused(tmp_path, probe):
+    trainer = make_trainer(tmp_path)
+    MIRCallback(probe).attach(trainer)
+    with pytest.raises(ConfigError, match="trainer must have one MIRCallback, got 1 already"):
+        MIRCallback(probe).attach(trainer)
+
+
 class Poison(TrainerCallback):
     """Puts NaN into a weight at a step and takes it out at another."""
 

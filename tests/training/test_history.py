@@ -2,6 +2,7 @@
 """The history file: written line by line, continued on resume, never losing what was there."""
 
 import json
+import os
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_line_without_its_end_is_dropped_and_kept_aside(run):
     assert lines(run / FILE_NAME) == [0, 50, 100, 200]
 
 
-@pytest.mark.parametrize("line", ["garbage", "[]", '{"step": 3}', ""])
+@pytest.mark.parametrize("line", ["garbage", "[]", '{"step": 3}', '{"step": "3", "mir": 2}', '{"step": 3, "mir": NaN}'])
 def test_error_names_the_line_when_it_is_damaged(run, line):
     content = (run / FILE_NAME).read_text().splitlines()
     content[1] = line
@@ -99,6 +100,40 @@ def test_error_when_the_folder_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HistoryError, match="output_dir must be writable"):
         opened(tmp_path / "file" / "run")
+
+
+def test_a_whole_last_line_without_newline_and_blank_lines_are_read(run):
+    content = (run / FILE_NAME).read_text()
+    (run / FILE_NAME).write_text("\n" + content.rstrip("\n"))
+    assert [r["step"] for r in opened(run, step=100).records] == [0, 50, 100]
+
+
+def test_error_when_the_history_is_no_text(run):
+    (run / FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(HistoryError, match="must be UTF-8 text"):
+        opened(run, step=100)
+
+
+def test_what_a_full_disk_left_of_a_line_is_replaced_by_the_next(run, monkeypatch):
+    history = opened(run, step=100)
+
+    def full(_descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        history.append(record(150))
+    monkeypatch.undo()
+    history.append(record(200))
+    assert lines(run / FILE_NAME) == [0, 50, 100, 200]
+
+
+def test_two_writers_of_one_file_are_noticed(run):
+    first, second = opened(run, step=100), opened(run, step=100)
+    first.append(record(150))
+    with pytest.raises(HistoryError, match="must be written by one MIRCallback only"):
+        second.append(record(150))
+    assert lines(run / FILE_NAME) == [0, 50, 100, 150]
 
 
 def test_only_strict_json_is_written(tmp_path):

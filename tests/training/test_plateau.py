@@ -67,6 +67,23 @@ def test_does_not_stop_on_a_broad_flat_top_between_rise_and_fall():
     assert stops_at(rule, values) is None
 
 
+@pytest.mark.parametrize("top", range(6, 16))
+@pytest.mark.parametrize("curvature", [0.0008, 0.0017])
+def test_does_not_stop_on_the_top_of_a_hump_whose_rise_lay_in_the_warm_up(top, curvature):
+    values = [3 - curvature * (index - top) ** 2 for index in range(top + 25)]
+    assert stops_at(RULE, values) is None
+
+
+def test_does_not_stop_on_a_short_level_stretch_after_a_steep_rise():
+    values = [2, 2.3, 2.6, 2.8, 2.95, *(3 + noise(0, 9, 0.002)), *(3 - 0.05 * index for index in range(30))]
+    assert stops_at(RULE, values) is None
+
+
+def test_a_damaged_order_of_steps_is_no_data():
+    flat = history([2.0] * 20)
+    assert RULE.verdict([*flat[:15], *flat[11:17]]).kind == "no data"
+
+
 def test_stops_when_mir_rose_and_then_stays_up():
     values = [2.0 + 0.4 * (1 - math.exp(-index / 3)) for index in range(60)]
     assert stops_at(RULE, values) is not None

@@ -18,7 +18,7 @@ def wandb_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(folder))
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield folder
-    wandb.teardown()  # its settings were read once, from this test's environment
+    wandb.teardown()
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -30,7 +30,7 @@ def test_mir_stands_at_its_own_step_beside_every_loss(tmp_path, wandb_folder, at
     else:
         trainer.add_callback(callback)
     trainer.train()
-    wandb.finish()
+    wandb.teardown()  # waits for the process that writes the file, which finish() does not
     found = wandb_file.rows(wandb_folder)
     mir = {row["train/global_step"]: row for row in found if "train/mir" in row}
     assert {step: row["train/mir"] for step, row in mir.items()} == {
