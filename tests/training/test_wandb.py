@@ -30,7 +30,7 @@ def test_mir_stands_at_its_own_step_beside_every_loss(tmp_path, wandb_folder, at
     else:
         trainer.add_callback(callback)
     trainer.train()
-    wandb.teardown()  # waits for the process that writes the file, which finish() does not
+    wandb.finish()
     found = wandb_file.rows(wandb_folder)
     mir = {row["train/global_step"]: row for row in found if "train/mir" in row}
     assert {step: row["train/mir"] for step, row in mir.items()} == {
