@@ -7,14 +7,50 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(module: str, folder: Path, *arguments: str, processes: int = 2, timeout: float = 240) -> list[Any]:
-    """Run `python -m module folder arguments...` on several ranks.
+def run_process(
+    arguments: list[str],
+    *,
+    python: str | Path = sys.executable,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python command from the repository's root; its exit code is left to the caller to judge."""
+    surroundings = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **(environment or {}),
+    }
+    return subprocess.run(
+        [str(python), *arguments],
+        env=surroundings,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_ranks(
+    module: str,
+    folder: Path,
+    *arguments: str,
+    processes: int = 2,
+    python: str | Path = sys.executable,
+    torchrun: bool = True,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> list[Any]:
+    """Run `python -m module folder arguments...` on several ranks, under torchrun or as one plain process.
 
     Each rank writes `<folder>/rank<r>.json`. A run is judged by these files and not by its exit code: two-rank runs
     on the CPU sometimes abort while the interpreter shuts down, also without anything of ours in them.
@@ -23,22 +59,9 @@ def run_ranks(module: str, folder: Path, *arguments: str, processes: int = 2, ti
         What each rank wrote, in rank order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    finished = subprocess.run(
-        [*command, "-m", module, str(folder), *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if torchrun else []
+    command = [*launcher, "-m", module, str(folder), *arguments]
+    finished = run_process(command, python=python, environment=environment, timeout=timeout)
     (folder / "output.txt").write_text(finished.stdout + finished.stderr)
     missing = [rank for rank in range(processes) if not (folder / f"rank{rank}.json").exists()]
     assert not missing, f"ranks {missing} wrote nothing:\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"

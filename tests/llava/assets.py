@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,3 +109,7 @@ def _write_vision_tower(folder: Path) -> None:
     )
     CLIPVisionModel(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
