@@ -24,12 +24,20 @@ this demo's time, and next to nothing in a run with thousands of samples between
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from tiny_llava.collator import CaptionCollator
 from tiny_llava.prepare import prepare
 from tiny_llava.progress import LossLines
-from tiny_llava.runtime import number_of_processes, offline_wandb, prepare_deepspeed, quieten, runs_on_cpu
+from tiny_llava.runtime import (
+    number_of_processes,
+    offline_wandb,
+    quieten,
+    runs_on_cpu,
+    set_up_deepspeed,
+    start_process_group,
+)
 from tiny_llava.scenes import Scenes
 from tiny_llava.settings import Settings
 from tiny_llava.summary import summarise
@@ -39,17 +47,18 @@ from mir_callback import MIRCallback, PlateauRule, Probe
 from mir_callback.analysis.figures import plot_run
 
 BATCH = 16  # over all processes
-MAX_STEPS = 600
+MAX_STEPS = 800
 
 
 def main() -> None:
     """Prepare, pre-train, summarise."""
     options = parse_options()
     quieten()
+    set_up_deepspeed(options.cache)
     settings = Settings()
     start = prepare(options.cache, settings)
 
-    prepare_deepspeed(options.cache)
+    start_process_group()
     offline_wandb(options.output)
     args = training_arguments(options.output)
     processor = AutoProcessor.from_pretrained(start.model)
@@ -101,6 +110,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pre-train a tiny LLaVA and stop when MIR has reached its plateau.")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
     parser.add_argument("--cache", type=Path, default=Path("runs/demo_cache"), help="folder of the trained backbones")
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("start it with torchrun: torchrun --standalone --nproc_per_node 2 " + __file__)
     return parser.parse_args()
 
 
