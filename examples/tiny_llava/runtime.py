@@ -22,16 +22,21 @@ def runs_on_cpu() -> bool:
     return torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def prepare_deepspeed(cache: Path) -> None:
-    """Set what DeepSpeed needs before it is imported; on the CPU, start its process group too.
-
-    On GPUs the Trainer's arguments start it. On the CPU they start one that DeepSpeed doesn't know of yet when the
-    model is loaded in shards.
-    """
+def set_up_deepspeed(cache: Path) -> None:
+    """Set what DeepSpeed reads when it is imported."""
     # Private, because DeepSpeed fails to start on an extension that another installation has built.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str((cache / "torch_extensions").absolute()))
     if runs_on_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def start_process_group() -> None:
+    """Let DeepSpeed start the process group on the CPU.
+
+    On GPUs the Trainer's arguments do this. On the CPU they start one that DeepSpeed doesn't know of yet when the model
+    is loaded in shards.
+    """
+    if runs_on_cpu():
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

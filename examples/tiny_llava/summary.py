@@ -31,8 +31,8 @@ def summarise(history: Sequence[Record], log_history: Sequence[Record], max_step
         "MIR at the end": _value(last),
         "training loss": f"{losses[0]['loss']:.3f} (step {losses[0]['step']}) to "
         f"{losses[-1]['loss']:.3f} (step {losses[-1]['step']})",
-        "stopped": f"at step {last['step']} of {max_steps}: {last['verdict']}",
-        "because": last["reason"],
+        "stopped": f"at step {last['step']} of {max_steps}, {_why(last)}",
+        "last verdict": last["reason"],
         "training time": f"{training:.0f} s, of which {evaluating:.0f} s ({evaluating / training:.0%}) were "
         f"{len(history)} evaluations",
         "probe": f"{last['num_samples']} samples, {last['num_vision_tokens']} vision and "
@@ -44,6 +44,10 @@ def summarise(history: Sequence[Record], log_history: Sequence[Record], max_step
 
 def _value(record: Record) -> str:
     return f"{record['mir']:.3f} (step {record['step']})"
+
+
+def _why(last: Record) -> str:
+    return "on a plateau" if last["verdict"] == "plateau" else "at the end of the schedule; no plateau was found"
 
 
 def _files(output: Path) -> list[str]:
