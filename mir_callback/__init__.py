@@ -6,12 +6,14 @@ from mir_callback.evaluation import MIRReport, evaluate_mir
 from mir_callback.metric.frechet import frechet_distance
 from mir_callback.metric.rate import MIRResult, modality_integration_rate
 from mir_callback.probe.samples import Probe, Sample
+from mir_callback.training.arguments import MIRArguments
 from mir_callback.training.callback import MIRCallback
 from mir_callback.training.plateau import PlateauRule, Verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MIRArguments",
     "MIRCallback",
     "MIRError",
     "MIRReport",

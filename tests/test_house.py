@@ -10,7 +10,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mir_callback"
 # From the ground up; a room may import from the rooms below it and from itself.
-FLOORS = [["errors"], ["collectives", "metric"], ["model"], ["probe"], ["evaluation"], ["training"], ["analysis"]]
+FLOORS = [
+    ["errors"],
+    ["collectives", "metric"],
+    ["model"],
+    ["probe"],
+    ["evaluation"],
+    ["training"],
+    ["analysis"],
+    ["launch"],
+]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MIR in LLaVA code bases as they are, with one line before `trainer.train()`: :func:`attach_mir`."""
+
+from llava_integration.attach import attach_mir
+from llava_integration.original import OriginalLlavaAdapter
+
+__all__ = ["OriginalLlavaAdapter", "attach_mir"]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One line for a training script: build probe and adapter for the Trainer's model, attach the callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava_integration.original import OriginalLlavaAdapter
+from llava_integration.splicing import METHOD
+from mir_callback import MIRCallback, Probe
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.model.decoder import unwrap
+from mir_callback.probe.adapter import Adapter
+from mir_callback.probe.huggingface import HuggingFaceAdapter
+
+KNOWN = "haotian-liu/LLaVA (package llava) and Hugging Face vision-language models (package transformers)"
+
+
+def attach_mir(
+    trainer: Any,
+    *,
+    images: str | Path,
+    texts: str | Path,
+    num_samples: int = 100,
+    every: int = 50,
+    seed: int = 0,
+    conversation: str | None = None,
+    **callback_options: Any,
+) -> MIRCallback:
+    """Watch MIR in a Trainer, whatever kind of LLaVA its model is.
+
+    Args:
+        trainer: a transformers Trainer (LLaVATrainer included), before `train()`.
+        images: folder of probe images.
+        texts: folder of probe texts.
+        num_samples: image + text pairs.
+        every: optimizer steps between evaluations.
+        seed: of the draw.
+        conversation: template for the original LLaVA, see :class:`OriginalLlavaAdapter`.
+        **callback_options: of :class:`MIRCallback`, such as ``stop=PlateauRule()``.
+
+    Returns:
+        The attached callback.
+
+    Raises:
+        ConfigError, ProbeError: something is missing or cannot be read.
+        UnsupportedModelError: the model is of no known kind.
+
+    Ranks: every rank, with the same arguments.
+    """
+    adapter = recognise(trainer, conversation)
+    probe = Probe.from_folders(images=images, texts=texts, num_samples=num_samples, seed=seed)
+    return MIRCallback(probe, every=every, adapter=adapter, **callback_options).attach(trainer)
+
+
+def recognise(trainer: Any, conversation: str | None = None) -> Adapter:
+    """The adapter for a Trainer's model. Ranks: each for itself."""
+    model = getattr(trainer, "model", None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"trainer must be a transformers Trainer with a model, got {type(trainer).__name__}")
+    top = unwrap(model)
+    processor = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
+    home = type(top).__module__.split(".")[0]
+    if home == "llava" and hasattr(top, METHOD):
+        return OriginalLlavaAdapter(model, processor, conversation=conversation)
+    if conversation is not None:
+        raise ConfigError(f"conversation must be left out for {type(top).__name__}, got {conversation!r}")
+    if hasattr(top, METHOD) or home != "transformers":
+        raise UnsupportedModelError(
+            f"{type(top).__module__}.{type(top).__name__} is of no kind known here ({KNOWN}); "
+            "write an adapter (mir_callback.probe.adapter.Adapter) and give it to MIRCallback(adapter=...)"
+        )
+    return HuggingFaceAdapter(model, processor)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of the package `llava`: haotian-liu/LLaVA as published (`llava-torch`), and LLaVA-NeXT, which kept its shape.
+
+LLaVA-NeXT's models also want to be told that their inputs are images and not videos.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_integration.splicing import METHOD, spliced_masks
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.model.decoder import unwrap
+from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
+from mir_callback.probe.huggingface import cut_text
+from mir_callback.probe.samples import Sample
+
+
+class OriginalLlavaAdapter:
+    """Encodes samples as LLaVA's own training and inference code does, and observes its image expansion.
+
+    Args:
+        model: the model, bare or wrapped.
+        tokenizer: the run's tokenizer, with a pad token.
+        conversation: name of a conversation template ("plain", "v1", "llama_2", ...); by default the run's own
+            (`llava.conversation.default_conversation`). "plain", LLaVA's pre-training form, is image, text, separator;
+            others put the image into the first turn and the text into the reply, as the authors of MIR do.
+
+    Raises:
+        ConfigError: no tokenizer or no pad token, an unknown template.
+        UnsupportedModelError: the model has no vision tower or does not expand images as LLaVA does.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
+        top: Any = unwrap(model)
+        if not hasattr(top, METHOD) or getattr(top, "get_vision_tower", lambda: None)() is None:
+            raise UnsupportedModelError(
+                f"{type(top).__name__} must be a LLaVA model with a vision tower and {METHOD}; "
+                "load it with vision_tower set, or use the adapter of its family"
+            )
+        if tokenizer is None or getattr(tokenizer, "pad_token_id", None) is None:
+            raise ConfigError(
+                f"tokenizer must have a pad token, got {type(tokenizer).__name__} without one; "
+                "LLaVA sets tokenizer.pad_token = tokenizer.unk_token"
+            )
+        self._config = top.config
+        self._takes_modalities = "modalities" in inspect.signature(getattr(top, METHOD)).parameters
+        self._tokenizer = tokenizer
+        self._image_processor = top.get_vision_tower().image_processor
+        self._template = _template(conversation)
+
+    def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
+        """See :class:`mir_callback.probe.adapter.Adapter`."""
+        ids = [self._ids(sample, max_text_tokens) for sample in samples]
+        width = max(len(row) for row in ids)
+        input_ids = torch.full((len(ids), width), self._tokenizer.pad_token_id, dtype=torch.long)
+        attention = torch.zeros(len(ids), width, dtype=torch.bool)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = tokens
+            attention[row, : len(tokens)] = True
+        pictures = [sample.open_image() for sample in samples]
+        inputs = {"input_ids": input_ids, "attention_mask": attention, "images": self._images(pictures)}
+        if self._takes_modalities:
+            inputs["modalities"] = ["image"] * len(samples)
+        if "anyres" in (self._aspect_ratio or ""):
+            inputs["image_sizes"] = [picture.size for picture in pictures]
+        return AdaptedBatch(inputs, None, ids)
+
+    def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
+        """See :func:`spliced_masks`."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        return spliced_masks(model, IMAGE_TOKEN_INDEX)
+
+    @property
+    def _aspect_ratio(self) -> str | None:
+        return getattr(self._config, "image_aspect_ratio", None)
+
+    def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+        from llava.mm_utils import tokenizer_image_token
+
+        for token in (DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN):
+            if token in sample.text:
+                raise ProbeError(
+                    f"probe text of {sample.name} must be plain text, got {token!r} in it; remove or rewrite it"
+                )
+        image = DEFAULT_IMAGE_TOKEN
+        if getattr(self._config, "mm_use_im_start_end", False):
+            image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
+        text = cut_text(self._tokenizer, sample.text, max_text_tokens)
+        prompt = self._prompt(image, text)
+        tokens: Tensor = tokenizer_image_token(prompt, self._tokenizer, return_tensors="pt")
+        return tokens
+
+    def _prompt(self, image: str, text: str) -> str:
+        from llava.conversation import SeparatorStyle
+
+        if self._template.sep_style == SeparatorStyle.PLAIN:
+            return f"{image}{text}{self._template.sep}"
+        conversation = self._template.copy()
+        conversation.messages = []
+        conversation.append_message(conversation.roles[0], f"{image}\n")
+        conversation.append_message(conversation.roles[1], text)
+        return str(conversation.get_prompt())
+
+    def _images(self, pictures: list[Any]) -> Any:
+        """(B, 3, H, W), or a list of tiles per image for anyres."""
+        from llava.mm_utils import process_images
+
+        return process_images(pictures, self._image_processor, self._config)
+
+
+def _template(name: str | None) -> Any:
+    from llava import conversation
+
+    if name is None:
+        return conversation.default_conversation
+    if name not in conversation.conv_templates:
+        known = ", ".join(sorted(conversation.conv_templates))
+        raise ConfigError(f"conversation must be one of {known}, got {name!r}; leave it out for the run's own")
+    return conversation.conv_templates[name]

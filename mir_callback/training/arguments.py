@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MIR's options as command-line flags, for `HfArgumentParser` beside a script's own dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mir_callback.errors import ConfigError
+from mir_callback.metric.frechet import check_root
+from mir_callback.training.plateau import PlateauRule
+from mir_callback.training.schedule import check_every
+
+STOP_RULES = ("none", "plateau")
+
+
+@dataclass
+class MIRArguments:
+    """What a training script lets its user say about MIR.
+
+    Raises:
+        ConfigError: a flag breaks its rule, or one of --mir_images and --mir_texts is given without the other.
+    """
+
+    mir_images: str | None = field(default=None, metadata={"help": "Folder of probe images; switches MIR on."})
+    mir_texts: str | None = field(default=None, metadata={"help": "Folder of probe texts (.txt, .md, .story)."})
+    mir_num_samples: int = field(default=100, metadata={"help": "Image + text pairs in the probe."})
+    mir_seed: int = field(default=0, metadata={"help": "Seed of the draw of the probe."})
+    mir_every: int = field(default=50, metadata={"help": "Optimizer steps between evaluations."})
+    mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
+    mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
+    mir_stop: str = field(default="none", metadata={"help": "none: watch only; plateau: stop when MIR is level."})
+    mir_stop_window: int = field(default=8, metadata={"help": "Evaluations the plateau rule fits its line to."})
+    mir_stop_min_delta: float = field(
+        default=0.02, metadata={"help": "Change of MIR over the window that still counts."}
+    )
+    mir_stop_warmup: int = field(default=5, metadata={"help": "First evaluations the line is never fitted to."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything."""
+        for given, missing in (("mir_images", "mir_texts"), ("mir_texts", "mir_images")):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise ConfigError(f"{missing} must be given with {given}, got {given}={getattr(self, given)!r} alone")
+        if self.mir_stop not in STOP_RULES:
+            raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
+        check_every(self.mir_every)
+        check_root(self.mir_root)
+        self.stop_rule()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether MIR is to be watched."""
+        return self.mir_images is not None
+
+    def stop_rule(self) -> PlateauRule | None:
+        """The rule that the flags describe, or None."""
+        rule = PlateauRule(self.mir_stop_window, self.mir_stop_min_delta, self.mir_stop_warmup)
+        return rule if self.mir_stop == "plateau" else None
+
+    def attach_options(self) -> dict[str, Any]:
+        """Keyword arguments of `llava_integration.attach_mir`."""
+        return {
+            "images": self.mir_images,
+            "texts": self.mir_texts,
+            "num_samples": self.mir_num_samples,
+            "seed": self.mir_seed,
+            "every": self.mir_every,
+            "batch_size": self.mir_batch_size,
+            "root": self.mir_root,
+            "stop": self.stop_rule(),
+        }

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real LLaVA package in its own environment: its training script with one line added, and its models' values.
+
+`make test` builds that environment (`.venv-llava`, pinned by constraints-llava.txt) beside the main one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, run_process, run_ranks
+from tests.llava.value_cases import VALUE_CASES
+
+PYTHON = Path(os.environ.get("MIR_LLAVA_PYTHON", ROOT / ".venv-llava" / "bin" / "python"))
+STEPS = 4
+EXAMPLE = ROOT / "examples" / "llava_v1_5"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    assert PYTHON.exists(), f"no LLaVA environment at {PYTHON}; `make test` builds it (or set MIR_LLAVA_PYTHON)"
+    folder = tmp_path_factory.mktemp("assets")
+    run_process(["-m", "tests.llava.assets", str(folder)], python=PYTHON)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def values(assets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("values")
+    return run_ranks("tests.llava.value_worker", folder, str(assets), processes=1, python=PYTHON, torchrun=False)[0]
+
+
+@pytest.mark.parametrize("case", VALUE_CASES)
+def test_value_equals_the_authors_procedure_at_every_batch_size(values, case):
+    found = values["values"][case]
+    assert found["ours"] == pytest.approx([found["authors"]] * 3, abs=1e-5)
+
+
+def test_padding_side_does_not_change_the_value(values):
+    for template in ("plain", "v1"):
+        left, right = (values["values"][f"{case}, {template}"]["ours"][1] for case in ("left padding", "square"))
+        assert left == pytest.approx(right, abs=1e-5)
+
+
+def test_masks_follow_the_models_expansion_for_several_images_and_none(values):
+    vision, text, lengths = values["mixed"]
+    assert vision == [32, 16, 0]
+    # After the last image of the first two rows stands one and the same word; the row without an image has neither.
+    assert text[0] == text[1] > 0
+    assert text[2] == 0
+    assert lengths[2] > 0
+
+
+def test_error_when_truncation_leaves_no_image(values):
+    assert values["too_short"].startswith("ProbeError: every probe sample must have vision tokens after the model has")
+
+
+def arguments(assets, output, zero):
+    """LLaVA's published stage-1 command, at tiny size."""
+    given = {
+        "model_name_or_path": assets / "tiny-vicuna",
+        "version": "plain",
+        "data_path": assets / "data.json",
+        "image_folder": assets / "train" / "images",
+        "vision_tower": assets / "tiny-clip-vit",
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "output_dir": output,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        # accelerate 0.21 opens no_sync() to accumulate, which DeepSpeed 0.19 refuses from stage 2 on.
+        "gradient_accumulation_steps": 2 if zero is None else 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "model_max_length": 128,
+        "lazy_preprocess": True,
+        "report_to": "none",
+    }
+    if zero is None:
+        given["use_cpu"] = True
+    else:
+        given["deepspeed"] = EXAMPLE / f"zero{zero}.json"
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def runs(assets, tmp_path_factory):
+    """Run a set-up once, with or without the line; (output folder, what the ranks wrote)."""
+    done = {}
+
+    def run(zero, watched):
+        if (zero, watched) not in done:
+            folder = tmp_path_factory.mktemp(f"llava-{zero}-{watched}")
+            command = [watched, "--", *arguments(assets, folder / "output", zero)]
+            ranks = run_ranks(
+                "tests.llava.train_worker",
+                folder,
+                *command,
+                processes=1 if zero is None else 2,
+                python=PYTHON,
+                torchrun=zero is not None,
+                environment={"MIR_TEST_PROBE": str(assets / "probe")},
+            )
+            done[zero, watched] = folder / "output", ranks
+        return done[zero, watched]
+
+    return run
+
+
+@pytest.mark.parametrize("zero", [None, "2", "3"])
+def test_loss_log_is_identical_and_every_step_present(runs, zero):
+    plain, watched = runs(zero, "off")[1], runs(zero, "on")[1]
+    assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
+    assert [rank["log"] for rank in watched] == [rank["log"] for rank in plain]
+
+
+@pytest.mark.parametrize("zero", [None, "2", "3"])
+def test_history_is_written_and_logged(runs, zero):
+    output, ranks = runs(zero, "on")
+    written = [json.loads(line) for line in (output / "mir_history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in written] == [0, 2, 4]
+    assert ranks[0]["history"] == written
+    for rank in ranks:
+        assert rank["logged"] == [[record["step"], record["mir"]] for record in written]
+    assert len({record["mir"] for record in written}) == 3
+
+
+def test_first_value_is_the_same_under_zero2_and_zero3(runs):
+    # The script casts the vision tower to float16 except under ZeRO-3, which alone moves values by about 1e-4.
+    first = [runs(zero, "on")[1][0]["history"][0]["mir"] for zero in ("2", "3")]
+    assert first[0] == pytest.approx(first[1], abs=1e-3)
+
+
+def test_unmodified_script_runs_under_the_launcher(assets, tmp_path):
+    flags = ["--mir_images", assets / "probe" / "images", "--mir_texts", assets / "probe" / "texts"]
+    flags += ["--mir_num_samples", 5, "--mir_every", 2, "--"]
+    found = run_process(["-c", "import llava.train.train as t; print(t.__file__)"], python=PYTHON).stdout.split()[-1]
+    command = ["-m", "mir_callback.launch", *map(str, flags), found, *arguments(assets, tmp_path / "output", None)]
+    done = run_process(command, python=PYTHON)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in log if "mir" in entry] == [0, 2, 4]
+
+
+def test_relaunching_the_same_command_works(assets, runs):
+    # The script resumes from any checkpoint-* it finds, and would fail on one of ours.
+    output, _ = runs(None, "on")
+    again = run_ranks(
+        "tests.llava.train_worker",
+        output.parent / "again",
+        *["on", "--", *arguments(assets, output, None)],
+        processes=1,
+        python=PYTHON,
+        torchrun=False,
+        environment={"MIR_TEST_PROBE": str(assets / "probe")},
+    )
+    assert [record["step"] for record in again[0]["history"]] == [0, 2, 4]
+    assert len(list(output.glob("mir_history*.jsonl"))) == 2
+
+
+def test_launcher_refuses_half_given_flags_before_the_script_starts(assets, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("print('started')")
+    done = run_process(["-m", "mir_callback.launch", "--mir_images", "x", "--", str(script)], python=PYTHON)
+    assert "mir_texts must be given with mir_images" in done.stderr
+    assert "started" not in done.stdout
+
+
+@pytest.mark.parametrize("zero", ["zero2.json", "zero3.json"])
+def test_the_published_recipe_runs_as_written(assets, tmp_path, zero):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "blip_laion_cc_sbu_558k.json").symlink_to(assets / "data.json")
+    (data / "images").symlink_to(assets / "train" / "images")
+    surroundings = {
+        "LAUNCH": f"{PYTHON} -m torch.distributed.run --standalone --nproc_per_node 2 -m",
+        "SCRIPT": ROOT / "tests" / "llava" / "cpu_train.py",
+        "LANGUAGE_MODEL": assets / "tiny-vicuna",
+        "VISION_TOWER": assets / "tiny-clip-vit",
+        "DATA": data,
+        "ZERO": EXAMPLE / zero,
+        "OUTPUT": tmp_path / "output",
+        "MIR_IMAGES": assets / "probe" / "images",
+        "MIR_TEXTS": assets / "probe" / "texts",
+        "MIR_SAMPLES": 5,
+        "MIR_EVERY": 2,
+    }
+    smaller = "--bf16 False --tf32 False --max_steps 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
+    done = run_process(
+        [str(EXAMPLE / "pretrain.sh"), *smaller.split(), "--report_to", "none", "--model_max_length", "128"],
+        python="bash",
+        environment={name: str(value) for name, value in surroundings.items()},
+    )
+    state = tmp_path / "output" / "trainer_state.json"
+    assert state.exists(), done.stderr[-4000:]
+    log = json.loads(state.read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in log if "mir" in entry] == [0, 2, 4]
+    assert (tmp_path / "output" / "mm_projector.bin").exists()
+
+
+def test_nothing_we_write_is_taken_for_a_checkpoint(runs):
+    output, _ = runs(None, "on")
+    assert not list(output.glob("checkpoint-*"))
+    assert (output / "mm_projector.bin").exists()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|off -- arguments of llava.train.train`.
+
+What the script can only do on a GPU is helped with here, and only here: accelerate 0.21 takes nccl and CUDA for
+granted under DeepSpeed, the script synchronises CUDA before it saves, and no seed is set before its projector is made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+import torch
+
+import llava_integration
+from tests.distributed.launch import write_rank
+
+NUM_SAMPLES, EVERY = 5, 2
+
+
+def help_on_cpu() -> None:
+    """Stand in for what only a GPU has."""
+    torch.cuda.synchronize = lambda *_: None
+    if "LOCAL_RANK" in os.environ:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def main(folder: str, watched: str, arguments: list[str]) -> None:
+    """Train as the script does, with one line before `trainer.train()`, and write what this rank saw."""
+    help_on_cpu()
+    torch.manual_seed(3)
+    from llava.train import train
+    from llava.train.llava_trainer import LLaVATrainer
+
+    seen: dict[str, Any] = {}
+    original = LLaVATrainer.train
+    probe = Path(os.environ["MIR_TEST_PROBE"])
+
+    def with_one_line(trainer: Any, *args: Any, **options: Any) -> Any:
+        if watched == "on":
+            seen["callback"] = llava_integration.attach_mir(
+                trainer, images=probe / "images", texts=probe / "texts", num_samples=NUM_SAMPLES, every=EVERY
+            )
+        seen["trainer"] = trainer
+        return original(trainer, *args, **options)
+
+    LLaVATrainer.train = with_one_line
+    sys.argv = ["train.py", *arguments]
+    train.train()
+    trainer = seen["trainer"]
+    write_rank(
+        folder,
+        int(os.environ.get("RANK", "0")),
+        {
+            "log": [[e["step"], e["loss"], e["learning_rate"]] for e in trainer.state.log_history if "loss" in e],
+            "logged": [[e["step"], e["mir"]] for e in trainer.state.log_history if "mir" in e],
+            "history": seen["callback"].history if "callback" in seen else [],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[4:])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our value beside the procedure of the authors' script followed step by step: `value_worker FOLDER ASSETS`.
+
+The procedure (Modality-Integration-Rate/mir.py, written anew): one sample at a time, all hidden states kept, positions
+of the image counted from the placeholder's index, everything after it text, float32 states; the root in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model import LlavaLlamaForCausalLM
+from transformers import LlamaTokenizer
+
+from llava_integration import OriginalLlavaAdapter
+from llava_integration.splicing import spliced_masks
+from mir_callback import Probe, evaluate_mir
+from tests import reference
+from tests.distributed.launch import write_rank
+from tests.llava.value_cases import CASES, templates_of
+
+
+def make_model(assets: Path, overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """The tiny LLaVA as the training script sets it up, with other configuration values."""
+    torch.manual_seed(0)
+    tokenizer = LlamaTokenizer.from_pretrained(assets / "tiny-vicuna")
+    tokenizer.pad_token = tokenizer.unk_token
+    model = LlavaLlamaForCausalLM.from_pretrained(assets / "tiny-vicuna")
+    arguments = SimpleNamespace(
+        vision_tower=str((assets / "tiny-clip-vit").absolute()),
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type=overrides.get("mm_patch_merge_type", "flat"),
+        mm_projector_type=overrides.get("mm_projector_type", "mlp2x_gelu"),
+        mm_use_im_patch_token=False,
+        mm_use_im_start_end=overrides.get("mm_use_im_start_end", False),
+        tune_mm_mlp_adapter=False,
+    )
+    model.get_model().initialize_vision_modules(arguments)
+    model.config.image_grid_pinpoints = [[32, 64], [64, 32], [64, 64]]
+    defaults = {"image_aspect_ratio": "square", "tokenizer_padding_side": "right", "mm_use_im_start_end": False}
+    for name, value in {**defaults, **overrides}.items():
+        setattr(model.config, name, value)
+    model.initialize_vision_tokenizer(arguments, tokenizer)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def authors_procedure(model: Any, tokenizer: Any, probe: Probe, template: str) -> float:
+    """MIR as the authors' script computes it, with an exact root."""
+    vision, text = [], []
+    for sample in probe.samples:
+        image = sample.open_image()
+        pixels = process_images([image], model.get_vision_tower().image_processor, model.config)
+        token = DEFAULT_IMAGE_TOKEN
+        if model.config.mm_use_im_start_end:
+            token = f"<im_start>{token}<im_end>"
+        if template == "plain":
+            prompt = f"{token}{sample.text}\n"
+        else:
+            conversation = conv_templates[template].copy()
+            conversation.append_message(conversation.roles[0], f"{token}\n")
+            conversation.append_message(conversation.roles[1], sample.text)
+            prompt = conversation.get_prompt()
+        ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
+        states = model(ids, images=pixels, image_sizes=[image.size], output_hidden_states=True).hidden_states
+        start = int((ids[0] == IMAGE_TOKEN_INDEX).nonzero())
+        length = states[0].shape[1]
+        full = getattr(model.config, "tokenizer_model_max_length", None)
+        # Of a truncated sequence the number of image tokens can't be read off its length: here it is a grid of patches.
+        count = 16 if full is not None and length == full else length - (ids.shape[1] - 1)
+        vision.append([state[0, start : start + count] for state in states[1:]])
+        text.append([state[0, start + count :] for state in states[1:]])
+    stacked = [[torch.cat(layer) for layer in zip(*rows)] for rows in (vision, text)]  # noqa: B905
+    return reference.rate(*stacked)[0]
+
+
+def mixed_batch(model: Any, tokenizer: Any, probe: Probe) -> list[list[int]]:
+    """Vision and text counts of a hand-made batch: two images, one image, none; (rows of counts)."""
+    pictures = [sample.open_image() for sample in probe.samples[:4]]
+    prompts = [f"{DEFAULT_IMAGE_TOKEN} and {DEFAULT_IMAGE_TOKEN} text", f"{DEFAULT_IMAGE_TOKEN} text", "text only"]
+    rows = [tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    attention = torch.zeros_like(ids, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        attention[index, : len(row)] = True
+    pixels = process_images(pictures, model.get_vision_tower().image_processor, model.config)
+    with torch.no_grad(), spliced_masks(model, IMAGE_TOKEN_INDEX, every_sample=False) as current:
+        model(ids, attention_mask=attention, images=pixels)
+        masks = current()
+    return [masks.vision.sum(dim=1).tolist(), masks.text.sum(dim=1).tolist(), [len(row) for row in rows]]
+
+
+def too_short(assets: Path, probe: Probe) -> str:
+    """What is said when truncation leaves no image."""
+    model, tokenizer = make_model(assets, {"tokenizer_model_max_length": 24})
+    try:
+        evaluate_mir(model, probe, adapter=OriginalLlavaAdapter(model, tokenizer, conversation="v1"))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(folder: str, assets: str) -> None:
+    """Compute every case, at several batch sizes, and write the values."""
+    probe = Probe.from_folders(Path(assets) / "probe" / "images", Path(assets) / "probe" / "texts", num_samples=6)
+    values: dict[str, Any] = {}
+    for name, overrides in CASES.items():
+        model, tokenizer = make_model(Path(assets), overrides)
+        for template in templates_of(name):
+            adapter = OriginalLlavaAdapter(model, tokenizer, conversation=template)
+            ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size).mir for size in (1, 4, 6)]
+            values[f"{name}, {template}"] = {
+                "ours": ours,
+                "authors": authors_procedure(model, tokenizer, probe, template),
+            }
+    mixed = mixed_batch(*make_model(Path(assets), {}), probe)
+    write_rank(folder, 0, {"values": values, "mixed": mixed, "too_short": too_short(Path(assets), probe)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
