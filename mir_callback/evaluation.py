@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.errors import NumericsError
+from mir_callback.errors import ConfigError, NumericsError
 from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
 from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
 from mir_callback.metric.rate import rate_of
@@ -140,6 +140,8 @@ def adapter_for(model: nn.Module, processor: Any, adapter: Adapter | None = None
     Ranks: collective.
     """
     with collectives.all_or_none():
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model must be a torch module, got {type(model).__name__}; pass trainer.model")
         adapter = HuggingFaceAdapter(model, processor) if adapter is None else adapter
     assert adapter is not None
     return adapter
@@ -160,6 +162,8 @@ def encode_for(
     """
     with collectives.all_or_none():
         check_root(root)
+        if not isinstance(probe, Probe):
+            raise ConfigError(f"probe must be a Probe, got {type(probe).__name__}; see Probe.from_folders, Probe.load")
         find_decoder(model)
         world = collectives.world_size()
         encoded = encode_probe(probe, adapter, rank=collectives.rank(), world_size=world, batch_size=batch_size)

@@ -174,6 +174,14 @@ def test_error_names_layer_and_modality_when_states_are_not_finite(probe, value)
     assert all(not module._forward_hooks for module in model.model.language_model.layers)
 
 
+def test_error_when_model_or_probe_is_something_else(probe):
+    model, processor = tiny_models.llava()
+    with pytest.raises(ConfigError, match="probe must be a Probe, got str"):
+        evaluate_mir(model, "probe.zip", processor=processor)
+    with pytest.raises(ConfigError, match="model must be a torch module, got int"):
+        evaluate_mir(3, probe, processor=processor)
+
+
 def test_error_before_any_forward_when_something_does_not_fit(probe):
     model, processor = tiny_models.llava()
     calls = []

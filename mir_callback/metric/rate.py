@@ -58,6 +58,12 @@ def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], 
     Source: arXiv:2410.07167, section 3. Replacement of outliers and lower medians follow the authors' code.
     """
     check_root(root)
+    for name, layers in (("vision", vision), ("text", text)):
+        if not isinstance(layers, Sequence):
+            raise NumericsError(
+                f"{name} must be a list with one (N, d) tensor of rows per decoder layer, got {type(layers).__name__}; "
+                "for a single layer pass a list of one"
+            )
     if len(vision) != len(text) or not len(vision):
         raise NumericsError(
             "vision and text must hold the same number of decoder layers, at least one, "

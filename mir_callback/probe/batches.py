@@ -71,6 +71,12 @@ class EncodedProbe:
         return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raise ConfigError unless ``batch_size`` is a positive whole number of samples. Ranks: pure."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be an integer of at least 1 sample, got {batch_size!r}; use e.g. 4")
+
+
 def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
     """Which samples a rank encodes: (sample index, keep), equally many on every rank.
 
@@ -102,8 +108,7 @@ def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, 
 
     Ranks: each for itself; the number of batches is the same everywhere.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_batch_size(batch_size)
     share = share_of_rank(len(probe), rank, world_size)
     batches, digests = [], []
     for start in range(0, len(share), batch_size):

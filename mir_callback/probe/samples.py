@@ -33,7 +33,7 @@ class Sample:
 
     name: str
     image: bytes = field(repr=False)
-    text: str
+    text: str = field(repr=False)
 
     def open_image(self) -> Image.Image:
         """Decode the image, completely, as RGB.
@@ -117,7 +117,7 @@ class Probe:
         image_files = sources.draw(sources.image_files(_path(images)), num_samples, seed, "images", images)
         text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
         samples = [
-            Sample(f"{image.name} + {text.name}", image.read_bytes(), sources.read_text(text))
+            Sample(f"{_below(images, image)} + {_below(texts, text)}", image.read_bytes(), sources.read_text(text))
             for image, text in zip(image_files, text_files, strict=True)
         ]
         return cls(tuple(samples), max_text_tokens)
@@ -232,6 +232,10 @@ def _path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+def _below(folder: str | Path, path: Path) -> str:
+    return path.relative_to(_path(folder)).as_posix()
+
+
 def _check_draw(num_samples: int, seed: int) -> None:
     _require_positive_int("num_samples", num_samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -240,7 +244,7 @@ def _check_draw(num_samples: int, seed: int) -> None:
 
 def _require_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; leave it out for the default")
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; use a whole number")
 
 
 def _png(image: Image.Image) -> bytes:

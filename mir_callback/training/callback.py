@@ -17,7 +17,8 @@ from mir_callback.errors import ConfigError
 from mir_callback.evaluation import DEFAULT_BATCH_SIZE, adapter_for, encode_for, evaluate_encoded
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.adapter import Adapter
-from mir_callback.probe.batches import EncodedProbe
+from mir_callback.probe.batches import EncodedProbe, check_batch_size
+from mir_callback.probe.huggingface import require_processor
 from mir_callback.probe.samples import Probe
 from mir_callback.training import trackers
 from mir_callback.training.history import DEFINITION_FIELDS, History, Record
@@ -75,7 +76,8 @@ class MIRCallback(TrainerCallback):
         check_root(root)
         if not isinstance(probe, Probe):
             raise ConfigError(f"probe must be a Probe, got {type(probe).__name__}; see Probe.from_folders, Probe.load")
-        if stop is not None and not callable(getattr(stop, "verdict", None)):
+        check_batch_size(batch_size)
+        if stop is not None and (isinstance(stop, type) or not callable(getattr(stop, "verdict", None))):
             raise ConfigError(f"stop must be None or a rule with verdict(history), got {stop!r}; use PlateauRule()")
         self.probe = probe
         self.every = every
@@ -105,7 +107,7 @@ class MIRCallback(TrainerCallback):
             This callback.
 
         Raises:
-            ConfigError: not a Trainer.
+            ConfigError: not a Trainer, it has a MIRCallback already, or its processor cannot handle images.
 
         Ranks: every rank.
         """
@@ -118,6 +120,9 @@ class MIRCallback(TrainerCallback):
                 f"trainer must have one MIRCallback, got {len(others)} already; they would write one history file: "
                 "remove the other with trainer.remove_callback"
             )
+        if self._given_adapter is None:
+            found = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
+            require_processor(self._processor or found)
         if self not in handler.callbacks:
             trainer.add_callback(self)
         self._emit = trackers.through_trainer(trainer)
@@ -221,7 +226,9 @@ def _console_line(record: Record, verdict: Verdict | None) -> str:
     line = f"[mir] step {record['step']}: MIR {record['mir']:.4f} ({record['seconds']:.1f} s)"
     if verdict is None:
         return line
-    return f"{line} {verdict.kind}; stopping training: {verdict.reason}" if verdict.stop else f"{line} {verdict.kind}"
+    if verdict.stop:
+        return f"{line} {verdict.kind}; stopping training: {verdict.reason}"
+    return f"{line} {verdict.kind}: {verdict.reason}" if verdict.kind == "no data" else f"{line} {verdict.kind}"
 
 
 def _say(line: str) -> None:

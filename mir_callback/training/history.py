@@ -86,7 +86,7 @@ class History:
                 if size != self._size and not self._torn:
                     raise HistoryError(
                         f"{self._path} must be written by one MIRCallback only, got {size} bytes where this one has "
-                        f"written {self._size}; give each run its own output_dir"
+                        f"written {self._size}; keep one MIRCallback in a Trainer, and an output_dir for each run"
                     )
                 self._torn = True  # until the line is whole, what lies behind the last whole one is debris
                 file.truncate(self._size)

@@ -95,7 +95,7 @@ class PlateauRule:
             return Verdict("no data", "the latest evaluation gave no finite MIR")
         if len(points) < self.window:
             return Verdict(
-                "no data", f"{len(points)} of {self.window} evaluations in the window (after {self.warmup} of warm-up)"
+                "no data", f"{len(points)} of {self.window} evaluations in the window, after {self.warmup} of warm-up"
             )
         if any(later <= earlier for (earlier, _), (later, _) in pairwise(points[-self.window :])):
             return Verdict("no data", "the steps of the window do not increase; the history is damaged")

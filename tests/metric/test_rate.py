@@ -191,6 +191,14 @@ def test_error_when_root_is_unknown():
         modality_integration_rate([vision], [text], root="fast")
 
 
+def test_error_when_rows_are_not_given_layer_by_layer():
+    vision, text = good()
+    with pytest.raises(
+        NumericsError, match="vision must be a list with one .* tensor of rows per decoder layer, got Ten"
+    ):
+        modality_integration_rate(vision, text)
+
+
 def test_error_when_layer_counts_differ_or_are_zero():
     vision, text = offset(generator(0))
     with pytest.raises(NumericsError, match="got 2 and 1"):

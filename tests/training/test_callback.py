@@ -253,6 +253,8 @@ def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe
     [
         ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
         ({"root": "fast"}, "root must be one of exact, paper_fast, got 'fast'"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1 sample, got 0"),
+        ({"stop": PlateauRule}, r"stop must be None or a rule with verdict\(history\), got <class"),
         ({"stop": True}, r"stop must be None or a rule with verdict\(history\), got True"),
         ({"probe": "folder"}, "probe must be a Probe, got str"),
     ],
@@ -260,6 +262,13 @@ def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe
 def test_error_names_the_option_when_it_breaks_its_rule(probe, options, message):
     with pytest.raises(ConfigError, match=message):
         MIRCallback(**{"probe": probe, **options})
+
+
+def test_error_at_attach_when_the_trainers_processor_cannot_handle_images(tmp_path, probe):
+    trainer = make_trainer(tmp_path)
+    trainer.processing_class = trainer.processing_class.tokenizer
+    with pytest.raises(ConfigError, match="processor must handle images and text"):
+        MIRCallback(probe).attach(trainer)
 
 
 def test_error_when_attached_to_something_else(probe):

@@ -122,7 +122,7 @@ def test_never_stops_on_failed_evaluations_or_too_few_points(values):
 
 
 def test_says_how_many_points_are_missing():
-    assert RULE.verdict(history([2.0] * 7)).reason == "2 of 8 evaluations in the window (after 5 of warm-up)"
+    assert RULE.verdict(history([2.0] * 7)).reason == "2 of 8 evaluations in the window, after 5 of warm-up"
 
 
 def test_verdict_depends_on_the_history_only():

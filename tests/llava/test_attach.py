@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attach_mir recognises the model it is given, or says what it knows (the real LLaVA is in test_original)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava_integration import attach_mir
+from mir_callback import PlateauRule
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from tests.samples import write_folders
+from tests.training.runs import losses, make_trainer
+
+
+@pytest.fixture
+def folders(tmp_path):
+    images, texts = write_folders(tmp_path, 6)
+    return {"images": images, "texts": texts}
+
+
+def test_a_hugging_face_model_is_attached_with_its_trainers_processor(tmp_path, folders):
+    trainer = make_trainer(tmp_path / "run", steps=2)
+    callback = attach_mir(trainer, **folders, num_samples=5, every=1, stop=PlateauRule(), batch_size=3)
+    trainer.train()
+    assert [record["step"] for record in callback.history] == [0, 1, 2]
+    assert callback.history[0]["num_samples"] == 5
+    assert [step for step, _ in losses(trainer)] == [1, 2]
+
+
+def test_an_unknown_model_is_refused_with_what_is_known(folders):
+    trainer = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="is of no kind known here .haotian-liu/LLaVA .*Hugging Face"):
+        attach_mir(trainer, **folders)
+
+
+def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
+    trainer = make_trainer(tmp_path / "run")
+    with pytest.raises(ProbeError, match="num_samples=100 and 6 usable items"):
+        attach_mir(trainer, **folders)
+    with pytest.raises(ConfigError, match="conversation must be left out for LlavaForConditionalGeneration, got 'v1'"):
+        attach_mir(trainer, **folders, num_samples=5, conversation="v1")
+    with pytest.raises(ConfigError, match="trainer must be a transformers Trainer with a model, got int"):
+        attach_mir(3, **folders)
+    trainer.processing_class = None
+    with pytest.raises(ConfigError, match="processor must handle images and text"):
+        attach_mir(trainer, **folders, num_samples=5)
