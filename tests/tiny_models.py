@@ -31,6 +31,15 @@ from transformers import (
 
 HIDDEN = 32
 LAYERS = 3
+# A vision tower of 4 x 4 patches.
+_TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 _WORDS = (
     "the model reads an image and then a text about something else entirely while the vision tokens and the text "
     "tokens drift apart or come together layer by layer as training goes on and nobody looks at the loss alone "
@@ -66,9 +75,7 @@ def llava(dropout: float = 0.0, seed: int = 0, layers: int = LAYERS) -> tuple[An
     """LLaVA: CLIP tower of 4 x 4 patches, MLP projector, Llama."""
     torch.manual_seed(seed)
     tok = tokenizer({"image_token": "<image>"}, [])
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
-    )
+    vision = CLIPVisionConfig(**_TOWER)
     text = LlamaConfig(**{**_sizes(tok), "num_hidden_layers": layers}, attention_dropout=dropout)
     config = LlavaConfig(
         vision_config=vision,
@@ -124,14 +131,7 @@ def idefics3(seed: int = 0) -> tuple[Any, Any]:
     tok = tokenizer(special, [])
     config = Idefics3Config(
         text_config={"model_type": "llama", **_sizes(tok)},
-        vision_config={
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+        vision_config=_TOWER,
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
@@ -145,15 +145,7 @@ def paligemma(seed: int = 0) -> tuple[Any, Any]:
     tok = tokenizer({"image_token": "<image>"}, [])
     config = PaliGemmaConfig(
         text_config={"model_type": "gemma", "head_dim": 8, **_sizes(tok)},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+        vision_config={"model_type": "siglip_vision_model", **_TOWER},
         image_token_index=tok.convert_tokens_to_ids("<image>"),
         projection_dim=HIDDEN,
     )
