@@ -20,6 +20,7 @@ def read_version() -> str:
 
 DEEPSPEED = ["deepspeed>=0.12"]
 WANDB = ["wandb"]
+DATASETS = ["datasets"]
 TRAINER = ["accelerate"]
 
 setup(
@@ -32,12 +33,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mir_callback", "mir_callback.*", "llava_integration", "llava_integration.*"]),
     package_data={"": ["py.typed"]},
-    install_requires=["torch>=2.1", "transformers>=4.37", "numpy", "pillow", "tqdm", "matplotlib"],
+    install_requires=["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "matplotlib"],
+    entry_points={"console_scripts": ["mir = mir_callback.cli:main"]},
     extras_require={
         "deepspeed": DEEPSPEED,
         "wandb": WANDB,
+        "datasets": DATASETS,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
-        "test": ["pytest", "hypothesis", "scipy", "scikit-learn", *DEEPSPEED, *WANDB, *TRAINER],
+        "test": ["pytest", "hypothesis", "scipy", "scikit-learn", *DATASETS, *DEEPSPEED, *WANDB, *TRAINER],
         "checks": ["ruff", "mypy", "codespell"],
     },
     classifiers=[

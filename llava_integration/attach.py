@@ -22,8 +22,9 @@ KNOWN = "haotian-liu/LLaVA (package llava) and Hugging Face vision-language mode
 def attach_mir(
     trainer: Any,
     *,
-    images: str | Path,
-    texts: str | Path,
+    images: str | Path | None = None,
+    texts: str | Path | None = None,
+    probe: Probe | str | Path | None = None,
     num_samples: int = 100,
     every: int = 50,
     seed: int = 0,
@@ -36,6 +37,7 @@ def attach_mir(
         trainer: a transformers Trainer (LLaVATrainer included), before `train()`.
         images: folder of probe images.
         texts: folder of probe texts.
+        probe: a probe, or where one was saved, instead of the two folders.
         num_samples: image + text pairs.
         every: optimizer steps between evaluations.
         seed: of the draw.
@@ -52,8 +54,21 @@ def attach_mir(
     Ranks: every rank, with the same arguments.
     """
     adapter = recognise(trainer, conversation)
-    probe = Probe.from_folders(images=images, texts=texts, num_samples=num_samples, seed=seed)
-    return MIRCallback(probe, every=every, adapter=adapter, **callback_options).attach(trainer)
+    samples = _probe(probe, images, texts, num_samples, seed)
+    return MIRCallback(samples, every=every, adapter=adapter, **callback_options).attach(trainer)
+
+
+def _probe(
+    probe: Probe | str | Path | None, images: str | Path | None, texts: str | Path | None, num_samples: int, seed: int
+) -> Probe:
+    if (probe is None) == (images is None or texts is None) or (probe is not None and (images or texts)):
+        raise ConfigError(
+            "either images and texts or probe must be given, got "
+            f"images={images!r}, texts={texts!r} and {'a' if probe is not None else 'no'} probe"
+        )
+    if images is not None and texts is not None:
+        return Probe.from_folders(images=images, texts=texts, num_samples=num_samples, seed=seed)
+    return probe if isinstance(probe, Probe) else Probe.load(str(probe))
 
 
 def recognise(trainer: Any, conversation: str | None = None) -> Adapter:

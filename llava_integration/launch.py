@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> None:
     ours, script = split(arguments)
     (options,) = parser.parse_args_into_dataclasses(ours)
     if not options.enabled:
-        raise ConfigError("mir_images and mir_texts must be given before --, got neither; without them run the script")
+        raise ConfigError(
+            "mir_images and mir_texts, or mir_probe, must be given before --, got none; without them run the script"
+        )
     attach_before_training(options)
     sys.argv = script
     sys.path.insert(0, str(Path(script[0]).resolve().parent))

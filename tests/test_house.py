@@ -18,7 +18,9 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["analysis"],
-    ["launch"],
+    ["commands"],
+    ["cli"],
+    ["launch", "__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

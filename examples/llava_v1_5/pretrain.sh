@@ -12,15 +12,21 @@ here=$(cd "$(dirname "$0")" && pwd)
 : "${DATA:=playground/data/LLaVA-Pretrain}"
 : "${ZERO:=$here/zero2.json}"
 : "${OUTPUT:=checkpoints/llava-v1.5-7b-pretrain-mir}"
-: "${MIR_IMAGES:=playground/data/eval/textvqa/train_images}" # the paper's probe: TextVQA validation images
-: "${MIR_TEXTS:=playground/data/cnn/stories}"                #                    and CNN/DailyMail stories
+: "${MIR_PROBE:=}"                                         # a probe that 'mir probe --save' wrote, or these folders:
+: "${MIR_IMAGES:=playground/data/eval/textvqa/train_images}"
+: "${MIR_TEXTS:=playground/data/cnn/stories}"
 : "${MIR_SAMPLES:=100}"
 : "${MIR_EVERY:=50}"
 : "${MIR_STOP:=none}"                                      # plateau: stop when MIR is level
 
+if [ -n "$MIR_PROBE" ]; then
+    probe=(--mir_probe "$MIR_PROBE")
+else
+    probe=(--mir_images "$MIR_IMAGES" --mir_texts "$MIR_TEXTS" --mir_num_samples "$MIR_SAMPLES")
+fi
+
 exec $LAUNCH mir_callback.launch \
-    --mir_images "$MIR_IMAGES" --mir_texts "$MIR_TEXTS" \
-    --mir_num_samples "$MIR_SAMPLES" --mir_every "$MIR_EVERY" --mir_stop "$MIR_STOP" \
+    "${probe[@]}" --mir_every "$MIR_EVERY" --mir_stop "$MIR_STOP" \
     -- "$SCRIPT" \
     --deepspeed "$ZERO" \
     --model_name_or_path "$LANGUAGE_MODEL" \

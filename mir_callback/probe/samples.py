@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.probe import sources, storage
+from mir_callback.probe import datasets, sources, storage
 
 # Enters the fingerprint: a change of how samples are encoded makes values that cannot be compared with older ones.
 ENCODING = "image, text; plain prompt; version 1"
@@ -156,6 +156,89 @@ class Probe:
         samples = [
             Sample(record.name, sources.read_image_bytes(_path(images) / record.image, record.name), record.text)
             for record in drawn
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_textvqa(
+        cls,
+        questions: str | Path,
+        images: str | Path,
+        texts: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw the images of a TextVQA question file and texts from a folder: the paper's kind of probe.
+
+        TextVQA keeps training and validation images in one folder; the question file of the validation split tells
+        which are which.
+
+        Args:
+            questions: TextVQA's question JSON, or JSON lines with an `image` each.
+            images: the folder with the images.
+            texts: folder of texts, such as CNN/DailyMail's `.story` files.
+            num_samples: how many pairs; the paper uses 100.
+            seed: the draw depends on it, on the order of the questions and on the relative names of the texts only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a file, fewer images or texts than asked, a missing or unreadable image, empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        _check_draw(num_samples, seed)
+        asked = sources.question_images(_path(questions), _path(images))
+        image_files = sources.draw(asked, num_samples, seed, "images", questions)
+        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
+        samples = []
+        for image, text in zip(image_files, text_files, strict=True):
+            name = f"{_below(images, image)} + {_below(texts, text)}"
+            samples.append(Sample(name, sources.read_image_bytes(image, name), sources.read_text(text)))
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        texts: Any = None,
+        image_column: str = "image",
+        text_column: str = "text",
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw rows of a Hugging Face dataset with an image column and a text column.
+
+        Args:
+            dataset: a `datasets.Dataset` (one split, not streamed).
+            num_samples: how many rows.
+            seed: the draw depends on it and on the order of the rows only.
+            texts: where to draw the texts from instead of the same rows: a folder of text files, or another
+                `datasets.Dataset` with the text column.
+            image_column: name of a column with the `Image` feature.
+            text_column: name of a column of strings.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a dataset, fewer rows than asked, an unreadable image, an empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the data and gets the same probe.
+        """
+        _check_draw(num_samples, seed)
+        rows = datasets.image_rows(dataset, image_column, num_samples, seed)
+        if isinstance(texts, (str, Path)):
+            files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
+            spoken = [(_below(texts, file), sources.read_text(file)) for file in files]
+        else:
+            spoken = datasets.text_rows(dataset if texts is None else texts, text_column, num_samples, seed)
+        samples = [
+            Sample(image_name if texts is None else f"{image_name} + {text_name}", image, text)
+            for (image_name, image), (text_name, text) in zip(rows, spoken, strict=True)
         ]
         return cls(tuple(samples), max_text_tokens)
 

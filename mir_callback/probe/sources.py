@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where samples come from: folders of files and LLaVA-format JSON. Reading and drawing only, no models."""
+"""Where samples come from: folders, LLaVA-format JSON, TextVQA question files. Reading and drawing only, no models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | 
     if len(items) < num_samples:
         raise ProbeError(
             f"num_samples must not exceed what {field} holds, got num_samples={num_samples} and {len(items)} usable "
-            f"items in {origin}; lower num_samples or add {field}"
+            f"items in {origin}; lower num_samples or add more"
         )
     return random.Random(seed).sample(items, num_samples)
 
@@ -94,6 +94,53 @@ def llava_records(json_file: Path) -> list[LlavaRecord]:
         )
     records = [_record(entry, index, json_file) for index, entry in enumerate(data)]
     return [record for record in records if record is not None]
+
+
+def question_images(questions: Path, images: Path) -> list[Path]:
+    """The image files that a TextVQA question file asks about, each once, in the order of the file.
+
+    Args:
+        questions: TextVQA's own JSON (`data`: a list with `image_id`), or JSON lines with `image` as LLaVA's evaluation
+            has them.
+        images: the folder with the images; `image_id` stands for a `.jpg` there.
+
+    Raises:
+        ProbeError: not such a file, or a question without an image.
+    """
+    names = [_question_image(entry, index, questions) for index, entry in enumerate(_questions(questions))]
+    return [images / name for name in dict.fromkeys(names)]
+
+
+def _questions(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        data = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ProbeError(
+            f"questions must be a readable TextVQA question file (.json, or .jsonl with one question a line), got "
+            f"{path}: {type(error).__name__}: {error}"
+        ) from error
+    questions = data.get("data") if isinstance(data, dict) else data
+    if not isinstance(questions, list):
+        raise ProbeError(
+            f'questions {path} must hold a list of questions, as such or under "data", got {type(data).__name__}; '
+            "take TextVQA's own JSON or JSON lines"
+        )
+    return questions
+
+
+def _question_image(entry: Any, index: int, path: Path) -> str:
+    if isinstance(entry, dict):
+        if isinstance(entry.get("image"), str):
+            return str(entry["image"])
+        if isinstance(entry.get("image_id"), str):
+            return f"{entry['image_id']}.jpg"
+    raise ProbeError(
+        f"question {index} of {path.name} must name its image in `image` or `image_id`, got {entry!r:.80}; "
+        "repair or remove that question"
+    )
 
 
 def _record(entry: Any, index: int, json_file: Path) -> LlavaRecord | None:

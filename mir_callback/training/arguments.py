@@ -19,11 +19,15 @@ class MIRArguments:
     """What a training script lets its user say about MIR.
 
     Raises:
-        ConfigError: a flag breaks its rule, or one of --mir_images and --mir_texts is given without the other.
+        ConfigError: a flag breaks its rule, one of --mir_images and --mir_texts is given without the other, or both
+            and --mir_probe.
     """
 
     mir_images: str | None = field(default=None, metadata={"help": "Folder of probe images; switches MIR on."})
     mir_texts: str | None = field(default=None, metadata={"help": "Folder of probe texts (.txt, .md, .story)."})
+    mir_probe: str | None = field(
+        default=None, metadata={"help": "A saved probe (see `mir probe`) instead of the two folders."}
+    )
     mir_num_samples: int = field(default=100, metadata={"help": "Image + text pairs in the probe."})
     mir_seed: int = field(default=0, metadata={"help": "Seed of the draw of the probe."})
     mir_every: int = field(default=50, metadata={"help": "Optimizer steps between evaluations."})
@@ -41,6 +45,11 @@ class MIRArguments:
         for given, missing in (("mir_images", "mir_texts"), ("mir_texts", "mir_images")):
             if getattr(self, given) is not None and getattr(self, missing) is None:
                 raise ConfigError(f"{missing} must be given with {given}, got {given}={getattr(self, given)!r} alone")
+        if self.mir_probe is not None and self.mir_images is not None:
+            raise ConfigError(
+                f"mir_probe must be given without mir_images and mir_texts, got {self.mir_probe!r} and "
+                f"{self.mir_images!r}; a saved probe has its images and texts"
+            )
         if self.mir_stop not in STOP_RULES:
             raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
         check_every(self.mir_every)
@@ -50,7 +59,7 @@ class MIRArguments:
     @property
     def enabled(self) -> bool:
         """Whether MIR is to be watched."""
-        return self.mir_images is not None
+        return self.mir_images is not None or self.mir_probe is not None
 
     def stop_rule(self) -> PlateauRule | None:
         """The rule that the flags describe, or None."""
@@ -62,6 +71,7 @@ class MIRArguments:
         return {
             "images": self.mir_images,
             "texts": self.mir_texts,
+            "probe": self.mir_probe,
             "num_samples": self.mir_num_samples,
             "seed": self.mir_seed,
             "every": self.mir_every,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llava_integration import attach_mir
-from mir_callback import PlateauRule
+from mir_callback import PlateauRule, Probe
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from tests.samples import write_folders
 from tests.training.runs import losses, make_trainer
@@ -28,6 +28,13 @@ def test_a_hugging_face_model_is_attached_with_its_trainers_processor(tmp_path, 
     assert [step for step, _ in losses(trainer)] == [1, 2]
 
 
+def test_a_probe_or_where_one_was_saved_takes_the_place_of_the_folders(tmp_path, folders):
+    probe = Probe.from_folders(**folders, num_samples=4)
+    for given in (probe, probe.save(tmp_path / "probe.zip")):
+        trainer = make_trainer(tmp_path / "run")
+        assert attach_mir(trainer, probe=given).probe == probe
+
+
 def test_an_unknown_model_is_refused_with_what_is_known(folders):
     trainer = SimpleNamespace(model=torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="is of no kind known here .haotian-liu/LLaVA .*Hugging Face"):
@@ -42,6 +49,9 @@ def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
         attach_mir(trainer, **folders, num_samples=5, conversation="v1")
     with pytest.raises(ConfigError, match="trainer must be a transformers Trainer with a model, got int"):
         attach_mir(3, **folders)
+    for given in ({}, {"images": "i"}, {**folders, "probe": "p.zip"}, {"texts": "t", "probe": "p.zip"}):
+        with pytest.raises(ConfigError, match="either images and texts or probe must be given"):
+            attach_mir(trainer, **given)
     trainer.processing_class = None
     with pytest.raises(ConfigError, match="processor must handle images and text"):
         attach_mir(trainer, **folders, num_samples=5)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mir_callback import Probe
 from tests.distributed.launch import ROOT, run_process, run_ranks
 from tests.llava.value_cases import VALUE_CASES
 
@@ -174,8 +175,13 @@ def test_launcher_refuses_half_given_flags_before_the_script_starts(assets, tmp_
     assert "started" not in done.stdout
 
 
-@pytest.mark.parametrize("zero", ["zero2.json", "zero3.json"])
-def test_the_published_recipe_runs_as_written(assets, tmp_path, zero):
+@pytest.mark.parametrize(("zero", "probe_from"), [("zero2.json", "folders"), ("zero3.json", "saved")])
+def test_the_published_recipe_runs_as_written(assets, tmp_path, zero, probe_from):
+    probe = Probe.from_folders(assets / "probe" / "images", assets / "probe" / "texts", num_samples=5)
+    sources = {
+        "folders": {"MIR_IMAGES": assets / "probe" / "images", "MIR_TEXTS": assets / "probe" / "texts"},
+        "saved": {"MIR_PROBE": probe.save(tmp_path / "probe.zip")},
+    }
     data = tmp_path / "data"
     data.mkdir()
     (data / "blip_laion_cc_sbu_558k.json").symlink_to(assets / "data.json")
@@ -188,10 +194,9 @@ def test_the_published_recipe_runs_as_written(assets, tmp_path, zero):
         "DATA": data,
         "ZERO": EXAMPLE / zero,
         "OUTPUT": tmp_path / "output",
-        "MIR_IMAGES": assets / "probe" / "images",
-        "MIR_TEXTS": assets / "probe" / "texts",
         "MIR_SAMPLES": 5,
         "MIR_EVERY": 2,
+        **sources[probe_from],
     }
     smaller = "--bf16 False --tf32 False --max_steps 4 --per_device_train_batch_size 2 --dataloader_num_workers 0"
     done = run_process(
@@ -204,6 +209,8 @@ def test_the_published_recipe_runs_as_written(assets, tmp_path, zero):
     log = json.loads(state.read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in log if "mir" in entry] == [0, 2, 4]
+    first = json.loads((tmp_path / "output" / "mir_history.jsonl").read_text().splitlines()[0])
+    assert first["probe_fingerprint"] == probe.fingerprint
     assert (tmp_path / "output" / "mm_projector.bin").exists()
 
 

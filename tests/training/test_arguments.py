@@ -33,6 +33,12 @@ def test_flags_stand_beside_the_scripts_own():
     assert mir.attach_options()["stop"] == PlateauRule(window=6)
 
 
+def test_a_saved_probe_takes_the_place_of_the_folders():
+    _, mir = parse("--mir_probe", "probe.zip")
+    assert mir.enabled
+    assert mir.attach_options()["probe"] == "probe.zip"
+
+
 def test_nothing_given_switches_mir_off():
     _, mir = parse()
     assert not mir.enabled
@@ -44,6 +50,7 @@ def test_nothing_given_switches_mir_off():
     [
         (["--mir_images", "i"], "mir_texts must be given with mir_images, got mir_images='i' alone"),
         (["--mir_texts", "t"], "mir_images must be given with mir_texts"),
+        (["--mir_images", "i", "--mir_texts", "t", "--mir_probe", "p"], "mir_probe must be given without mir_images"),
         (["--mir_stop", "soon"], "mir_stop must be one of none, plateau, got 'soon'"),
         (["--mir_every", "0"], "every must be an integer of at least 1"),
         (["--mir_root", "fast"], "root must be one of exact, paper_fast"),

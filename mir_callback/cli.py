@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mir` command: reads the subcommand and hands over to its file in `commands`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from mir_callback.commands import probe
+from mir_callback.errors import MIRError
+
+COMMANDS = {"probe": probe}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        arguments: the command line without the program's name; by default that of this process.
+
+    Returns:
+        Exit status: 0, or 2 after an error, which is told in one line. (Usage errors exit with 2 by themselves.)
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        COMMANDS[options.command].run(options)
+    except MIRError as error:
+        print(f"mir {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mir {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("mir", description="MIR, the Modality Integration Rate, from the command line.")
+    parser.add_argument("--version", action="version", version=f"mir-callback {version('mir-callback')}")
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subcommands.add_parser(
+            name,
+            help=command.HELP,
+            description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
+            epilog=command.EPILOG,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        command.add_flags(subparser)
+    return parser

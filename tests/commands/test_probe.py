@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir probe`, from the command line to the files it leaves."""
+
+import subprocess
+import sys
+
+import datasets
+import pytest
+from PIL import Image
+
+from mir_callback import Probe
+from mir_callback.cli import main
+from tests import tiny_models
+from tests.samples import pairs, write_folders, write_llava_json
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return [str(folder) for folder in write_folders(tmp_path, 8)]
+
+
+def mir(capsys, *arguments):
+    status = main(["probe", *map(str, arguments)])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_a_probe_is_built_shown_saved_and_found_again(folders, capsys):
+    images, texts = folders
+    flags = ["--images", images, "--texts", texts, "--num-samples", 6, "--seed", 2]
+    status, told, _ = mir(capsys, *flags, "--save", "p.zip", "--show", "p.png")
+    expected = Probe.from_folders(images, texts, num_samples=6, seed=2)
+    assert status == 0
+    assert f"probe {expected.fingerprint}: 6 samples" in told
+    assert Probe.load("p.zip") == expected
+    with Image.open("p.png") as sheet:
+        assert sheet.width > 500
+    status, again, _ = mir(capsys, "p.zip")
+    assert status == 0
+    assert again.splitlines()[0] == told.splitlines()[0]
+
+
+def test_other_sources(folders, capsys, tmp_path):
+    _, texts = folders
+    json_file, images = write_llava_json(tmp_path, 8)
+    rows = {"picture": [image for image, _ in pairs(8)], "text": [text for _, text in pairs(8)]}
+    features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.save_to_disk(tmp_path / "data")
+    (tmp_path / "q.jsonl").write_text('{"image": "part0/000.png"}\n{"image": "part1/003.png"}\n')
+    for flags, expected in [
+        (["--llava-json", json_file, "--images", images], Probe.from_llava_json(json_file, images, 2)),
+        (
+            ["--questions", "q.jsonl", "--images", images, "--texts", texts],
+            Probe.from_textvqa("q.jsonl", images, texts, 2),
+        ),
+        (
+            ["--dataset", "data", "--image-column", "picture"],
+            Probe.from_dataset(dataset, 2, image_column="picture"),
+        ),
+        (
+            ["--dataset", "data", "--image-column", "picture", "--texts", texts],
+            Probe.from_dataset(dataset, 2, image_column="picture", texts=texts),
+        ),
+    ]:
+        status, told, error = mir(capsys, *flags, "--num-samples", 2)
+        assert status == 0, error
+        assert expected.fingerprint in told, flags
+
+
+def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
+    model, processor = tiny_models.llava()
+    model.config.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = ["--images", folders[0], "--texts", folders[1], "--num-samples", 4]
+    status, told, error = mir(capsys, *flags, "--model", "model")
+    assert status == 0, error
+    assert "vision tokens 16 a sample, 64 in all" in told
+    assert "tokens fingerprint" in told
+    status, told, error = mir(capsys, *flags, "--model", "tokenizer")
+    assert status == 0, error
+    assert "text tokens" in told
+    assert "vision tokens are not counted" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--images must be given to build a probe (or name a saved one), got none"),
+        (["--images", "images"], "--texts must be given to build a probe"),
+        (["--images", "images", "--texts", "texts"], "num_samples=100 and 8 usable items"),
+        (["--llava-json", "x", "--dataset", "y"], "only one of --llava-json and --dataset can be the source"),
+        (["--llava-json", "x", "--texts", "texts"], "--images must be given with --llava-json"),
+        (["--dataset", "x", "--images", "images"], "--images must be left out with --dataset, which brings its own"),
+        (["p.zip"], "path must be a saved probe, got p.zip, which does not exist"),
+        (["p.zip", "--seed", "1"], "a saved probe is opened as it is, got p.zip and --seed"),
+        (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),
+        (
+            ["--images", "images", "--texts", "texts", "--num-samples", "2", "--model", "nowhere"],
+            "--model must be a model folder or hub name",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_status_two(folders, capsys, flags, message):
+    status, _, error = mir(capsys, *flags)
+    assert status == 2
+    assert message in error
+    assert error.startswith("mir probe: error: ")
+    assert "Traceback" not in error
+
+
+def test_the_command_runs_as_a_module_and_refuses_unknown_flags(folders):
+    command = [sys.executable, "-m", "mir_callback", "probe"]
+    done = subprocess.run([*command, "--nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --nonsense" in done.stderr
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
