@@ -3,5 +3,6 @@
 
 from llava_integration.attach import attach_mir
 from llava_integration.original import OriginalLlavaAdapter
+from llava_integration.tinyllava import TinyLlavaAdapter
 
-__all__ = ["OriginalLlavaAdapter", "attach_mir"]
+__all__ = ["OriginalLlavaAdapter", "TinyLlavaAdapter", "attach_mir"]

@@ -10,13 +10,17 @@ from torch import nn
 
 from llava_integration.original import OriginalLlavaAdapter
 from llava_integration.splicing import METHOD
+from llava_integration.tinyllava import TinyLlavaAdapter, conversation_of
 from mir_callback import MIRCallback, Probe
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 
-KNOWN = "haotian-liu/LLaVA (package llava) and Hugging Face vision-language models (package transformers)"
+KNOWN = (
+    "haotian-liu/LLaVA and LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
+    "Hugging Face vision-language models (package transformers)"
+)
 
 
 def attach_mir(
@@ -41,7 +45,8 @@ def attach_mir(
         num_samples: image + text pairs.
         every: optimizer steps between evaluations.
         seed: of the draw.
-        conversation: template for the original LLaVA, see :class:`OriginalLlavaAdapter`.
+        conversation: template of the original LLaVA or of TinyLLaVA Factory; by default the run's own, see
+            :class:`OriginalLlavaAdapter` and :class:`TinyLlavaAdapter`.
         **callback_options: of :class:`MIRCallback`, such as ``stop=PlateauRule()``.
 
     Returns:
@@ -81,6 +86,8 @@ def recognise(trainer: Any, conversation: str | None = None) -> Adapter:
     home = type(top).__module__.split(".")[0]
     if home == "llava" and hasattr(top, METHOD):
         return OriginalLlavaAdapter(model, processor, conversation=conversation)
+    if home == "tinyllava" and hasattr(top, METHOD):
+        return TinyLlavaAdapter(model, processor, conversation=conversation or conversation_of(trainer))
     if conversation is not None:
         raise ConfigError(f"conversation must be left out for {type(top).__name__}, got {conversation!r}")
     if hasattr(top, METHOD) or home != "transformers":

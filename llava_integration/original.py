@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llava_integration.encoding import pad_right, plain_text, require_pad_token
 from llava_integration.splicing import METHOD, spliced_masks
-from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
-from mir_callback.probe.huggingface import cut_text
 from mir_callback.probe.samples import Sample
 
 
@@ -44,11 +43,7 @@ class OriginalLlavaAdapter:
                 f"{type(top).__name__} must be a LLaVA model with a vision tower and {METHOD}; "
                 "load it with vision_tower set, or use the adapter of its family"
             )
-        if tokenizer is None or getattr(tokenizer, "pad_token_id", None) is None:
-            raise ConfigError(
-                f"tokenizer must have a pad token, got {type(tokenizer).__name__} without one; "
-                "LLaVA sets tokenizer.pad_token = tokenizer.unk_token"
-            )
+        require_pad_token(tokenizer)
         self._config = top.config
         self._takes_modalities = "modalities" in inspect.signature(getattr(top, METHOD)).parameters
         self._tokenizer = tokenizer
@@ -58,12 +53,7 @@ class OriginalLlavaAdapter:
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`mir_callback.probe.adapter.Adapter`."""
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
-        width = max(len(row) for row in ids)
-        input_ids = torch.full((len(ids), width), self._tokenizer.pad_token_id, dtype=torch.long)
-        attention = torch.zeros(len(ids), width, dtype=torch.bool)
-        for row, tokens in enumerate(ids):
-            input_ids[row, : len(tokens)] = tokens
-            attention[row, : len(tokens)] = True
+        input_ids, attention = pad_right(ids, self._tokenizer.pad_token_id)
         pictures = [sample.open_image() for sample in samples]
         inputs = {"input_ids": input_ids, "attention_mask": attention, "images": self._images(pictures)}
         if self._takes_modalities:
@@ -86,15 +76,11 @@ class OriginalLlavaAdapter:
         from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
         from llava.mm_utils import tokenizer_image_token
 
-        for token in (DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN):
-            if token in sample.text:
-                raise ProbeError(
-                    f"probe text of {sample.name} must be plain text, got {token!r} in it; remove or rewrite it"
-                )
+        placeholders = (DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
         image = DEFAULT_IMAGE_TOKEN
         if getattr(self._config, "mm_use_im_start_end", False):
             image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
-        text = cut_text(self._tokenizer, sample.text, max_text_tokens)
+        text = plain_text(sample, self._tokenizer, max_text_tokens, placeholders)
         prompt = self._prompt(image, text)
         tokens: Tensor = tokenizer_image_token(prompt, self._tokenizer, return_tensors="pt")
         return tokens

@@ -63,8 +63,8 @@ def text_config(model: nn.Module) -> Any:
             f"model must carry a Hugging Face config, got {type(model).__name__} without one; "
             "pass a transformers vision-language model"
         )
-    if not hasattr(config, "get_text_config"):
-        return config
+    if not hasattr(config, "get_text_config"):  # older transformers
+        return getattr(config, "text_config", config)
     try:
         return config.get_text_config(decoder=True)
     except TypeError:  # older transformers know no `decoder` argument

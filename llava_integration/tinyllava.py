@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of the package `tinyllava`: TinyLLaVA Factory.
+
+They expand images as the original LLaVA does, but keep image processor and tokenizer in the model, call their language
+model's `forward` directly, and have templates and image preprocessing of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_integration.encoding import pad_right, plain_text, require_pad_token
+from llava_integration.splicing import METHOD, spliced_masks
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.model.decoder import unwrap
+from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
+from mir_callback.probe.samples import Sample
+
+DEFAULT_CONVERSATION = "pretrain"
+
+
+class TinyLlavaAdapter:
+    """Encodes samples as TinyLLaVA's own training data is encoded, and observes its image expansion.
+
+    Args:
+        model: the model, bare or wrapped.
+        tokenizer: the run's tokenizer, with a pad token; None for the one in the model.
+        conversation: name of a TinyLLaVA template ("pretrain", "phi", "llama", ...), its `--conv_version`; by default
+            "pretrain": image, text, newline. The others put the image into the first turn and the text into the reply.
+
+    Raises:
+        ConfigError: no pad token, an unknown template, an image_aspect_ratio its models cannot take.
+        UnsupportedModelError: the model has no image processor or does not expand images as TinyLLaVA does.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, conversation: str | None = None) -> None:
+        top: Any = unwrap(model)
+        image_processor = getattr(getattr(top, "vision_tower", None), "_image_processor", None)
+        if not hasattr(top, METHOD) or image_processor is None:
+            raise UnsupportedModelError(
+                f"{type(top).__name__} must be a TinyLLaVA model with vision_tower._image_processor and {METHOD}; "
+                "use the adapter of its family"
+            )
+        self._tokenizer: Any = getattr(top, "tokenizer", None) if tokenizer is None else tokenizer
+        require_pad_token(self._tokenizer)
+        self._preprocess_image = _image_preprocess(image_processor, top.config)
+        self._preprocess_text = _text_preprocess(self._tokenizer, conversation or DEFAULT_CONVERSATION)
+
+    def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
+        """See :class:`mir_callback.probe.adapter.Adapter`."""
+        ids = [self._ids(sample, max_text_tokens) for sample in samples]
+        input_ids, attention = pad_right(ids, self._tokenizer.pad_token_id)
+        images = torch.stack([self._preprocess_image(sample.open_image()) for sample in samples])  # (B, 3, H, W)
+        return AdaptedBatch({"input_ids": input_ids, "attention_mask": attention, "images": images}, None, ids)
+
+    def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
+        """See :func:`spliced_masks`."""
+        from tinyllava.utils.constants import IMAGE_TOKEN_INDEX
+
+        return spliced_masks(model, IMAGE_TOKEN_INDEX)
+
+    def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
+        from tinyllava.utils.constants import DEFAULT_IMAGE_TOKEN
+
+        text = plain_text(sample, self._tokenizer, max_text_tokens, (DEFAULT_IMAGE_TOKEN,))
+        turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n"}, {"from": "gpt", "value": text}]
+        # In its mode for training it would make labels as well, and wait seconds over any it cannot make.
+        ids: Tensor = self._preprocess_text(turns, mode="eval")["input_ids"]
+        return ids
+
+
+def conversation_of(trainer: Any) -> str | None:
+    """The template that a run of TinyLLaVA's training script encodes its data with, None if it does not show."""
+    data_arguments = getattr(getattr(trainer, "train_dataset", None), "data_args", None)
+    return getattr(data_arguments, "conv_version", None)
+
+
+def _image_preprocess(image_processor: Any, config: Any) -> Any:
+    from tinyllava.data.image_preprocess import ImagePreprocess
+
+    if getattr(config, "image_aspect_ratio", None) == "anyres":
+        raise ConfigError(
+            "model.config.image_aspect_ratio must be square or pad, got 'anyres'; "
+            "TinyLLaVA preprocesses such images in tiles but its models take one tile an image"
+        )
+    return ImagePreprocess(image_processor, config)
+
+
+def _text_preprocess(tokenizer: Any, conversation: str) -> Any:
+    from tinyllava.data.text_preprocess import TextPreprocess
+
+    try:
+        return TextPreprocess(tokenizer, conversation)
+    except AssertionError as error:  # how TinyLLaVA reports an unknown name
+        raise ConfigError(
+            f"conversation must be a template registered in tinyllava.data.template, got {conversation!r}; "
+            "use the --conv_version of a training script, such as pretrain, phi or llama"
+        ) from error
