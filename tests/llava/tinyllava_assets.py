@@ -34,9 +34,7 @@ def _write_phi(folder: Path) -> None:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator([SENTENCE] * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=_END, eos_token=_END, unk_token=_END)
     tokenizer.save_pretrained(folder)
