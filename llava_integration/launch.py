@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run an unmodified training script with MIR attached right before its Trainer starts.
 
-    python -m llava_integration.launch --mir_images DIR --mir_texts DIR [--mir_...] -- train.py ITS OWN ARGUMENTS
-    torchrun --nproc_per_node 8 -m llava_integration.launch --mir_images ... -- train.py ...
-    deepspeed --module llava_integration.launch --mir_images ... -- train.py ...
-
-`python -m mir_callback.launch` is the same.
+`python -m mir_callback.launch --help` shows how; `python -m llava_integration.launch` is the same.
 """
 
 from __future__ import annotations
@@ -15,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, Trainer
+from transformers import Trainer
 
 from llava_integration.attach import attach_mir
+from llava_integration.compatibility import explain
+from llava_integration.flags import make_parser, print_usage, read_flags
 from mir_callback import MIRCallback
 from mir_callback.errors import ConfigError
 from mir_callback.training.arguments import MIRArguments
@@ -29,23 +27,39 @@ def main(arguments: list[str]) -> None:
     """Read our flags up to `--`, then run the script behind it as Python would.
 
     Raises:
-        ConfigError: no script, or a flag breaks its rule; before the script starts.
+        SystemExit: 2 after one line on stderr if there is no script or a flag breaks its rule, before the script
+            starts; 0 after `--help`.
     """
-    flags: Any = MIRArguments
-    parser = HfArgumentParser(flags, description=__doc__)
-    if arguments[:1] in (["--help"], ["-h"]):
-        parser.print_help()
-        return
-    ours, script = split(arguments)
-    (options,) = parser.parse_args_into_dataclasses(ours)
-    if not options.enabled:
-        raise ConfigError(
-            "mir_images and mir_texts, or mir_probe, must be given before --, got none; without them run the script"
-        )
+    options, script = read_command_line(arguments)
     attach_before_training(options)
     sys.argv = script
     sys.path.insert(0, str(Path(script[0]).resolve().parent))
-    runpy.run_path(script[0], run_name="__main__")
+    try:
+        runpy.run_path(script[0], run_name="__main__")
+    except Exception as error:
+        hint = explain(error)
+        if hint:
+            print(f"[mir] {hint}", file=sys.stderr)
+        raise
+
+
+def read_command_line(arguments: list[str]) -> tuple[MIRArguments, list[str]]:
+    """Options and the script's command line; exits where :func:`main` says so."""
+    if not arguments:
+        print_usage()
+    try:
+        if {"--help", "-h"} & set(arguments[: arguments.index(SEPARATOR)] if SEPARATOR in arguments else arguments):
+            make_parser().print_help()
+            raise SystemExit(0)
+        ours, script = split(arguments)
+        options = read_flags(ours)
+        if not options.enabled:
+            raise ConfigError(
+                "mir_images and mir_texts, or mir_probe, must be given before --, got none; without them run the script"
+            )
+    except ConfigError as error:
+        make_parser().error(str(error))
+    return options, script
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -54,7 +68,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     DeepSpeed's launcher puts `--local_rank=N` in front of everything; it belongs to the script.
     """
     if SEPARATOR not in arguments:
-        raise ConfigError(f"the script must follow {SEPARATOR}, got {' '.join(arguments) or 'nothing'}; see --help")
+        raise ConfigError(f"the script must follow {SEPARATOR}, got {' '.join(arguments) or 'nothing'}")
     at = arguments.index(SEPARATOR)
     ours, script = arguments[:at], arguments[at + 1 :]
     if not script or not Path(script[0]).is_file():

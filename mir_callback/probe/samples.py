@@ -113,7 +113,7 @@ class Probe:
 
         Ranks: any; every rank that calls it reads the files and gets the same probe.
         """
-        _check_draw(num_samples, seed)
+        check_draw(num_samples, seed)
         image_files = sources.draw(sources.image_files(_path(images)), num_samples, seed, "images", images)
         text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
         samples = [
@@ -150,7 +150,7 @@ class Probe:
 
         Ranks: any; every rank that calls it reads the files and gets the same probe.
         """
-        _check_draw(num_samples, seed)
+        check_draw(num_samples, seed)
         records = sources.llava_records(_path(json_file))
         drawn = sources.draw(records, num_samples, seed, "json_file", json_file)
         samples = [
@@ -189,7 +189,7 @@ class Probe:
 
         Ranks: any; every rank that calls it reads the files and gets the same probe.
         """
-        _check_draw(num_samples, seed)
+        check_draw(num_samples, seed)
         asked = sources.question_images(_path(questions), _path(images))
         image_files = sources.draw(asked, num_samples, seed, "images", questions)
         text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
@@ -229,7 +229,7 @@ class Probe:
 
         Ranks: any; every rank that calls it reads the data and gets the same probe.
         """
-        _check_draw(num_samples, seed)
+        check_draw(num_samples, seed)
         rows = datasets.image_rows(dataset, image_column, num_samples, seed)
         if isinstance(texts, (str, Path)):
             files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
@@ -319,7 +319,8 @@ def _below(folder: str | Path, path: Path) -> str:
     return path.relative_to(_path(folder)).as_posix()
 
 
-def _check_draw(num_samples: int, seed: int) -> None:
+def check_draw(num_samples: int, seed: int) -> None:
+    """Raise ConfigError unless both are whole numbers, and ``num_samples`` is positive. Ranks: pure."""
     _require_positive_int("num_samples", num_samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"seed must be an integer, got {seed!r}; use e.g. seed=0")

@@ -8,6 +8,8 @@ from typing import Any
 
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
+from mir_callback.probe.batches import check_batch_size
+from mir_callback.probe.samples import check_draw
 from mir_callback.training.plateau import PlateauRule
 from mir_callback.training.schedule import check_every
 
@@ -52,6 +54,8 @@ class MIRArguments:
             )
         if self.mir_stop not in STOP_RULES:
             raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
+        check_draw(self.mir_num_samples, self.mir_seed)
+        check_batch_size(self.mir_batch_size)
         check_every(self.mir_every)
         check_root(self.mir_root)
         self.stop_rule()

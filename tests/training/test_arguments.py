@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MIR's flags beside a script's own, through HfArgumentParser."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
 from transformers import HfArgumentParser
 
-from llava_integration.launch import split
+from llava_integration.flags import make_parser, read_flags
+from llava_integration.launch import main, split
 from mir_callback import MIRArguments, PlateauRule
 from mir_callback.errors import ConfigError
 
@@ -54,6 +56,8 @@ def test_nothing_given_switches_mir_off():
         (["--mir_stop", "soon"], "mir_stop must be one of none, plateau, got 'soon'"),
         (["--mir_every", "0"], "every must be an integer of at least 1"),
         (["--mir_root", "fast"], "root must be one of exact, paper_fast"),
+        (["--mir_num_samples", "0"], "num_samples must be an integer of at least 1"),
+        (["--mir_batch_size", "0"], "batch_size must be an integer of at least 1"),
         (["--mir_stop_min_delta", "-1"], "min_delta must be a positive number"),
     ],
 )
@@ -74,3 +78,56 @@ def test_launcher_splits_its_flags_from_the_script(tmp_path):
 def test_error_when_the_launcher_finds_no_script(words):
     with pytest.raises(ConfigError, match="script"):
         split(words)
+
+
+def test_the_launchers_flags_are_those_of_the_arguments():
+    words = ["--mir_images", "a", "--mir_texts", "b", "--mir_every", "3", "--mir_stop", "plateau"]
+    words += ["--mir_stop_min_delta", "0.1"]
+    assert read_flags(words) == parse(*words)[1]
+    assert read_flags([]) == MIRArguments()
+
+
+def test_launcher_shows_its_three_uses_and_groups_of_flags_with_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert [line.split()[:2] for line in usage.removeprefix("usage: ").splitlines()] == [
+        ["python", "-m"],
+        ["torchrun", "--nproc_per_node"],
+        ["deepspeed", "--module"],
+    ]
+    for option in dataclasses.fields(MIRArguments):
+        assert f"  --{option.name} " in rest
+    assert {"the probe:", "the evaluations:", "stopping:"} <= set(rest.splitlines())
+    assert "(default: 50)" in rest
+    assert "None" not in rest
+
+
+def test_launcher_without_arguments_shows_its_uses_and_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[:-1] == make_parser().format_usage().splitlines()
+    assert said[-1].startswith("error: the script must follow --, got nothing;")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mir_images", "a"], "mir_texts must be given with mir_images"),
+        ([], "mir_images and mir_texts, or mir_probe, must be given before --, got none"),
+        (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be an integer of at least 1"),
+        (["--mir_every", "often"], "argument --mir_every: invalid int value: 'often'"),
+        (["--mir_evry", "3"], "unrecognized arguments: --mir_evry 3"),
+    ],
+)
+def test_launcher_says_what_is_wrong_with_a_flag_in_one_line(tmp_path, capsys, words, message):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('the script was started')")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--", str(script)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
