@@ -11,7 +11,7 @@ from torch import nn
 from llava_integration.original import OriginalLlavaAdapter
 from llava_integration.splicing import METHOD
 from llava_integration.tinyllava import TinyLlavaAdapter, conversation_of
-from mir_callback import MIRCallback, Probe
+from mir_callback import MIRCallback, Probe, collectives
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import Adapter
@@ -56,10 +56,11 @@ def attach_mir(
         ConfigError, ProbeError: something is missing or cannot be read.
         UnsupportedModelError: the model is of no known kind.
 
-    Ranks: every rank, with the same arguments.
+    Ranks: collective, with the same arguments; an error on one rank is one on all.
     """
-    adapter = recognise(trainer, conversation)
-    samples = _probe(probe, images, texts, num_samples, seed)
+    with collectives.all_or_none():
+        adapter = recognise(trainer, conversation)
+        samples = _probe(probe, images, texts, num_samples, seed)
     return MIRCallback(samples, every=every, adapter=adapter, **callback_options).attach(trainer)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.probe.huggingface import cut_text
+from mir_callback.probe.huggingface import cut_text, require_plain_text
 from mir_callback.probe.samples import Sample
 
 
@@ -33,7 +33,7 @@ def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholder
         placeholders: what the code base replaces in prompts by something else, such as ``<image>``.
 
     Raises:
-        ProbeError: the text holds a placeholder.
+        ProbeError: the text holds a placeholder or a control token of the tokenizer.
 
     Ranks: pure.
     """
@@ -42,7 +42,9 @@ def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholder
             raise ProbeError(
                 f"probe text of {sample.name} must be plain text, got {token!r} in it; remove or rewrite it"
             )
-    return cut_text(tokenizer, sample.text, max_text_tokens)
+    text = cut_text(tokenizer, sample.text, max_text_tokens)
+    require_plain_text(tokenizer, text, sample.name)
+    return text
 
 
 def pad_right(ids: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,17 @@ LLaVA-NeXT's models also want to be told that their inputs are images and not vi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from llava_integration.compatibility import require_observable, tower_states_checked
 from llava_integration.encoding import pad_right, plain_text, require_pad_token
 from llava_integration.splicing import METHOD, spliced_masks
-from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
 from mir_callback.probe.samples import Sample
@@ -33,16 +35,12 @@ class OriginalLlavaAdapter:
 
     Raises:
         ConfigError: no tokenizer or no pad token, an unknown template.
-        UnsupportedModelError: the model has no vision tower or does not expand images as LLaVA does.
+        UnsupportedModelError: see :func:`require_observable`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
         top: Any = unwrap(model)
-        if not hasattr(top, METHOD) or getattr(top, "get_vision_tower", lambda: None)() is None:
-            raise UnsupportedModelError(
-                f"{type(top).__name__} must be a LLaVA model with a vision tower and {METHOD}; "
-                "load it with vision_tower set, or use the adapter of its family"
-            )
+        require_observable(top)
         require_pad_token(tokenizer)
         self._config = top.config
         self._takes_modalities = "modalities" in inspect.signature(getattr(top, METHOD)).parameters
@@ -55,28 +53,39 @@ class OriginalLlavaAdapter:
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
         input_ids, attention = pad_right(ids, self._tokenizer.pad_token_id)
         pictures = [sample.open_image() for sample in samples]
-        inputs = {"input_ids": input_ids, "attention_mask": attention, "images": self._images(pictures)}
+        pixels = [self._pixels(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+        # LLaVA takes one tensor of images, or a list where anyres gives them different numbers of tiles.
+        alike = len({image.shape for image in pixels}) == 1
+        images = torch.stack(pixels) if alike else pixels
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention, "images": images}
         if self._takes_modalities:
             inputs["modalities"] = ["image"] * len(samples)
         if "anyres" in (self._aspect_ratio or ""):
             inputs["image_sizes"] = [picture.size for picture in pictures]
         return AdaptedBatch(inputs, None, ids)
 
-    def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
+    @contextmanager
+    def live_masks(self, model: nn.Module) -> Iterator[LiveMasks | None]:
         """See :func:`spliced_masks`."""
         from llava.constants import IMAGE_TOKEN_INDEX
 
-        return spliced_masks(model, IMAGE_TOKEN_INDEX)
+        with tower_states_checked(model), spliced_masks(model, IMAGE_TOKEN_INDEX) as current:
+            yield current
 
     @property
     def _aspect_ratio(self) -> str | None:
         return getattr(self._config, "image_aspect_ratio", None)
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+        from llava.constants import (
+            DEFAULT_IM_END_TOKEN,
+            DEFAULT_IM_START_TOKEN,
+            DEFAULT_IMAGE_PATCH_TOKEN,
+            DEFAULT_IMAGE_TOKEN,
+        )
         from llava.mm_utils import tokenizer_image_token
 
-        placeholders = (DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+        placeholders = (DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
         image = DEFAULT_IMAGE_TOKEN
         if getattr(self._config, "mm_use_im_start_end", False):
             image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
@@ -96,11 +105,19 @@ class OriginalLlavaAdapter:
         conversation.append_message(conversation.roles[1], text)
         return str(conversation.get_prompt())
 
-    def _images(self, pictures: list[Any]) -> Any:
-        """(B, 3, H, W), or a list of tiles per image for anyres."""
+    def _pixels(self, sample: Sample, picture: Any) -> Tensor:
+        """(3, H, W), or (tiles, 3, H, W) for anyres; one image at a time, as when LLaVA trains."""
         from llava.mm_utils import process_images
 
-        return process_images(pictures, self._image_processor, self._config)
+        try:
+            pixels: Tensor = process_images([picture], self._image_processor, self._config)[0]
+        except Exception as error:  # from Pillow, NumPy, transformers or LLaVA: any kind
+            raise ProbeError(
+                f"probe image of {sample.name} must pass LLaVA's process_images with image_aspect_ratio="
+                f"{self._aspect_ratio!r}, got {type(error).__name__}: {error} for {picture.width} x {picture.height} "
+                "pixels; replace or remove that image, or see whether the model's configuration fits its processor"
+            ) from error
+        return pixels
 
 
 def _template(name: str | None) -> Any:

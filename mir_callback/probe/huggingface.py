@@ -6,7 +6,7 @@ The prompt is the plain one of LLaVA's pre-training: the image, then the text, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -78,14 +78,7 @@ class HuggingFaceAdapter:
 
     def _text_of(self, sample: Sample, max_text_tokens: int) -> str:
         text = cut_text(self._tokenizer, sample.text, max_text_tokens)
-        control = {*self._vision_ids, *getattr(self._tokenizer, "all_special_ids", ())}
-        unknown = getattr(self._tokenizer, "unk_token_id", None)
-        for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]:
-            if token in control and token != unknown:
-                raise ProbeError(
-                    f"probe text of {sample.name} must be plain text, got the control token "
-                    f"{self._tokenizer.convert_ids_to_tokens(token)!r} in it; remove or rewrite it"
-                )
+        require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
         return text
 
     def _check(self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks) -> None:
@@ -154,3 +147,25 @@ def cut_text(tokenizer: Any, text: str, max_tokens: int) -> str:
         return text if len(ids) <= max_tokens else str(tokenizer.decode(ids[:max_tokens]))
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+
+
+def require_plain_text(tokenizer: Any, text: str, sample: str, more_control_ids: Iterable[int] = ()) -> None:
+    """Refuse a text that the tokenizer reads control tokens in; an unknown character is none.
+
+    Args:
+        tokenizer: the run's.
+        text: a probe text.
+        sample: its sample's name, for the message.
+        more_control_ids: ids to refuse besides the tokenizer's special ones.
+
+    Raises:
+        ProbeError: there is one.
+    """
+    control = {*more_control_ids, *getattr(tokenizer, "all_special_ids", ())}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if token in control and token != unknown:
+            raise ProbeError(
+                f"probe text of {sample} must be plain text, got the control token "
+                f"{tokenizer.convert_ids_to_tokens(token)!r} in it; remove or rewrite it"
+            )

@@ -5,26 +5,16 @@
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from mir_callback import Probe
 from tests.distributed.launch import ROOT, run_process, run_ranks
-from tests.llava.value_cases import VALUE_CASES
+from tests.llava.conftest import PYTHON
+from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES
 
-PYTHON = Path(os.environ.get("MIR_LLAVA_PYTHON", ROOT / ".venv-llava" / "bin" / "python"))
 STEPS = 4
 EXAMPLE = ROOT / "examples" / "llava_v1_5"
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    assert PYTHON.exists(), f"no LLaVA environment at {PYTHON}; `make test` builds it (or set MIR_LLAVA_PYTHON)"
-    folder = tmp_path_factory.mktemp("assets")
-    run_process(["-m", "tests.llava.assets", str(folder)], python=PYTHON)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +44,14 @@ def test_masks_follow_the_models_expansion_for_several_images_and_none(values):
     assert lengths[2] > 0
 
 
-def test_error_when_truncation_leaves_no_image(values):
-    assert values["too_short"].startswith("ProbeError: every probe sample must have vision tokens after the model has")
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_value_equals_the_authors_procedure_for_image_files_of_every_colour_mode(values, mode):
+    found = values["modes"][mode]
+    assert found["ours"] == pytest.approx([found["authors"]] * 3, abs=1e-5)
 
 
 def arguments(assets, output, zero):
-    """LLaVA's published stage-1 command, at tiny size."""
+    """LLaVA's published stage-1 command, at tiny size; on one process with stage 2's kind of data."""
     given = {
         "model_name_or_path": assets / "tiny-vicuna",
         "version": "plain",
@@ -85,7 +77,8 @@ def arguments(assets, output, zero):
         "report_to": "none",
     }
     if zero is None:
-        given["use_cpu"] = True
+        # Conversations with and without an image, as in stage 2; "plain" takes none without.
+        given |= {"use_cpu": True, "version": "v1", "data_path": assets / "mixed_data.json", "model_max_length": 512}
     else:
         given["deepspeed"] = EXAMPLE / f"zero{zero}.json"
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -120,6 +113,13 @@ def test_loss_log_is_identical_and_every_step_present(runs, zero):
     plain, watched = runs(zero, "off")[1], runs(zero, "on")[1]
     assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
     assert [rank["log"] for rank in watched] == [rank["log"] for rank in plain]
+
+
+def test_rows_with_and_without_an_image_were_trained_on_together(runs):
+    # What test_loss_log_is_identical compares for one process.
+    plain, watched = (runs(None, switch)[1][0]["images"] for switch in ("off", "on"))
+    assert watched == plain
+    assert any(sorted(batch) == [0, 1] for batch in plain)
 
 
 @pytest.mark.parametrize("zero", [None, "2", "3"])
@@ -171,8 +171,27 @@ def test_launcher_refuses_half_given_flags_before_the_script_starts(assets, tmp_
     script = tmp_path / "train.py"
     script.write_text("print('started')")
     done = run_process(["-m", "mir_callback.launch", "--mir_images", "x", "--", str(script)], python=PYTHON)
-    assert "mir_texts must be given with mir_images" in done.stderr
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: mir_texts must be given with")]
+    assert "Traceback" not in done.stderr
     assert "started" not in done.stdout
+
+
+def test_launcher_names_the_versions_when_llava_met_a_transformers_too_new_for_it(assets, tmp_path):
+    script = tmp_path / "train.py"
+    # What transformers 4.53 took away, and llava's trainer imports.
+    script.write_text(
+        "import transformers.trainer as t; del t.ALL_LAYERNORM_LAYERS\n"
+        "import transformers; transformers.__version__ = '4.53.3'\n"
+        "import llava.train.train\n"
+    )
+    flags = ["--mir_images", "x", "--mir_texts", "y", "--", str(script)]
+    done = run_process(["-m", "mir_callback.launch", *flags], python=PYTHON)
+    assert done.returncode == 1
+    assert "[mir] ImportError while llava was at work: llava-torch 1.2.2.post1 runs here with transformers 4.53.3" in (
+        done.stderr
+    )
+    assert "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS'" in done.stderr
 
 
 @pytest.mark.parametrize(("zero", "probe_from"), [("zero2.json", "folders"), ("zero3.json", "saved")])

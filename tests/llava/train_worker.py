@@ -31,6 +31,22 @@ def help_on_cpu() -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
+def count_images(trainer: Any) -> list[list[int]]:
+    """From now on the number of images of every row of every training batch."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    counts: list[list[int]] = []
+    collate = trainer.data_collator
+
+    def counting(rows: Any) -> Any:
+        batch = collate(rows)
+        counts.append((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(dim=1).tolist())
+        return batch
+
+    trainer.data_collator = counting
+    return counts
+
+
 def main(folder: str, watched: str, arguments: list[str]) -> None:
     """Train as the script does, with one line before `trainer.train()`, and write what this rank saw."""
     help_on_cpu()
@@ -48,6 +64,7 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
                 trainer, images=probe / "images", texts=probe / "texts", num_samples=NUM_SAMPLES, every=EVERY
             )
         seen["trainer"] = trainer
+        seen["images"] = count_images(trainer)
         return original(trainer, *args, **options)
 
     LLaVATrainer.train = with_one_line
@@ -60,6 +77,7 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
         {
             "log": [[e["step"], e["loss"], e["learning_rate"]] for e in trainer.state.log_history if "loss" in e],
             "logged": [[e["step"], e["mir"]] for e in trainer.state.log_history if "mir" in e],
+            "images": seen["images"],
             "history": seen["callback"].history if "callback" in seen else [],
         },
     )

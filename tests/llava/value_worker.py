@@ -7,6 +7,7 @@ of the image counted from the placeholder's index, everything after it text, flo
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model import LlavaLlamaForCausalLM
+from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
+from PIL import Image
 from transformers import LlamaTokenizer
 
 from llava_integration import OriginalLlavaAdapter
@@ -24,17 +26,20 @@ from llava_integration.splicing import spliced_masks
 from mir_callback import Probe, evaluate_mir
 from tests import reference
 from tests.distributed.launch import write_rank
-from tests.llava.value_cases import CASES, templates_of
+from tests.llava.value_cases import CASES, IMAGE_MODES, LANGUAGE_MODEL, VISION_TOWER, templates_of
+from tests.samples import pairs
 
 
 def make_model(assets: Path, overrides: dict[str, Any]) -> tuple[Any, Any]:
     """The tiny LLaVA as the training script sets it up, with other configuration values."""
     torch.manual_seed(0)
-    tokenizer = LlamaTokenizer.from_pretrained(assets / "tiny-vicuna")
+    language_model = assets / overrides.get(LANGUAGE_MODEL, "tiny-vicuna")
+    tokenizer = LlamaTokenizer.from_pretrained(language_model)
     tokenizer.pad_token = tokenizer.unk_token
-    model = LlavaLlamaForCausalLM.from_pretrained(assets / "tiny-vicuna")
+    kind = LlavaMistralForCausalLM if "mistral" in language_model.name else LlavaLlamaForCausalLM
+    model = kind.from_pretrained(language_model)
     arguments = SimpleNamespace(
-        vision_tower=str((assets / "tiny-clip-vit").absolute()),
+        vision_tower=str((assets / overrides.get(VISION_TOWER, "tiny-clip-vit")).absolute()),
         mm_vision_select_layer=-2,
         mm_vision_select_feature="patch",
         pretrain_mm_mlp_adapter=None,
@@ -48,7 +53,8 @@ def make_model(assets: Path, overrides: dict[str, Any]) -> tuple[Any, Any]:
     model.config.image_grid_pinpoints = [[32, 64], [64, 32], [64, 64]]
     defaults = {"image_aspect_ratio": "square", "tokenizer_padding_side": "right", "mm_use_im_start_end": False}
     for name, value in {**defaults, **overrides}.items():
-        setattr(model.config, name, value)
+        if name not in (LANGUAGE_MODEL, VISION_TOWER):
+            setattr(model.config, name, value)
     model.initialize_vision_tokenizer(arguments, tokenizer)
     return model.eval(), tokenizer
 
@@ -58,7 +64,7 @@ def authors_procedure(model: Any, tokenizer: Any, probe: Probe, template: str) -
     """MIR as the authors' script computes it, with an exact root."""
     vision, text = [], []
     for sample in probe.samples:
-        image = sample.open_image()
+        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
         pixels = process_images([image], model.get_vision_tower().image_processor, model.config)
         token = DEFAULT_IMAGE_TOKEN
         if model.config.mm_use_im_start_end:
@@ -83,6 +89,24 @@ def authors_procedure(model: Any, tokenizer: Any, probe: Probe, template: str) -
     return reference.rate(*stacked)[0]
 
 
+def modes_probe(folder: Path) -> Probe:
+    """A probe of image files in every colour mode that is read, one turned by its EXIF data."""
+    folder.mkdir()
+    texts = [text for _, text in pairs(9)]
+    images = [image for image, _ in pairs(9)]
+    for name, mode in (("grey", "L"), ("alpha", "RGBA"), ("palette", "P"), ("grey alpha", "LA"), ("bits", "1")):
+        images.pop().convert(mode).save(folder / f"{name}.png")
+    images.pop().convert("P").save(folder / "transparent palette.png", transparency=bytes(range(256)))
+    images.pop().convert("CMYK").save(folder / "cmyk.jpg")
+    images.pop().convert("YCbCr").save(folder / "luminance.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn
+    images.pop().save(folder / "turned.jpg", exif=turned)
+    for index, text in enumerate(texts):
+        (folder / f"{index}.txt").write_text(text)
+    return Probe.from_folders(folder, folder, num_samples=9)
+
+
 def mixed_batch(model: Any, tokenizer: Any, probe: Probe) -> list[list[int]]:
     """Vision and text counts of a hand-made batch: two images, one image, none; (rows of counts)."""
     pictures = [sample.open_image() for sample in probe.samples[:4]]
@@ -99,14 +123,11 @@ def mixed_batch(model: Any, tokenizer: Any, probe: Probe) -> list[list[int]]:
     return [masks.vision.sum(dim=1).tolist(), masks.text.sum(dim=1).tolist(), [len(row) for row in rows]]
 
 
-def too_short(assets: Path, probe: Probe) -> str:
-    """What is said when truncation leaves no image."""
-    model, tokenizer = make_model(assets, {"tokenizer_model_max_length": 24})
-    try:
-        evaluate_mir(model, probe, adapter=OriginalLlavaAdapter(model, tokenizer, conversation="v1"))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+def compare(model: Any, tokenizer: Any, probe: Probe, template: str) -> dict[str, Any]:
+    """Our value at several batch sizes, and the authors' procedure's."""
+    adapter = OriginalLlavaAdapter(model, tokenizer, conversation=template)
+    ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size).mir for size in (1, 4, 6)]
+    return {"ours": ours, "authors": authors_procedure(model, tokenizer, probe, template)}
 
 
 def main(folder: str, assets: str) -> None:
@@ -116,14 +137,11 @@ def main(folder: str, assets: str) -> None:
     for name, overrides in CASES.items():
         model, tokenizer = make_model(Path(assets), overrides)
         for template in templates_of(name):
-            adapter = OriginalLlavaAdapter(model, tokenizer, conversation=template)
-            ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size).mir for size in (1, 4, 6)]
-            values[f"{name}, {template}"] = {
-                "ours": ours,
-                "authors": authors_procedure(model, tokenizer, probe, template),
-            }
+            values[f"{name}, {template}"] = compare(model, tokenizer, probe, template)
+    modes = modes_probe(Path(folder) / "modes")
+    found = {name: compare(*make_model(Path(assets), CASES[name]), modes, "plain") for name in IMAGE_MODES}
     mixed = mixed_batch(*make_model(Path(assets), {}), probe)
-    write_rank(folder, 0, {"values": values, "mixed": mixed, "too_short": too_short(Path(assets), probe)})
+    write_rank(folder, 0, {"values": values, "modes": found, "mixed": mixed})
 
 
 if __name__ == "__main__":
