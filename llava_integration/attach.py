@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from llava_integration.compatibility import is_llava_next
+from llava_integration.next import LlavaNextAdapter
 from llava_integration.original import OriginalLlavaAdapter
 from llava_integration.splicing import METHOD
 from llava_integration.tinyllava import TinyLlavaAdapter, conversation_of
@@ -18,7 +20,7 @@ from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 
 KNOWN = (
-    "haotian-liu/LLaVA and LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
+    "haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
     "Hugging Face vision-language models (package transformers)"
 )
 
@@ -45,7 +47,7 @@ def attach_mir(
         num_samples: image + text pairs.
         every: optimizer steps between evaluations.
         seed: of the draw.
-        conversation: template of the original LLaVA or of TinyLLaVA Factory; by default the run's own, see
+        conversation: template of LLaVA, LLaVA-NeXT or TinyLLaVA Factory; by default the run's own, see
             :class:`OriginalLlavaAdapter` and :class:`TinyLlavaAdapter`.
         **callback_options: of :class:`MIRCallback`, such as ``stop=PlateauRule()``.
 
@@ -86,7 +88,8 @@ def recognise(trainer: Any, conversation: str | None = None) -> Adapter:
     processor = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
     home = type(top).__module__.split(".")[0]
     if home == "llava" and hasattr(top, METHOD):
-        return OriginalLlavaAdapter(model, processor, conversation=conversation)
+        family = LlavaNextAdapter if is_llava_next(top) else OriginalLlavaAdapter
+        return family(model, processor, conversation=conversation)
     if home == "tinyllava" and hasattr(top, METHOD):
         return TinyLlavaAdapter(model, processor, conversation=conversation or conversation_of(trainer))
     if conversation is not None:

@@ -57,6 +57,11 @@ def require_observable(model: nn.Module) -> None:
         )
 
 
+def is_llava_next(model: nn.Module) -> bool:
+    """Whether an unwrapped model with METHOD is LLaVA-NeXT's and not the original LLaVA's. Ranks: pure."""
+    return "modalities" in inspect.signature(getattr(model, METHOD)).parameters
+
+
 @contextmanager
 def tower_states_checked(model: nn.Module) -> Iterator[None]:
     """While open, refuse a forward whose vision tower returns more hidden states than it has layers.

@@ -14,13 +14,10 @@ from mir_callback.probe.huggingface import cut_text, require_plain_text
 from mir_callback.probe.samples import Sample
 
 
-def require_pad_token(tokenizer: Any) -> None:
-    """Raise ConfigError unless there is a tokenizer with a pad token. Ranks: pure."""
-    if tokenizer is None or getattr(tokenizer, "pad_token_id", None) is None:
-        raise ConfigError(
-            f"tokenizer must have a pad token, got {type(tokenizer).__name__} without one; "
-            "LLaVA sets tokenizer.pad_token = tokenizer.unk_token"
-        )
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ConfigError unless there is a tokenizer. Ranks: pure."""
+    if tokenizer is None:
+        raise ConfigError("tokenizer must be given, got None; pass the run's tokenizer, or give it to the Trainer")
 
 
 def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:
@@ -47,14 +44,14 @@ def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholder
     return text
 
 
-def pad_right(ids: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one batch.
 
-    The mask follows the lengths and not the ids: LLaVA's pad token is one that texts can hold too.
+    The fill is never read, as these models drop what the mask leaves out before they embed anything; so a tokenizer
+    without a pad token will do. The mask follows the lengths, as texts can hold any id.
 
     Args:
         ids: (n,) integers each.
-        pad_id: what fills up shorter rows.
 
     Returns:
         Ids (B, S) and their attention mask (B, S) bool.
@@ -62,7 +59,7 @@ def pad_right(ids: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     Ranks: pure.
     """
     width = max(len(row) for row in ids)
-    batch = torch.full((len(ids), width), pad_id, dtype=torch.long)
+    batch = torch.zeros(len(ids), width, dtype=torch.long)
     attention = torch.zeros(len(ids), width, dtype=torch.bool)
     for row, tokens in enumerate(ids):
         batch[row, : len(tokens)] = tokens

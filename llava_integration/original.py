@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the package `llava`: haotian-liu/LLaVA as published (`llava-torch`), and LLaVA-NeXT, which kept its shape.
-
-LLaVA-NeXT's models also want to be told that their inputs are images and not videos.
-"""
+"""Models of haotian-liu/LLaVA as published (package `llava`, `llava-torch`); llava_integration.next builds on this."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.compatibility import require_observable, tower_states_checked
-from llava_integration.encoding import pad_right, plain_text, require_pad_token
-from llava_integration.splicing import METHOD, spliced_masks
-from mir_callback.errors import ConfigError, ProbeError
+from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
+from llava_integration.encoding import pad_right, plain_text, require_tokenizer
+from llava_integration.splicing import spliced_masks
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
 from mir_callback.probe.samples import Sample
@@ -28,22 +24,29 @@ class OriginalLlavaAdapter:
 
     Args:
         model: the model, bare or wrapped.
-        tokenizer: the run's tokenizer, with a pad token.
+        tokenizer: the run's tokenizer; a pad token is not needed, the model drops padding by the attention mask.
         conversation: name of a conversation template ("plain", "v1", "llama_2", ...); by default the run's own
             (`llava.conversation.default_conversation`). "plain", LLaVA's pre-training form, is image, text, separator;
             others put the image into the first turn and the text into the reply, as the authors of MIR do.
 
     Raises:
-        ConfigError: no tokenizer or no pad token, an unknown template.
+        ConfigError: no tokenizer, an unknown template.
         UnsupportedModelError: see :func:`require_observable`.
     """
+
+    _for_llava_next = False
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
         top: Any = unwrap(model)
         require_observable(top)
-        require_pad_token(tokenizer)
+        if is_llava_next(top) != self._for_llava_next:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} must be given a model of its own code base, got {type(top).__name__} of "
+                f"{'LLaVA-NeXT' if is_llava_next(top) else 'the original LLaVA'}; use "
+                f"{'LlavaNextAdapter' if is_llava_next(top) else 'OriginalLlavaAdapter'}"
+            )
+        require_tokenizer(tokenizer)
         self._config = top.config
-        self._takes_modalities = "modalities" in inspect.signature(getattr(top, METHOD)).parameters
         self._tokenizer = tokenizer
         self._image_processor = top.get_vision_tower().image_processor
         self._template = _template(conversation)
@@ -51,17 +54,10 @@ class OriginalLlavaAdapter:
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`mir_callback.probe.adapter.Adapter`."""
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
-        input_ids, attention = pad_right(ids, self._tokenizer.pad_token_id)
+        input_ids, attention = pad_right(ids)
         pictures = [sample.open_image() for sample in samples]
         pixels = [self._pixels(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
-        # LLaVA takes one tensor of images, or a list where anyres gives them different numbers of tiles.
-        alike = len({image.shape for image in pixels}) == 1
-        images = torch.stack(pixels) if alike else pixels
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention, "images": images}
-        if self._takes_modalities:
-            inputs["modalities"] = ["image"] * len(samples)
-        if "anyres" in (self._aspect_ratio or ""):
-            inputs["image_sizes"] = [picture.size for picture in pictures]
+        inputs = {"input_ids": input_ids, "attention_mask": attention, **self._image_inputs(pixels, pictures)}
         return AdaptedBatch(inputs, None, ids)
 
     @contextmanager
@@ -71,10 +67,6 @@ class OriginalLlavaAdapter:
 
         with tower_states_checked(model), spliced_masks(model, IMAGE_TOKEN_INDEX) as current:
             yield current
-
-    @property
-    def _aspect_ratio(self) -> str | None:
-        return getattr(self._config, "image_aspect_ratio", None)
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
         from llava.constants import (
@@ -99,8 +91,7 @@ class OriginalLlavaAdapter:
 
         if self._template.sep_style == SeparatorStyle.PLAIN:
             return f"{image}{text}{self._template.sep}"
-        conversation = self._template.copy()
-        conversation.messages = []
+        conversation = self._conversation()
         conversation.append_message(conversation.roles[0], f"{image}\n")
         conversation.append_message(conversation.roles[1], text)
         return str(conversation.get_prompt())
@@ -118,6 +109,24 @@ class OriginalLlavaAdapter:
                 "pixels; replace or remove that image, or see whether the model's configuration fits its processor"
             ) from error
         return pixels
+
+    @property
+    def _aspect_ratio(self) -> str | None:
+        return getattr(self._config, "image_aspect_ratio", None)
+
+    def _conversation(self) -> Any:
+        """The template without messages."""
+        conversation = self._template.copy()
+        conversation.messages = []
+        return conversation
+
+    def _image_inputs(self, pixels: list[Tensor], pictures: list[Any]) -> dict[str, Any]:
+        """What the forward is told of the images: one tensor, or a list where anyres gives them different tiles."""
+        alike = len({image.shape for image in pixels}) == 1
+        inputs: dict[str, Any] = {"images": torch.stack(pixels) if alike else pixels}
+        if "anyres" in (self._aspect_ratio or ""):
+            inputs["image_sizes"] = [picture.size for picture in pictures]
+        return inputs
 
 
 def _template(name: str | None) -> Any:

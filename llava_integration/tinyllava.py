@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.encoding import pad_right, plain_text, require_pad_token
+from llava_integration.encoding import pad_right, plain_text, require_tokenizer
 from llava_integration.splicing import METHOD, spliced_masks
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
@@ -29,12 +29,12 @@ class TinyLlavaAdapter:
 
     Args:
         model: the model, bare or wrapped.
-        tokenizer: the run's tokenizer, with a pad token; None for the one in the model.
+        tokenizer: the run's tokenizer; None for the one in the model.
         conversation: name of a TinyLLaVA template ("pretrain", "phi", "llama", ...), its `--conv_version`; by default
             "pretrain": image, text, newline. The others put the image into the first turn and the text into the reply.
 
     Raises:
-        ConfigError: no pad token, an unknown template, an image_aspect_ratio its models cannot take.
+        ConfigError: no tokenizer, an unknown template, an image_aspect_ratio its models cannot take.
         UnsupportedModelError: the model has no image processor or does not expand images as TinyLLaVA does.
     """
 
@@ -47,14 +47,14 @@ class TinyLlavaAdapter:
                 "use the adapter of its family"
             )
         self._tokenizer: Any = getattr(top, "tokenizer", None) if tokenizer is None else tokenizer
-        require_pad_token(self._tokenizer)
+        require_tokenizer(self._tokenizer)
         self._preprocess_image = _image_preprocess(image_processor, top.config)
         self._preprocess_text = _text_preprocess(self._tokenizer, conversation or DEFAULT_CONVERSATION)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`mir_callback.probe.adapter.Adapter`."""
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
-        input_ids, attention = pad_right(ids, self._tokenizer.pad_token_id)
+        input_ids, attention = pad_right(ids)
         images = torch.stack([self._preprocess_image(sample.open_image()) for sample in samples])  # (B, 3, H, W)
         return AdaptedBatch({"input_ids": input_ids, "attention_mask": attention, "images": images}, None, ids)
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TinyLLaVA Factory adapter, on a stand-in for that package (tinyllava_stand_in says for what of it)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -148,8 +146,10 @@ def test_errors_say_what_the_adapter_needs():
         TinyLlavaAdapter(make_model(), conversation="v1")
     with pytest.raises(ConfigError, match="image_aspect_ratio must be square or pad, got 'anyres'"):
         TinyLlavaAdapter(make_model(image_aspect_ratio="anyres"))
-    with pytest.raises(ConfigError, match="tokenizer must have a pad token"):
-        TinyLlavaAdapter(make_model(), SimpleNamespace(pad_token_id=None))
+    without = make_model()
+    without.tokenizer = None
+    with pytest.raises(ConfigError, match="tokenizer must be given, got None"):
+        TinyLlavaAdapter(without)
     model = make_model()
     model.vision_tower._image_processor = None
     with pytest.raises(UnsupportedModelError, match="must be a TinyLLaVA model with vision_tower._image_processor"):
