@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LLaVA-NeXT needs beyond tests.llava.assets: a tiny Qwen2, a tiny SigLIP in a hub cache, images wide and tall.
+"""What LLaVA-NeXT needs beyond tests.llava.assets: more language models, a SigLIP in a hub cache, images wide and tall.
 
 Run in an environment with LLaVA-NeXT on the path: `python -m tests.llava.next_assets FOLDER`.
 """
@@ -14,13 +14,27 @@ import torch
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionConfig, SigLipVisionModel
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    LlamaTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from tests.llava import assets
 from tests.samples import SENTENCE
 
 # LLaVA-NeXT takes a vision tower for SigLIP by its name, if no path of that name exists: it has to come from a cache.
 SIGLIP = "tiny/siglip"
+SIZES = {
+    "hidden_size": assets.HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": assets.LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8192,
+}
 PROBE_IMAGE_SIZES = [(96, 40), (40, 96), (64, 64), (70, 30), (33, 50), (128, 100)]
 
 
@@ -33,6 +47,7 @@ def build(folder: Path) -> None:
     ):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
     _write_qwen(folder / "tiny-qwen")
+    _write_mixtral(folder / "tiny-mixtral", LlamaTokenizer.from_pretrained(folder / "tiny-vicuna"))
     _write_siglip(folder / "hub" / "models--tiny--siglip")
 
 
@@ -49,18 +64,15 @@ def _write_qwen(folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=assets.HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=assets.LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        sliding_window=8192,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": 8192, "tie_word_embeddings": False}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+
+
+def _write_mixtral(folder: Path, tokenizer: LlamaTokenizer) -> None:
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
 
 
 def _write_siglip(folder: Path) -> None:

@@ -34,5 +34,6 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "anyres, vicuna_v1, llama, clip": ("llama", "clip", "vicuna_v1", _mode("anyres", _UNPAD)),
     "im_start_end, vicuna_v1, llama, clip": ("llama", "clip", "vicuna_v1", _mode("pad", mm_use_im_start_end=True)),
     "left padding, qwen, clip": ("qwen", "clip", "plain", _mode("anyres", _UNPAD, tokenizer_padding_side="left")),
+    "anyres, spatial_unpad, mixtral, clip": ("mixtral", "clip", "plain", _mode("anyres", _UNPAD)),
     "linear projector, qwen, clip": ("qwen", "clip", "plain", _mode("square", mm_projector_type="linear")),
 }

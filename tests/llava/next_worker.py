@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from llava import conversation as conversations
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model import LlavaLlamaForCausalLM, LlavaQwenForCausalLM
+from llava.model import LlavaLlamaForCausalLM, LlavaMixtralForCausalLM, LlavaQwenForCausalLM
 from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset, preprocess
 from PIL import Image
 from transformers import AutoTokenizer
@@ -31,7 +31,11 @@ from tests.llava.next_assets import SIGLIP
 from tests.llava.next_cases import CASES
 
 Image.ANTIALIAS = Image.LANCZOS  # left Pillow in version 10; llava.mm_utils uses it for "crop_split"
-LANGUAGE_MODELS = {"qwen": ("tiny-qwen", LlavaQwenForCausalLM), "llama": ("tiny-vicuna", LlavaLlamaForCausalLM)}
+LANGUAGE_MODELS = {
+    "qwen": ("tiny-qwen", LlavaQwenForCausalLM),
+    "llama": ("tiny-vicuna", LlavaLlamaForCausalLM),
+    "mixtral": ("tiny-mixtral", LlavaMixtralForCausalLM),
+}
 
 
 def make_model(assets: Path, language: str, tower: str, overrides: dict[str, Any]) -> tuple[Any, Any]:
