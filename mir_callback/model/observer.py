@@ -20,7 +20,7 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
     Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
     mode stays so), tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`), the random states of
     Python, NumPy, torch and the current accelerator device, and ZeRO-3's gathered or in-flight weights, which are
-    released.
+    released, and the dtype that a weight shows while it is in its shards.
 
     `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
     next backward pass.
@@ -34,6 +34,7 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     kept = [(module, _kept_tensors(module)) for module in model.modules()]
+    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _in_shards(parameter)]
     states = _random_states()
     try:
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
@@ -47,6 +48,7 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
         for module, tensors in kept:
             _restore_tensors(module, tensors)
         release_gathered_weights(*zero_owners)
+        _restore_shown_dtypes(shown)
         _restore_random_states(states)
 
 
@@ -72,6 +74,22 @@ def _partition_cache_release(owner: Any) -> Any:
         if release is not None:
             return release
     return None
+
+
+def _in_shards(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has left an empty tensor in the place of this weight."""
+    return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
+
+
+def _restore_shown_dtypes(shown: list[tuple[nn.Parameter, torch.dtype]]) -> None:
+    """Let weights in shards show the dtype they showed before.
+
+    A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again. LLaVA
+    casts its vision tower, and then its images to the dtype that the tower shows.
+    """
+    for parameter, dtype in shown:
+        if _in_shards(parameter) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _kept_tensors(module: nn.Module) -> dict[str, Any]:

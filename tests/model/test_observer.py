@@ -2,6 +2,7 @@
 """Nothing an evaluation touches stays changed, whether it succeeds or fails."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def test_what_a_forward_leaves_in_a_module_is_taken_out_again():
     before = model.model.rope_deltas
     evaluate_mir(model, Probe.from_pairs(pairs(2)), processor=processor)
     assert model.model.rope_deltas is before
+
+
+def test_dtype_that_sharded_weights_show_is_restored():
+    # What DeepSpeed does, at its smallest: a cast reaches the empty tensor, and gathering forgets it.
+    model = torch.nn.Linear(2, 2)
+    for parameter in model.parameters():
+        parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+        parameter.data = torch.empty(0, dtype=torch.float16)
+    model.bias.ds_status.name = "AVAILABLE"
+    with undisturbed(model):
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0, dtype=torch.float32)
+    assert model.weight.dtype == torch.float16
+    assert model.bias.dtype == torch.float32
 
 
 def test_gathered_weights_are_released_by_the_first_owner_that_can():
