@@ -15,15 +15,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.clouds import LayerClouds, replace_outliers, share_norms, shared_moments
+from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
-from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
+from mir_callback.metric.moments import Moments
 from mir_callback.metric.rate import rate_of
-from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms, text_centric_scale
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder, unwrap
 from mir_callback.model.observer import undisturbed
@@ -73,23 +73,6 @@ class MIRReport:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON-ready values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Cloud:
-    """One modality of one layer once norms are shared: this rank's rows, and what every rank knows."""
-
-    rows: Tensor
-    outliers: Tensor
-    count: int
-    replaced: int
-
-
-@dataclass(frozen=True)
-class _Layer:
-    vision: _Cloud
-    text: _Cloud
-    scale: float
 
 
 def evaluate_mir(
@@ -187,7 +170,10 @@ def evaluate_encoded(
     with _progress(steps, shown=progress and collectives.is_main()) as bar:
         with undisturbed(model, model, zero_owner), HiddenStateCapture(decoder) as capture:
             _forward_all(model, encoded, adapter, capture, bar)
-        layers = _share_norms(capture, len(decoder.layers))
+        with collectives.all_or_none():
+            rows = [capture.take_layer(layer) for layer in range(len(decoder.layers))]
+        layers = share_norms(rows)
+        replace_outliers(layers)
         per_layer = _distances(layers, root, bar)
     first = layers[0]
     return MIRReport(
@@ -222,46 +208,7 @@ def _forward_all(
                 bar.update()
 
 
-def _share_norms(capture: HiddenStateCapture, num_layers: int) -> list[_Layer]:
-    """Decide text scale and outliers of every layer from the norms of all ranks. Raises alike on every rank."""
-    with collectives.all_or_none():
-        rows = [capture.take_layer(layer) for layer in range(num_layers)]
-    vision, text = (_share_modality([pair[i] for pair in rows], name) for i, name in enumerate(("vision", "text")))
-    return [
-        _Layer(vision_cloud, text_cloud, text_centric_scale(text_norms))
-        for (vision_cloud, _), (text_cloud, text_norms) in zip(vision, text, strict=True)
-    ]
-
-
-def _share_modality(rows: list[Tensor], name: str) -> list[tuple[_Cloud, Tensor]]:
-    """Per layer: this rank's cloud, and the norms of all ranks' rows."""
-    with collectives.all_or_none():
-        mine = torch.stack([row_norms(layer_rows) for layer_rows in rows])
-    everyone = collectives.gather_columns(mine)
-    _check_norms(everyone, name)
-    shared = []
-    for layer_rows, norms, all_norms in zip(rows, mine, everyone, strict=True):
-        rule = OutlierRule.from_norms(all_norms)
-        cloud = _Cloud(layer_rows, rule.outliers(norms), len(all_norms), int(rule.outliers(all_norms).sum()))
-        shared.append((cloud, all_norms))
-    return shared
-
-
-def _check_norms(norms: Tensor, name: str) -> None:
-    if norms.shape[1] < 2:
-        raise NumericsError(
-            f"{name} must have at least 2 tokens over the whole probe, got {norms.shape[1]}; use more samples"
-        )
-    bad = (~torch.isfinite(norms)).sum(dim=1)
-    if bool(bad.any()):
-        layer = int(bad.nonzero()[0])
-        raise NumericsError(
-            f"layer {layer + 1}, {name}: hidden states must be finite, got NaN or infinity in {int(bad[layer])} of "
-            f"{norms.shape[1]} tokens; the run may have diverged or overflowed its dtype"
-        )
-
-
-def _distances(layers: list[_Layer], root: str, bar: tqdm) -> list[float]:
+def _distances(layers: list[LayerClouds], root: str, bar: tqdm) -> list[float]:
     """FD of every layer, on every rank.
 
     Layers go in waves of one per rank: the ranks of a wave solve side by side, and none holds the moments of more
@@ -274,7 +221,7 @@ def _distances(layers: list[_Layer], root: str, bar: tqdm) -> list[float]:
         wave = range(start, min(start + world, len(layers)))
         owned = None
         for index in wave:
-            moments = _shared_moments(layers[index], owner=index % world)
+            moments = shared_moments(layers[index], owner=index % world)
             if index % world == collectives.rank():
                 owned = index, moments
         with collectives.all_or_none():
@@ -288,40 +235,6 @@ def _solve(index: int, moments: tuple[Moments, Moments], root: str) -> float:
     result = frechet_from_moments(*moments, root)
     warn_if_clipped(result, index + 1, root)
     return result.distance
-
-
-def _shared_moments(layer: _Layer, owner: int) -> tuple[Moments, Moments]:
-    """Text-scaled moments of both modalities over all ranks; complete on the owner only."""
-    clouds = (layer.vision, layer.text)
-    _replace_outliers(clouds)
-    with collectives.all_or_none():
-        sums = torch.stack([row_sum(cloud.rows) for cloud in clouds])
-    collectives.sum_over_ranks(sums)
-    vision, text = (
-        _cloud_moments(cloud, total / cloud.count, owner) for cloud, total in zip(clouds, sums, strict=True)
-    )
-    return vision.scaled(layer.scale), text.scaled(layer.scale)
-
-
-def _replace_outliers(clouds: tuple[_Cloud, _Cloud]) -> None:
-    """Overwrite outlier rows with their modality's median; ranks agree on who needs one, as all know all norms."""
-    affected = [cloud for cloud in clouds if cloud.replaced]
-    medians = lower_medians(
-        [cloud.rows for cloud in affected], [cloud.count for cloud in affected], collectives.sum_over_ranks
-    )
-    for cloud, median in zip(affected, medians, strict=True):
-        cloud.rows[cloud.outliers] = median
-
-
-def _cloud_moments(cloud: _Cloud, mean: Tensor, owner: int) -> Moments:
-    dim = cloud.rows.shape[1]
-    if cloud.count < dim:
-        centred = collectives.gather_columns((cloud.rows.double() - mean).T.contiguous()).T
-        return moments_from_centred(mean, centred)
-    with collectives.all_or_none():  # the largest allocation of an evaluation after its forwards
-        scatter = scatter_about(cloud.rows, mean)
-    collectives.sum_to_rank(scatter, owner)
-    return moments_from_scatter(cloud.count, mean, scatter)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mir_callback"
 FLOORS = [
     ["errors"],
     ["collectives", "metric"],
-    ["model"],
+    ["clouds", "model"],
     ["probe"],
     ["evaluation"],
     ["training"],

@@ -16,7 +16,7 @@ from torch import Tensor
 from mir_callback.errors import NumericsError
 from mir_callback.metric.frechet import check_root, check_rows, frechet_from_moments, warn_if_clipped
 from mir_callback.metric.moments import moments_of
-from mir_callback.metric.tokens import OutlierRule, row_norms, text_centric_scale
+from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms, text_centric_scale
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,5 @@ def replace_outliers(rows: Tensor) -> Tensor:
     if not bool(outliers.any()):
         return rows
     replaced = rows.clone()
-    replaced[outliers] = rows.median(dim=0).values
+    replaced[outliers] = lower_medians(rows)
     return replaced

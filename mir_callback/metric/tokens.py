@@ -18,6 +18,7 @@ from mir_callback.errors import NumericsError
 
 SIGMAS = 3.0
 _CHUNK_ROWS = 4096  # rows held in float64 at a time
+_BYTE_ROWS = 240  # truth values that surely add up to a byte
 
 # Adds a tensor of integers over all holders of rows; the identity where one process holds all of them.
 SumOverShards = Callable[[Tensor], Tensor]
@@ -111,23 +112,31 @@ _INTEGER_OF = {torch.float64: torch.int64, torch.float32: torch.int32, torch.flo
 _INTEGER_OF[torch.bfloat16] = torch.int16
 
 
-def _order_key(rows: Tensor) -> Tensor:
-    """Map floats to integers of the same width such that the order is kept (-0.0 directly below 0.0)."""
-    bits = rows.contiguous().view(_INTEGER_OF[rows.dtype])
-    flipped = bits ^ torch.iinfo(bits.dtype).max
-    return torch.where(bits < 0, flipped, bits)
-
-
 def _float_of_key(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`_order_key`."""
+    """Floats from integers of the same width that are in the same order (-0.0 directly below 0.0)."""
     bits = torch.where(keys < 0, keys ^ torch.iinfo(keys.dtype).max, keys)
     return bits.view(dtype)
 
 
-def lower_medians(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:
+def _count_at_most(rows: Tensor, pivots: Tensor) -> Tensor:
+    """How many rows (N, d) lie at or below the pivot (d,) of each dimension, (d,) int64."""
+    below = (rows <= pivots).view(torch.uint8)
+    # Summed as bytes as far as they reach, which a GPU does several times faster than in wide integers.
+    whole = len(below) // _BYTE_ROWS * _BYTE_ROWS
+    groups = below[:whole].unflatten(0, (-1, _BYTE_ROWS)).sum(dim=1, dtype=torch.uint8) if whole else below[:0]
+    return groups.sum(dim=0) + below[whole:].sum(dim=0)
+
+
+def lower_medians(rows: Tensor) -> Tensor:
+    """Per-dimension lower medians of rows (N, d) of any floating dtype, N >= 1, as (d,). Ranks: pure."""
+    # Along the last dimension, where a GPU finds them several times faster.
+    return rows.T.contiguous().median(dim=1).values
+
+
+def lower_medians_of_shards(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:
     """Exact per-dimension lower medians of row matrices that are spread over ranks.
 
-    Bisects the order-preserving integer key of the floats: as many rounds as the dtype has bits, each a count per
+    Bisects the integers that are in the order of the floats: as many rounds as the dtype has bits, each a count per
     dimension, and the rounds of all matrices share one reduction. Equal to ``torch.median(dim=0)`` of the stacked
     rows, to the last bit.
 
@@ -145,7 +154,6 @@ def lower_medians(shards: list[Tensor], totals: list[int], sum_over_shards: SumO
         return []
     dtype, device = shards[0].dtype, shards[0].device
     info = torch.iinfo(_INTEGER_OF[dtype])
-    keys = [_order_key(shard) for shard in shards]
     wanted = torch.tensor([(total - 1) // 2 + 1 for total in totals], device=device)[:, None]
     # The smallest key with at least `wanted` rows at or below it lies in [low, high]; int64 holds the midpoints.
     # (float64 keys: the midpoint is formed from halves, as low + high itself would overflow.)
@@ -153,7 +161,8 @@ def lower_medians(shards: list[Tensor], totals: list[int], sum_over_shards: SumO
     high = torch.full_like(low, info.max)
     for _ in range(info.bits):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        below = torch.stack([(key <= middle[i].to(key.dtype)).sum(dim=0) for i, key in enumerate(keys)])
+        pivots = _float_of_key(middle.to(_INTEGER_OF[dtype]), dtype)
+        below = torch.stack([_count_at_most(shard, pivot) for shard, pivot in zip(shards, pivots, strict=True)])
         reached = sum_over_shards(below) >= wanted
         high = torch.where(reached, middle, high)
         low = torch.where(reached, low, middle + 1)

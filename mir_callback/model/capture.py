@@ -38,6 +38,7 @@ class HiddenStateCapture:
         self._find_masks: Callable[[], ModalityMasks] | None = None
         self._keep_rows: Tensor | None = None
         self._masks: ModalityMasks | None = None
+        self._positions: tuple[Tensor, ...] = ()
         self._vision_positions: Tensor | None = None
         self._calls: list[int] = []
         self._last_output: Tensor | None = None
@@ -119,6 +120,7 @@ class HiddenStateCapture:
 
     def _forget_batch(self) -> None:
         self._find_masks = self._keep_rows = self._masks = self._vision_positions = None
+        self._positions = ()
         self._last_output = self._last_after_norm = None
         self._embeddings = self._first_input = None
         self._calls = []
@@ -151,6 +153,8 @@ class HiddenStateCapture:
         masks, keep = self._find_masks(), self._keep_rows[:, None]
         self._vision_positions = masks.vision
         self._masks = ModalityMasks(masks.vision & keep, masks.text & keep)
+        # Found once a batch: on a GPU, looking for them waits for all work under way.
+        self._positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (self._masks.vision, self._masks.text))
         state = args[0] if args else kwargs.get("hidden_states")
         if self._first_input is None and isinstance(state, Tensor):
             self._first_input = state if self._verified else state.clone()
@@ -160,9 +164,9 @@ class HiddenStateCapture:
             self._embeddings = output.clone()
 
     def _append(self, layer: int, state: Tensor) -> None:
-        assert self._masks is not None
-        self.vision[layer].append(state[self._masks.vision])
-        self.text[layer].append(state[self._masks.text])
+        flat = state.flatten(0, 1)
+        for kept, positions in zip((self.vision, self.text), self._positions, strict=True):
+            kept[layer].append(flat.index_select(0, positions))
 
     def _check_calls(self) -> None:
         """Refuse a model whose forward does not look like one pass of (batch, sequence, d) through the layers."""

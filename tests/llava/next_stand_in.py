@@ -187,7 +187,11 @@ class LlavaStandIn(LlamaForCausalLM):
 
 def modules() -> dict[str, ModuleType]:
     """The package `llava` as entries of sys.modules."""
-    tokens = {"DEFAULT_IMAGE_TOKEN": "<image>", "DEFAULT_IM_START_TOKEN": "<im_start>"}
+    tokens = {
+        "DEFAULT_IMAGE_TOKEN": "<image>",
+        "DEFAULT_IMAGE_PATCH_TOKEN": "<im_patch>",
+        "DEFAULT_IM_START_TOKEN": "<im_start>",
+    }
     contents: dict[str, dict[str, Any]] = {
         "llava.constants": {"IMAGE_TOKEN_INDEX": IMAGE, "DEFAULT_IM_END_TOKEN": "<im_end>", **tokens},
         "llava.conversation": {

@@ -105,7 +105,7 @@ def test_model_is_told_apart_from_the_original_by_its_image_expansion(make_model
 
 def test_error_when_the_forward_takes_no_modalities(make_model, tokenizer):
     class WithoutModalities(next_stand_in.LlavaStandIn):
-        def forward(self, input_ids=None, images=None, image_sizes=None):
+        def forward(self, input_ids=None, position_ids=None, images=None, image_sizes=None):
             raise NotImplementedError
 
     with pytest.raises(UnsupportedModelError, match=r"WithoutModalities.forward must take modalities"):

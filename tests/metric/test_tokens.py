@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mir_callback.metric.moments import moments_of, row_sum, scatter_about
 from mir_callback.metric.rate import replace_outliers
-from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms
+from mir_callback.metric.tokens import OutlierRule, lower_medians, lower_medians_of_shards, row_norms
 from tests import reference
 from tests.clouds import CASES, generator
 
@@ -35,16 +35,17 @@ def test_outlier_rule_is_the_same_whatever_order_norms_come_in():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 5, 100])
+@pytest.mark.parametrize("count", [1, 2, 5, 100, 479, 480])
 def test_lower_medians_equal_torch_median_to_the_last_bit(dtype, count):
     rows = torch.randn(count, 9, generator=generator(count)).to(dtype)
     rows[:, 0] = -3.0
     rows[:, 1] *= 1e-6
     rows[:, 2] *= 1e4
     others = torch.randn(7, 9, generator=generator(1)).to(dtype)
-    first, second = lower_medians([rows, others], [count, 7], lambda counts: counts)
+    first, second = lower_medians_of_shards([rows, others], [count, 7], lambda counts: counts)
     assert torch.equal(first, rows.median(dim=0).values)
     assert torch.equal(second, others.median(dim=0).values)
+    assert torch.equal(lower_medians(rows), first)
 
 
 @given(
@@ -53,7 +54,7 @@ def test_lower_medians_equal_torch_median_to_the_last_bit(dtype, count):
 @settings(max_examples=200, deadline=None)
 def test_lower_medians_equal_torch_median_for_any_finite_floats(values):
     rows = torch.tensor(values, dtype=torch.float32)[:, None]
-    found = lower_medians([rows], [len(values)], lambda counts: counts)[0]
+    found = lower_medians_of_shards([rows], [len(values)], lambda counts: counts)[0]
     assert float(found) == float(rows.median(dim=0).values)
 
 
@@ -66,7 +67,7 @@ def test_lower_medians_need_one_reduction_per_bit(dtype):
         calls.append(counts.shape)
         return counts
 
-    lower_medians([rows, rows], [6, 6], count_calls)
+    lower_medians_of_shards([rows, rows], [6, 6], count_calls)
     assert calls == [(2, 3)] * torch.finfo(dtype).bits
 
 
