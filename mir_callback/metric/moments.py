@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mir_callback.metric import fixed_point
 from mir_callback.metric.tokens import double_chunks
 
 
@@ -66,9 +67,7 @@ def row_sum(rows: Tensor) -> Tensor:
 
 
 def scatter_about(rows: Tensor, mean: Tensor) -> Tensor:
-    """Sum of outer products of ``rows - mean``.
-
-    Centring before multiplying keeps large common means and massive dimensions from cancelling digits away.
+    """Sum of outer products of ``rows - mean``, to the accuracy of float64 sums.
 
     Args:
         rows: (N, d), any floating dtype.
@@ -80,7 +79,11 @@ def scatter_about(rows: Tensor, mean: Tensor) -> Tensor:
     Ranks: pure; the results of the ranks add up to the scatter of all rows.
     """
     scatter = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    if fixed_point.is_possible(rows):
+        fixed_point.add_scatter(scatter, rows, mean)
+        return scatter
     for chunk in double_chunks(rows):
+        # Centring before multiplying keeps large common means and massive dimensions from cancelling digits away.
         centred = chunk - mean
         scatter.addmm_(centred.T, centred)
     return scatter

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a training run: `train_worker FOLDER SETUP on|off`, SETUP is ddp or a ZeRO stage."""
+"""One rank of a training run: `train_worker FOLDER SETUP on|off [cpu|cuda]`, SETUP is ddp or a ZeRO stage."""
 
 from __future__ import annotations
 
@@ -69,14 +69,27 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     """One hash over all weights."""
     joined = hashlib.sha256()
     for name in sorted(weights):
-        joined.update(weights[name].contiguous().numpy().tobytes())
+        joined.update(weights[name].cpu().contiguous().numpy().tobytes())
     return joined.hexdigest()
 
 
-def main(folder: str, setup: str, watched: str) -> None:
+def random_state(on_gpu: bool) -> torch.Tensor:
+    """Where the random streams stand."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
+    return torch.cat(states)
+
+
+def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
     """Train, then write what this rank saw."""
+    on_gpu = device == "cuda"
     trainer = make_trainer(
-        Path(folder) / "run", steps=STEPS, deepspeed=deepspeed_config(setup), ddp_backend="gloo", dropout=0.2
+        Path(folder) / "run",
+        steps=STEPS,
+        deepspeed=deepspeed_config(setup),
+        dropout=0.2,
+        use_cpu=not on_gpu,
+        full_determinism=on_gpu,
+        ddp_backend="nccl" if on_gpu else "gloo",
     )
     callback = None
     if watched == "on":
@@ -102,7 +115,7 @@ def main(folder: str, setup: str, watched: str) -> None:
                 if "loss" in entry
             ],
             "weights": digest(weights),
-            "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+            "rng": hashlib.sha256(random_state(on_gpu).numpy().tobytes()).hexdigest(),
             "history": callback.history if callback else [],
             "wrapped": wrapped,
             "gathered": gathered.left,
