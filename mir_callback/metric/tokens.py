@@ -9,6 +9,7 @@ works on raw norms and the scale is applied to finished moments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,23 @@ def _count_at_most(rows: Tensor, pivots: Tensor) -> Tensor:
 def lower_medians(rows: Tensor) -> Tensor:
     """Per-dimension lower medians of rows (N, d) of any floating dtype, N >= 1, as (d,). Ranks: pure."""
     # Along the last dimension, where a GPU finds them several times faster.
-    return rows.T.contiguous().median(dim=1).values
+    turned = rows.T.contiguous()
+    with _any_algorithm():  # which of equal rows is the median may vary on a GPU, its value does not
+        return turned.median(dim=1).values
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Suspend `torch.use_deterministic_algorithms`, which refuses what would do no harm here."""
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 def lower_medians_of_shards(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:

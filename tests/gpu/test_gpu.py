@@ -42,6 +42,16 @@ def test_wide_half_precision_rows_with_steep_spectra(spread, alike):
     assert modality_integration_rate([vision], [text]).mir == pytest.approx(expected.mir, abs=1e-6)
 
 
+def test_outliers_are_replaced_where_only_deterministic_algorithms_are_allowed():
+    vision, text = (rows.cuda() for rows in CASES["with_outliers"](generator(0)))
+    expected = modality_integration_rate([vision], [text]).mir
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert modality_integration_rate([vision], [text]).mir == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_polar_factor_is_the_way_taken(monkeypatch):
     vision, text = (moments_of(rows.cuda()) for rows in CASES["conditioned"](generator(0)))
     polar = frechet.frechet_from_moments(vision, text)

@@ -48,6 +48,17 @@ def test_lower_medians_equal_torch_median_to_the_last_bit(dtype, count):
     assert torch.equal(lower_medians(rows), first)
 
 
+def test_medians_are_found_and_strictness_kept_where_only_deterministic_algorithms_are_allowed():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        rows = torch.randn(9, 4, generator=generator(0))
+        assert torch.equal(lower_medians(rows), rows.median(dim=0).values)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @given(
     st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=30),
 )
