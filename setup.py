@@ -40,7 +40,10 @@ setup(
         "wandb": WANDB,
         "datasets": DATASETS,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
-        "test": ["pytest", "hypothesis", "scipy", "scikit-learn", *DATASETS, *DEEPSPEED, *WANDB, *TRAINER],
+        "test": [
+            *["pytest", "hypothesis", "scipy", "scikit-learn", "peft", "schedulefree"],
+            *[*DATASETS, *DEEPSPEED, *WANDB, *TRAINER],
+        ],
         "checks": ["ruff", "mypy", "codespell"],
     },
     classifiers=[

@@ -24,6 +24,7 @@ from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
 from mir_callback.metric.moments import Moments
 from mir_callback.metric.rate import rate_of
+from mir_callback.model.averaging import evaluation_weights
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder, unwrap
 from mir_callback.model.observer import undisturbed
@@ -83,7 +84,7 @@ def evaluate_mir(
     adapter: Adapter | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     root: str = "exact",
-    zero_owner: Any = None,
+    optimizer: Any = None,
     progress: bool = True,
 ) -> MIRReport:
     """Compute MIR of a model as it stands, and leave it as it stood.
@@ -95,8 +96,8 @@ def evaluate_mir(
         adapter: for models that are not Hugging Face's own, see `llava_integration`.
         batch_size: samples per forward on each rank.
         root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
-        zero_owner: with ZeRO-3 and a bare model: the engine or its optimizer, so that weights gathered by the
-            forwards can be released.
+        optimizer: the run's optimizer, while a model trains: weights that ZeRO-3 has gathered for a bare model are
+            released through it (or the engine), and schedule-free ones evaluate other weights than they train.
         progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
 
     Returns:
@@ -111,7 +112,7 @@ def evaluate_mir(
     """
     adapter = adapter_for(model, processor, adapter)
     encoded = encode_for(model, probe, adapter, batch_size=batch_size, root=root)
-    return evaluate_encoded(model, encoded, adapter, root=root, zero_owner=zero_owner, progress=progress)
+    return evaluate_encoded(model, encoded, adapter, root=root, optimizer=optimizer, progress=progress)
 
 
 def adapter_for(model: nn.Module, processor: Any, adapter: Adapter | None = None) -> Adapter:
@@ -160,7 +161,7 @@ def evaluate_encoded(
     adapter: Adapter,
     *,
     root: str = "exact",
-    zero_owner: Any = None,
+    optimizer: Any = None,
     progress: bool = True,
 ) -> MIRReport:
     """:func:`evaluate_mir` on an already encoded probe. Collective."""
@@ -168,7 +169,11 @@ def evaluate_encoded(
     decoder = find_decoder(model)
     steps = len(encoded.batches) + len(decoder.layers)
     with _progress(steps, shown=progress and collectives.is_main()) as bar:
-        with undisturbed(model, model, zero_owner), HiddenStateCapture(decoder) as capture:
+        with (
+            evaluation_weights(model, optimizer),
+            undisturbed(model, model, optimizer),
+            HiddenStateCapture(decoder) as capture,
+        ):
             _forward_all(model, encoded, adapter, capture, bar)
         with collectives.all_or_none():
             rows = [capture.take_layer(layer) for layer in range(len(decoder.layers))]

@@ -193,7 +193,7 @@ class MIRCallback(TrainerCallback):
             )
         started = time.perf_counter()
         try:
-            report = evaluate_encoded(model, self._encoded, self._adapter, root=self._root, zero_owner=optimizer)
+            report = evaluate_encoded(model, self._encoded, self._adapter, root=self._root, optimizer=optimizer)
         except Exception as error:
             # A failure that only this rank has would leave it out of step with the others: better to end loudly.
             if not tolerant or not collectives.is_shared(error):

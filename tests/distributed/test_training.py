@@ -9,10 +9,8 @@ import torch
 from mir_callback import Probe, evaluate_mir
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
-from tests.distributed.train_worker import EVERY, NUM_SAMPLES, STEPS
+from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, STEPS
 from tests.samples import pairs
-
-SETUPS = ["ddp", "0", "1", "2", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +37,12 @@ def test_training_is_the_same_to_the_last_bit(runs, setup):
     plain, watched = runs(setup, "off")[1], runs(setup, "on")[1]
     assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
     for rank in (0, 1):
-        for field in ("log", "weights", "rng"):
+        for field in ("log", "weights", "optimizer", "rng"):
             assert watched[rank][field] == plain[rank][field], field
     assert [record["step"] for record in watched[0]["history"]] == list(range(0, STEPS + 1, EVERY))
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", [setup for setup in SETUPS if "bf16" not in setup])
 def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, probe):
     folder, (first, second) = runs(setup, "on")
     model, processor = tiny_models.llava(dropout=0.2)
@@ -66,11 +64,13 @@ def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, pro
 @pytest.mark.parametrize("setup", SETUPS)
 def test_the_wrapped_model_gives_the_same_value(runs, setup):
     for rank in runs(setup, "on")[1]:
-        assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-6)
+        # Batches of other sizes: in bfloat16 that moves the last digits of hidden states.
+        assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-5 if "bf16" in setup else 1e-6)
 
 
-def test_zero3_weights_are_back_in_their_shards_after_every_evaluation(runs):
-    for rank in runs("3", "on")[1]:
+@pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.startswith("3")])
+def test_zero3_weights_are_back_in_their_shards_after_every_evaluation(runs, setup):
+    for rank in runs(setup, "on")[1]:
         assert set(rank["gathered"].values()) == {0}
         assert len(rank["gathered"]) == STEPS + 1
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a training run: `train_worker FOLDER SETUP on|off [cpu|cuda]`, SETUP is ddp or a ZeRO stage."""
+"""One rank of a training run: `train_worker FOLDER SETUP on|off [cpu|cuda]`; SETUP is one of SETUPS."""
 
 from __future__ import annotations
 
@@ -16,25 +16,35 @@ from transformers import TrainerCallback
 from mir_callback import MIRCallback, Probe, evaluate_mir
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
-from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer
+from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer, optimizer_state
 
 STEPS = 6
 EVERY = 2
 NUM_SAMPLES = 7  # odd: the last rank comes out one short and repeats a sample
 
 
+# Beyond the stage: offloading to host memory, bfloat16 with recomputed activations.
+SETUPS = ("ddp", "0", "1", "2", "3", "2 offload", "3 offload", "3 bf16 checkpointing")
+
+
 def deepspeed_config(setup: str) -> dict[str, Any] | None:
     """A configuration as users write it, with thresholds small enough that the tiny weights are really sharded."""
     if setup == "ddp":
         return None
-    zero: dict[str, Any] = {"stage": int(setup)}
-    if setup == "3":
+    stage, *extras = setup.split()
+    zero: dict[str, Any] = {"stage": int(stage)}
+    if stage == "3":
         zero |= {"stage3_param_persistence_threshold": 0, "log_trace_cache_warnings": True}
+    if "offload" in extras:
+        zero |= {"offload_optimizer": {"device": "cpu"}}
+        zero |= {"offload_param": {"device": "cpu"}} if stage == "3" else {}
     return {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        **({"bf16": {"enabled": True}} if "bf16" in extras else {}),
     }
 
 
@@ -66,10 +76,10 @@ def final_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
-    """One hash over all weights."""
+    """One hash over all tensors."""
     joined = hashlib.sha256()
     for name in sorted(weights):
-        joined.update(weights[name].cpu().contiguous().numpy().tobytes())
+        joined.update(weights[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return joined.hexdigest()
 
 
@@ -87,6 +97,8 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
         steps=STEPS,
         deepspeed=deepspeed_config(setup),
         dropout=0.2,
+        bf16="bf16" in setup,
+        gradient_checkpointing="checkpointing" in setup,
         use_cpu=not on_gpu,
         full_determinism=on_gpu,
         ddp_backend="nccl" if on_gpu else "gloo",
@@ -115,6 +127,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
                 if "loss" in entry
             ],
             "weights": digest(weights),
+            "optimizer": digest(optimizer_state(trainer.optimizer)),
             "rng": hashlib.sha256(random_state(on_gpu).numpy().tobytes()).hexdigest(),
             "history": callback.history if callback else [],
             "wrapped": wrapped,

@@ -78,3 +78,16 @@ def losses(trainer: Trainer) -> list[tuple[int, float]]:
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of the model's weights."""
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def optimizer_state(optimizer: Any) -> dict[str, torch.Tensor]:
+    """A copy of every tensor an optimizer keeps, the innermost one of those that wrap each other."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{index}.{name}": value.detach().clone()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the stock Trainer in many set-ups, each the same to the last bit with and without the callback.
+
+One process; tests/distributed has DDP and ZeRO. What is compared: every logged loss, gradient norm and learning rate,
+the final weights, the optimizer's state, and where the random streams of Python, NumPy and torch stand afterwards.
+"""
+
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+
+from mir_callback import MIRCallback, Probe, evaluate_mir
+from tests.samples import pairs
+from tests.training.runs import make_trainer, optimizer_state, weights
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return Probe.from_pairs(pairs(5))
+
+
+def freeze_tower(trainer):
+    """As LLaVA's stage 1 does: only the projector trains, the tower stays in evaluation mode."""
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad = "multi_modal_projector" in name
+    tower = next(module for name, module in trainer.model.named_modules() if name.endswith("vision_tower"))
+    tower.eval()
+    tower.train = lambda mode=True: tower
+
+
+def with_adapters(trainer):
+    """LoRA with dropout of its own."""
+    torch.manual_seed(11)
+    adapters = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"])
+    trainer.model = trainer.model_wrapped = get_peft_model(trainer.model, adapters)
+
+
+def group_by_length(trainer):
+    """Give the sampler a dataset that knows its lengths."""
+    items, collate = trainer.train_dataset, trainer.data_collator
+    lengths = [len(text) for _, text in (items[index] for index in range(len(items)))]
+    trainer.train_dataset = datasets.Dataset.from_dict({"index": list(range(len(items))), "length": lengths})
+    trainer.data_collator = lambda rows: collate([items[row["index"]] for row in rows])
+
+
+def nothing(trainer):
+    """Leave the trainer as it is."""
+
+
+SETUPS = {
+    "float32, dropout, accumulation": ({}, nothing),
+    "bfloat16 autocast": ({"bf16": True}, nothing),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, nothing),
+    "gradient checkpointing, reentrant": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        nothing,
+    ),
+    "grouped by length": ({"train_sampling_strategy": "group_by_length"}, group_by_length),
+    "dataloader workers": ({"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, nothing),
+    "frozen tower in evaluation mode": ({}, freeze_tower),
+    "PEFT": ({}, with_adapters),
+    "schedule-free optimizer": ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}, nothing),
+    "saving in between": ({"save_strategy": "steps", "save_steps": 2}, nothing),
+}
+
+
+def run(folder, options, prepare, probe=None):
+    """Train, and everything that must not differ."""
+    random.seed(4)
+    np.random.seed(4)
+    trainer = make_trainer(folder, steps=4, dropout=0.2, **options)
+    prepare(trainer)
+    callback = MIRCallback(probe, every=1, batch_size=2).attach(trainer) if probe else None
+    trainer.train()
+    return {
+        "callback": callback,
+        "trainer": trainer,
+        "log": [
+            (entry["step"], entry["loss"], entry.get("grad_norm"), entry["learning_rate"])
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        "weights": weights(trainer),
+        "optimizer": optimizer_state(trainer.optimizer),
+        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "flags": {name: module.training for name, module in trainer.model.named_modules()},
+    }
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_training_is_the_same_to_the_last_bit(tmp_path, probe, name):
+    options, prepare = SETUPS[name]
+    plain = run(tmp_path / "plain", options, prepare)
+    watched = run(tmp_path / "watched", options, prepare, probe)
+    assert [step for step, *_ in plain["log"]] == [1, 2, 3, 4]
+    assert len({loss for _, loss, *_ in plain["log"]}) == 4
+    assert [record["step"] for record in watched["callback"].history] == [0, 1, 2, 3, 4]
+    assert all(record["mir"] is not None for record in watched["callback"].history)
+    for field in ("log", "random", "flags"):
+        assert watched[field] == plain[field], field
+    for field in ("weights", "optimizer"):
+        assert plain[field].keys() == watched[field].keys()
+        differing = [key for key, value in plain[field].items() if not torch.equal(value, watched[field][key])]
+        assert not differing, field
+
+
+def test_a_schedule_free_run_is_measured_at_the_weights_it_would_save(tmp_path, probe):
+    options, _ = SETUPS["schedule-free optimizer"]
+    watched = run(tmp_path, options, nothing, probe)
+    trainer = watched["trainer"]
+    last = watched["callback"].history[-1]["mir"]
+
+    training = evaluate_mir(trainer.model, probe, processor=trainer.processing_class, batch_size=2).mir
+    trainer.optimizer.eval()
+    averaged = evaluate_mir(trainer.model, probe, processor=trainer.processing_class, batch_size=2).mir
+    assert last == pytest.approx(averaged, abs=1e-7)
+    assert abs(last - training) > 1e-4
+
+
+def test_the_comparison_sees_a_single_draw_of_random_numbers(tmp_path, probe):
+    plain = run(tmp_path / "plain", {}, nothing)
+
+    def draw_once(trainer: Trainer) -> None:
+        torch.rand(1)
+
+    disturbed = run(tmp_path / "disturbed", {}, draw_once)
+    assert disturbed["log"] != plain["log"]
