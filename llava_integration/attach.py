@@ -13,11 +13,12 @@ from llava_integration.next import LlavaNextAdapter
 from llava_integration.original import OriginalLlavaAdapter
 from llava_integration.splicing import METHOD
 from llava_integration.tinyllava import TinyLlavaAdapter, conversation_of
-from mir_callback import MIRCallback, Probe, collectives
+from mir_callback import MIRCallback, PlateauRule, Probe, collectives
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.huggingface import HuggingFaceAdapter
+from mir_callback.training.arguments import STOP_RULES
 
 KNOWN = (
     "haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
@@ -31,10 +32,11 @@ def attach_mir(
     images: str | Path | None = None,
     texts: str | Path | None = None,
     probe: Probe | str | Path | None = None,
-    num_samples: int = 100,
+    num_samples: int | None = None,
     every: int = 50,
-    seed: int = 0,
+    seed: int | None = None,
     conversation: str | None = None,
+    stop: PlateauRule | str | None = None,
     **callback_options: Any,
 ) -> MIRCallback:
     """Watch MIR in a Trainer, whatever kind of LLaVA its model is.
@@ -44,12 +46,13 @@ def attach_mir(
         images: folder of probe images.
         texts: folder of probe texts.
         probe: a probe, or where one was saved, instead of the two folders.
-        num_samples: image + text pairs.
+        num_samples: image + text pairs drawn from the folders, 100 if not given.
         every: optimizer steps between evaluations.
-        seed: of the draw.
+        seed: of the draw, 0 if not given.
         conversation: template of LLaVA, LLaVA-NeXT or TinyLLaVA Factory; by default the run's own, see
             :class:`OriginalLlavaAdapter` and :class:`TinyLlavaAdapter`.
-        **callback_options: of :class:`MIRCallback`, such as ``stop=PlateauRule()``.
+        stop: a stop rule, None to watch only, or as the flags have it "plateau" (``PlateauRule()``) or "none".
+        **callback_options: of :class:`MIRCallback`, such as ``batch_size=8``.
 
     Returns:
         The attached callback.
@@ -62,21 +65,39 @@ def attach_mir(
     """
     with collectives.all_or_none():
         adapter = recognise(trainer, conversation)
-        samples = _probe(probe, images, texts, num_samples, seed)
-    return MIRCallback(samples, every=every, adapter=adapter, **callback_options).attach(trainer)
+        samples = draw_or_load(probe, images, texts, num_samples, seed)
+        rule = _stop_rule(stop)
+    return MIRCallback(samples, every=every, stop=rule, adapter=adapter, **callback_options).attach(trainer)
 
 
-def _probe(
-    probe: Probe | str | Path | None, images: str | Path | None, texts: str | Path | None, num_samples: int, seed: int
+def draw_or_load(
+    probe: Probe | str | Path | None,
+    images: str | Path | None,
+    texts: str | Path | None,
+    num_samples: int | None = None,
+    seed: int | None = None,
 ) -> Probe:
+    """The probe that :func:`attach_mir`'s arguments describe; its errors. Ranks: any, each for itself."""
     if (probe is None) == (images is None or texts is None) or (probe is not None and (images or texts)):
         raise ConfigError(
             "either images and texts or probe must be given, got "
             f"images={images!r}, texts={texts!r} and {'a' if probe is not None else 'no'} probe"
         )
+    draw = {name: value for name, value in (("num_samples", num_samples), ("seed", seed)) if value is not None}
     if images is not None and texts is not None:
-        return Probe.from_folders(images=images, texts=texts, num_samples=num_samples, seed=seed)
+        return Probe.from_folders(images=images, texts=texts, **draw)
+    if draw:
+        given = " and ".join(f"{name}={value!r}" for name, value in draw.items())
+        raise ConfigError(f"{given} must be left out beside a probe, got both; a probe is measured as it is")
     return probe if isinstance(probe, Probe) else Probe.load(str(probe))
+
+
+def _stop_rule(stop: PlateauRule | str | None) -> PlateauRule | None:
+    if not isinstance(stop, str):
+        return stop
+    if stop not in STOP_RULES:
+        raise ConfigError(f"stop must be one of {', '.join(STOP_RULES)}, a rule or None, got {stop!r}")
+    return PlateauRule() if stop == "plateau" else None
 
 
 def recognise(trainer: Any, conversation: str | None = None) -> Adapter:

@@ -57,7 +57,7 @@ def make_parser() -> FlagParser:
             type=kind,
             default=argparse.SUPPRESS if optional else field.default,  # a default of None would be shown as one
             help=field.metadata["help"],
-            metavar="PATH" if optional else kind.__name__.upper(),
+            metavar="PATH" if optional and kind is str else kind.__name__.upper(),
         )
     return parser
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import Trainer
 
-from llava_integration.attach import attach_mir
+from llava_integration.attach import attach_mir, draw_or_load
 from llava_integration.compatibility import explain
 from llava_integration.flags import make_parser, print_usage, read_flags
 from mir_callback import MIRCallback
-from mir_callback.errors import ConfigError
+from mir_callback.errors import ConfigError, MIRError
 from mir_callback.training.arguments import MIRArguments
 
 SEPARATOR = "--"
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
             starts; 0 after `--help`.
     """
     options, script = read_command_line(arguments)
-    attach_before_training(options)
+    attached = attach_before_training(options)
     sys.argv = script
     sys.path.insert(0, str(Path(script[0]).resolve().parent))
     try:
@@ -41,6 +41,11 @@ def main(arguments: list[str]) -> None:
         if hint:
             print(f"[mir] {hint}", file=sys.stderr)
         raise
+    if not attached:
+        print(
+            f"[mir] WARNING: {script[0]} ended without training a Trainer of transformers; MIR was never measured",
+            file=sys.stderr,
+        )
 
 
 def read_command_line(arguments: list[str]) -> tuple[MIRArguments, list[str]]:
@@ -57,7 +62,10 @@ def read_command_line(arguments: list[str]) -> tuple[MIRArguments, list[str]]:
             raise ConfigError(
                 "mir_images and mir_texts, or mir_probe, must be given before --, got none; without them run the script"
             )
-    except ConfigError as error:
+        sources = options.attach_options()
+        names = ("probe", "images", "texts", "num_samples", "seed")
+        draw_or_load(*(sources[name] for name in names))  # now, and not when the script has loaded its model
+    except MIRError as error:
         make_parser().error(str(error))
     return options, script
 
@@ -77,17 +85,23 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in ours if word not in ranks], [*script, *ranks]
 
 
-def attach_before_training(options: MIRArguments) -> None:
-    """From now on every Trainer that starts training has MIR attached, unless it has already."""
+def attach_before_training(options: MIRArguments) -> list[MIRCallback]:
+    """From now on every Trainer that starts training has MIR attached, unless it has already.
+
+    Returns:
+        The callbacks found or attached so far; it grows as Trainers start.
+    """
+    attached: list[MIRCallback] = []
     trainer_class: Any = Trainer
     original = trainer_class.train
 
     def train(trainer: Any, *args: Any, **keywords: Any) -> Any:
-        if not any(isinstance(callback, MIRCallback) for callback in trainer.callback_handler.callbacks):
-            attach_mir(trainer, **options.attach_options())
+        found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MIRCallback)]
+        attached.extend(found or [attach_mir(trainer, **options.attach_options())])
         return original(trainer, *args, **keywords)
 
     trainer_class.train = train
+    return attached
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ _LINE = 16
 _TEXT_LINES = 4
 _CHARACTERS = 36  # of a line of text in the width of a picture
 _CELL = (_PICTURE[0] + 2 * _MARGIN, _PICTURE[1] + (_TEXT_LINES + 2) * _LINE + 2 * _MARGIN)
+_LEAST_WIDTH = 560  # of the heading
 _INK, _FAINT, _PAPER = "#222222", "#777777", "#ffffff"
 
 
@@ -38,7 +39,7 @@ def draw_sheet(
         The path written.
 
     Raises:
-        ConfigError: the suffix is of no image format.
+        ConfigError: the suffix is of no image format, or the file cannot be written.
 
     Ranks: rank 0 only.
     """
@@ -47,7 +48,7 @@ def draw_sheet(
     across = min(len(probe), columns or max(4, round((len(probe) * 1.6) ** 0.5)))
     down = -(-len(probe) // across)
     title = 3 * _LINE
-    sheet = Image.new("RGB", (across * _CELL[0], down * _CELL[1] + title), _PAPER)
+    sheet = Image.new("RGB", (max(across * _CELL[0], _LEAST_WIDTH), down * _CELL[1] + title), _PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_FONT_SIZE)
     heading = f"probe {probe.fingerprint}: {len(probe)} samples, texts up to {probe.max_text_tokens} tokens"
@@ -60,8 +61,13 @@ def draw_sheet(
         for faint, line in enumerate([_caption(index, counts), *_shortened(sample.name, 1), *_lines(sample.text)]):
             pen.text((left, top), line, fill=_FAINT if faint < 2 else _INK, font=font)
             top += _LINE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the sheet must have a place to be written to, got {path}: {type(error).__name__}: {error.strerror}"
+        ) from error
     return path
 
 

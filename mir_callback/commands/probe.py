@@ -26,7 +26,9 @@ examples:
   mir probe --dataset lmms-lab/textvqa --split validation --texts cnn/stories --save probe.zip
   mir probe probe.zip --model llava-hf/llava-1.5-7b-hf --show probe.png
 """
-_DRAWING = ("images", "texts", "questions", "llava_json", "dataset", "num_samples", "seed", "max_text_tokens")
+_OF_DATASET = ("split", "image_column", "text_column")
+_DRAW = ("num_samples", "seed", "max_text_tokens")
+_BUILDING = ("images", "texts", "questions", "llava_json", "dataset", *_OF_DATASET, *_DRAW)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -38,9 +40,9 @@ def add_flags(parser: ArgumentParser) -> None:
     source.add_argument("--questions", metavar="FILE", help="TextVQA question file: only its images of --images")
     source.add_argument("--llava-json", metavar="FILE", help="LLaVA-format JSON: images and texts of its records")
     source.add_argument("--dataset", metavar="NAME", help="Hugging Face dataset: a hub name or a folder")
-    source.add_argument("--split", default="validation", help="split of --dataset (default: %(default)s)")
-    source.add_argument("--image-column", metavar="NAME", default="image", help="of --dataset (default: %(default)s)")
-    source.add_argument("--text-column", metavar="NAME", default="text", help="of --dataset (default: %(default)s)")
+    source.add_argument("--split", metavar="NAME", help="of --dataset (default: validation)")
+    source.add_argument("--image-column", metavar="NAME", help="of --dataset (default: image)")
+    source.add_argument("--text-column", metavar="NAME", help="of --dataset (default: text)")
     drawing = parser.add_argument_group("the draw")
     drawing.add_argument("--num-samples", type=int, metavar="N", help="image + text pairs (default: 100)")
     drawing.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
@@ -61,6 +63,9 @@ def run(options: Namespace) -> None:
     Raises:
         MIRError: a flag, a file or a sample breaks its rule.
     """
+    for name, value in vars(options).items():
+        if value == "":
+            raise ConfigError(f"{_flag(name)} must not be empty, got ''; is a shell variable unset?")
     if options.show:
         check_sheet_path(options.show)
     probe = _opened(options) if options.probe else _built(options)
@@ -79,19 +84,22 @@ def run(options: Namespace) -> None:
 
 
 def _opened(options: Namespace) -> Probe:
-    given = [name for name in _DRAWING if getattr(options, name) is not None]
+    given = [name for name in _BUILDING if getattr(options, name) is not None]
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        flags = ", ".join(_flag(name) for name in given)
         raise ConfigError(f"a saved probe is opened as it is, got {options.probe} and {flags}; leave one of them out")
     return Probe.load(options.probe)
 
 
 def _built(options: Namespace) -> Probe:
-    asked = {name: getattr(options, name) for name in ("num_samples", "seed", "max_text_tokens")}
+    asked = {name: getattr(options, name) for name in _DRAW}
     draw = {name: value for name, value in asked.items() if value is not None}
+    stray = [name for name in _OF_DATASET if getattr(options, name) is not None and options.dataset is None]
+    if stray:
+        raise ConfigError(f"{_flag(stray[0])} must be given with --dataset, got it without; see mir probe --help")
     special = [name for name in ("questions", "llava_json", "dataset") if getattr(options, name)]
     if len(special) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name in special)
+        flags = " and ".join(_flag(name) for name in special)
         raise ConfigError(f"only one of {flags} can be the source of a probe; leave the others out")
     match special:
         case ["questions"]:
@@ -102,12 +110,17 @@ def _built(options: Namespace) -> Probe:
             return Probe.from_llava_json(options.llava_json, options.images, **draw)
         case ["dataset"]:
             _require(options, "dataset", images=False)
-            columns = {"image_column": options.image_column, "text_column": options.text_column}
-            dataset = open_dataset(options.dataset, options.split)
+            columns = {name: getattr(options, name) for name in ("image_column", "text_column")}
+            columns = {name: value for name, value in columns.items() if value is not None}
+            dataset = open_dataset(options.dataset, options.split or "validation")
             return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw)
         case _:
             _require(options, None, images=True, texts=True)
             return Probe.from_folders(options.images, options.texts, **draw)
+
+
+def _flag(name: str) -> str:
+    return name if name == "probe" else "--" + name.replace("_", "-")
 
 
 def _require(options: Namespace, source: str | None, **wanted: bool) -> None:

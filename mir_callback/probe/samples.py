@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.probe import datasets, sources, storage
@@ -47,6 +47,11 @@ class Sample:
                     raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
                 whole: Image.Image = image.convert("RGB")
                 return whole
+        except UnidentifiedImageError as error:  # its message names an object in memory
+            raise ProbeError(
+                f"probe image of {self.name} must be a readable image, got {len(self.image)} bytes of no known format; "
+                "replace or remove that file"
+            ) from error
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
             raise ProbeError(
                 f"probe image of {self.name} must be a readable image, got {type(error).__name__}: {error}; "

@@ -37,20 +37,32 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
     files = _files(entries, max_text_tokens, fingerprint)
     if path.exists() and not _is_probe(path):
         raise ProbeError(f"path must be free or hold a probe, got {path}; choose another path or remove what is there")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zip":
-        _write_zip(path, files)
-    else:
-        _write_folder(path, files)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            _write_zip(path, files)
+        else:
+            _write_folder(path, files)
+    except OSError as error:
+        raise ProbeError(
+            f"path must be a place to write to, got {path}: {type(error).__name__}: {error.strerror}; choose another"
+        ) from error
     return path
 
 
 def read(path: Path) -> StoredProbe:
     """Read a probe file or folder. See :meth:`Probe.load`."""
     if path.is_dir():
+        if not (path / _MANIFEST).is_file():
+            raise ProbeError(
+                f"path must be a saved probe, got {path}, a folder without {_MANIFEST}; to draw a probe from folders "
+                "see Probe.from_folders, or mir probe --images DIR --texts DIR"
+            )
         return _parse(path, lambda name: (path / name).read_bytes())
     if not path.exists():
         raise ProbeError(f"path must be a saved probe, got {path}, which does not exist; see Probe.save")
+    if not path.is_file():
+        raise ProbeError(f"path must be a saved probe (a folder or a .zip), got {path}, which is neither")
     try:
         with zipfile.ZipFile(path) as archive:
             return _parse(path, archive.read)

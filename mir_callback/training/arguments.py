@@ -30,8 +30,10 @@ class MIRArguments:
     mir_probe: str | None = field(
         default=None, metadata={"help": "A saved probe (see `mir probe`) instead of the two folders."}
     )
-    mir_num_samples: int = field(default=100, metadata={"help": "Image + text pairs in the probe."})
-    mir_seed: int = field(default=0, metadata={"help": "Seed of the draw of the probe."})
+    mir_num_samples: int | None = field(
+        default=None, metadata={"help": "Image + text pairs to draw from the folders (default: 100)."}
+    )
+    mir_seed: int | None = field(default=None, metadata={"help": "Seed of the draw (default: 0)."})
     mir_every: int = field(default=50, metadata={"help": "Optimizer steps between evaluations."})
     mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
     mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
@@ -54,7 +56,7 @@ class MIRArguments:
             )
         if self.mir_stop not in STOP_RULES:
             raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
-        check_draw(self.mir_num_samples, self.mir_seed)
+        check_draw(1 if self.mir_num_samples is None else self.mir_num_samples, self.mir_seed or 0)
         check_batch_size(self.mir_batch_size)
         check_every(self.mir_every)
         check_root(self.mir_root)

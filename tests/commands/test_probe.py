@@ -95,6 +95,22 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
         (["--llava-json", "x", "--texts", "texts"], "--images must be given with --llava-json"),
         (["--dataset", "x", "--images", "images"], "--images must be left out with --dataset, which brings its own"),
         (["p.zip"], "path must be a saved probe, got p.zip, which does not exist"),
+        (["images"], "path must be a saved probe, got images, a folder without probe.json; to draw a probe"),
+        (["/dev/null"], "path must be a saved probe (a folder or a .zip), got /dev/null, which is neither"),
+        (["--images", "", "--texts", "texts"], "--images must not be empty, got ''"),
+        (["--images", "images", "--texts", "texts", "--split", "train"], "--split must be given with --dataset"),
+        (
+            ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/proc/p.zip"],
+            "path must be a place to write to, got /proc/p.zip: FileNotFoundError",
+        ),
+        (
+            ["--images", "images", "--texts", "texts", "--num-samples", "2", "--show", "/proc/p.png"],
+            "the sheet must have a place to be written to, got /proc/p.png",
+        ),
+        (
+            ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
+            "path must be free or hold a probe, got /dev/full",
+        ),
         (["p.zip", "--seed", "1"], "a saved probe is opened as it is, got p.zip and --seed"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),
         (

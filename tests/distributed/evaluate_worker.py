@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mir_callback import Probe, evaluate_mir, evaluation
+from mir_callback import Probe, clouds, evaluate_mir
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
@@ -79,7 +79,7 @@ def nan_on_rank_1(rank: int) -> None:
 def fails_after_the_forwards_on_rank_1(rank: int) -> None:
     """One rank runs out of memory while it computes covariances."""
     model, processor = tiny_models.llava()
-    original = evaluation.scatter_about
+    original = clouds.scatter_about
 
     def fail(*_: Any) -> None:
         class LocalError(RuntimeError):
@@ -88,11 +88,11 @@ def fails_after_the_forwards_on_rank_1(rank: int) -> None:
         raise LocalError("out of memory")
 
     if rank == 1:
-        evaluation.scatter_about = fail
+        clouds.scatter_about = fail
     try:
         evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
     finally:
-        evaluation.scatter_about = original
+        clouds.scatter_about = original
 
 
 BAD: dict[str, Callable[[int], None]] = {

@@ -35,6 +35,19 @@ def test_a_probe_or_where_one_was_saved_takes_the_place_of_the_folders(tmp_path,
         assert attach_mir(trainer, probe=given).probe == probe
 
 
+def test_the_words_of_the_flags_name_a_stop_rule(tmp_path, folders):
+    for word, rule in (("plateau", PlateauRule()), ("none", None)):
+        assert attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop=word).stop == rule
+    with pytest.raises(ConfigError, match="stop must be one of none, plateau, a rule or None, got 'soon'"):
+        attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop="soon")
+
+
+def test_a_draw_beside_a_probe_is_refused(tmp_path, folders):
+    probe = Probe.from_folders(**folders, num_samples=4)
+    with pytest.raises(ConfigError, match="num_samples=3 and seed=1 must be left out beside a probe"):
+        attach_mir(make_trainer(tmp_path), probe=probe, num_samples=3, seed=1)
+
+
 def test_an_unknown_model_is_refused_with_what_is_known(folders):
     trainer = SimpleNamespace(model=torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="is of no kind known here .haotian-liu/LLaVA .*Hugging Face"):

@@ -9,8 +9,10 @@ from transformers import HfArgumentParser
 
 from llava_integration.flags import make_parser, read_flags
 from llava_integration.launch import main, split
-from mir_callback import MIRArguments, PlateauRule
+from mir_callback import MIRArguments, PlateauRule, Probe
 from mir_callback.errors import ConfigError
+from tests.distributed.launch import run_process
+from tests.samples import pairs
 
 
 @dataclass
@@ -121,6 +123,8 @@ def test_launcher_without_arguments_shows_its_uses_and_one_line(capsys):
         (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be an integer of at least 1"),
         (["--mir_every", "often"], "argument --mir_every: invalid int value: 'often'"),
         (["--mir_evry", "3"], "unrecognized arguments: --mir_evry 3"),
+        (["--mir_probe", "no.zip"], "path must be a saved probe, got no.zip, which does not exist"),
+        (["--mir_images", "no", "--mir_texts", "no"], "images must be an existing folder, got no"),
     ],
 )
 def test_launcher_says_what_is_wrong_with_a_flag_in_one_line(tmp_path, capsys, words, message):
@@ -131,3 +135,13 @@ def test_launcher_says_what_is_wrong_with_a_flag_in_one_line(tmp_path, capsys, w
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_launcher_says_so_when_nothing_was_measured(tmp_path):
+    probe = Probe.from_pairs(pairs(2)).save(tmp_path / "probe.zip")
+    script = tmp_path / "train.py"
+    script.write_text("import sys; print('ran with', sys.argv[1:])")
+    done = run_process(["-m", "mir_callback.launch", "--mir_probe", str(probe), "--", str(script), "--lr", "1"])
+    assert done.returncode == 0
+    assert "ran with ['--lr', '1']" in done.stdout
+    assert f"[mir] WARNING: {script} ended without training a Trainer" in done.stderr
