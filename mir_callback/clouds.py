@@ -20,6 +20,7 @@ from mir_callback.metric.tokens import (
     OutlierRule,
     lower_medians,
     lower_medians_of_shards,
+    median_rounds,
     row_norms,
     text_centric_scale,
 )
@@ -62,11 +63,14 @@ def share_norms(rows: list[tuple[Tensor, Tensor]]) -> list[LayerClouds]:
 
     Ranks: collective.
     """
-    vision, text = (_share_modality([pair[i] for pair in rows], name) for i, name in enumerate(("vision", "text")))
-    return [
-        LayerClouds(vision_cloud, text_cloud, text_centric_scale(text_norms))
-        for (vision_cloud, _), (text_cloud, text_norms) in zip(vision, text, strict=True)
-    ]
+    with collectives.all_or_none():
+        vision, text = (torch.stack([row_norms(pair[i]) for pair in rows]) for i in (0, 1))
+    all_vision, all_text = collectives.gather_columns(vision), collectives.gather_columns(text)
+    with collectives.all_or_none():
+        visions = _clouds([pair[0] for pair in rows], vision, torch.cat(all_vision, dim=1), "vision")
+        texts = _clouds([pair[1] for pair in rows], text, torch.cat(all_text, dim=1), "text")
+        scales = [text_centric_scale(norms) for norms in torch.cat(all_text, dim=1)]
+    return [LayerClouds(*parts) for parts in zip(visions, texts, scales, strict=True)]
 
 
 def replace_outliers(layers: list[LayerClouds]) -> None:
@@ -77,39 +81,79 @@ def replace_outliers(layers: list[LayerClouds]) -> None:
     affected = [
         cloud for cloud in chain.from_iterable((layer.vision, layer.text) for layer in layers) if cloud.replaced
     ]
-    rows = [cloud.rows for cloud in affected]
-    if collectives.world_size() == 1:
-        medians = [lower_medians(each) for each in rows]
-    else:
-        medians = lower_medians_of_shards(rows, [cloud.count for cloud in affected], collectives.sum_over_ranks)
-    for cloud, median in zip(affected, medians, strict=True):
-        cloud.rows[cloud.outliers] = median
+    if not affected:
+        return
+    medians = _medians(affected)
+    with collectives.all_or_none():
+        for cloud, median in zip(affected, medians, strict=True):
+            cloud.rows[cloud.outliers] = median
 
 
-def shared_moments(layer: LayerClouds, owner: int) -> tuple[Moments, Moments]:
-    """Text-scaled moments of vision and text over all ranks; complete on rank ``owner`` only. Ranks: collective."""
+@dataclass(frozen=True)
+class CloudParts:
+    """What the moments of one cloud are made of: the scatter about the mean, or the centred rows of all ranks.
+
+    Attributes:
+        count: rows on all ranks.
+        mean: (d,) float64 of them.
+        scatter: (d, d) float64, complete on the layer's owner; None where there are fewer rows than dimensions.
+        columns: else every rank's centred rows, as columns (d, n_r).
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor | None
+    columns: list[Tensor]
+
+    def moments(self, scale: float) -> Moments:
+        """The moments of the scaled rows. Ranks: the owner."""
+        if self.scatter is not None:
+            return moments_from_scatter(self.count, self.mean, self.scatter).scaled(scale)
+        return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T).scaled(scale)
+
+
+def share_parts(layer: LayerClouds, owner: int) -> tuple[CloudParts, CloudParts]:
+    """What the moments of vision and text over all ranks are made of; complete on rank ``owner``.
+
+    Local work behind the last sum is left to the owner, who does it where its failure becomes one of all ranks.
+
+    Ranks: collective.
+    """
     clouds = (layer.vision, layer.text)
     with collectives.all_or_none():
         sums = torch.stack([row_sum(cloud.rows) for cloud in clouds])
     collectives.sum_over_ranks(sums)
+    with collectives.all_or_none():  # the largest allocations of an evaluation after its forwards
+        means = [total / cloud.count for cloud, total in zip(clouds, sums, strict=True)]
+        mine = [_own_part(cloud, mean) for cloud, mean in zip(clouds, means, strict=True)]
     vision, text = (
-        _cloud_moments(cloud, total / cloud.count, owner) for cloud, total in zip(clouds, sums, strict=True)
+        _shared_part(cloud, mean, part, owner) for cloud, mean, part in zip(clouds, means, mine, strict=True)
     )
-    return vision.scaled(layer.scale), text.scaled(layer.scale)
+    return vision, text
 
 
-def _share_modality(rows: list[Tensor], name: str) -> list[tuple[Cloud, Tensor]]:
-    """Per layer: this rank's cloud, and the norms of all ranks' rows."""
-    with collectives.all_or_none():
-        mine = torch.stack([row_norms(layer_rows) for layer_rows in rows])
-    everyone = collectives.gather_columns(mine)
+def _clouds(rows: list[Tensor], mine: Tensor, everyone: Tensor, name: str) -> list[Cloud]:
+    """Per layer this rank's cloud, from its own and from all ranks' norms (L, n). Ranks: pure."""
     _check_norms(everyone, name)
-    shared = []
+    clouds = []
     for layer_rows, norms, all_norms in zip(rows, mine, everyone, strict=True):
         rule = OutlierRule.from_norms(all_norms)
-        cloud = Cloud(layer_rows, rule.outliers(norms), len(all_norms), int(rule.outliers(all_norms).sum()))
-        shared.append((cloud, all_norms))
-    return shared
+        clouds.append(Cloud(layer_rows, rule.outliers(norms), len(all_norms), int(rule.outliers(all_norms).sum())))
+    return clouds
+
+
+def _medians(clouds: list[Cloud]) -> list[Tensor]:
+    """Lower medians of clouds over all ranks. Ranks: collective."""
+    rows = [cloud.rows for cloud in clouds]
+    if collectives.world_size() == 1:
+        return [lower_medians(each) for each in rows]
+    with collectives.all_or_none():
+        counts = torch.zeros(len(rows), rows[0].shape[1], dtype=torch.int64, device=rows[0].device)
+    return collectives.sum_in_rounds(
+        lambda add: lower_medians_of_shards(rows, [cloud.count for cloud in clouds], add),
+        median_rounds(rows[0].dtype),
+        like=counts,
+    )
 
 
 def _check_norms(norms: Tensor, name: str) -> None:
@@ -126,12 +170,14 @@ def _check_norms(norms: Tensor, name: str) -> None:
         )
 
 
-def _cloud_moments(cloud: Cloud, mean: Tensor, owner: int) -> Moments:
-    dim = cloud.rows.shape[1]
-    if cloud.count < dim:
-        centred = collectives.gather_columns((cloud.rows.double() - mean).T.contiguous()).T
-        return moments_from_centred(mean, centred)
-    with collectives.all_or_none():  # the largest allocation of an evaluation after its forwards
-        scatter = scatter_about(cloud.rows, mean)
-    collectives.sum_to_rank(scatter, owner)
-    return moments_from_scatter(cloud.count, mean, scatter)
+def _own_part(cloud: Cloud, mean: Tensor) -> Tensor:
+    """This rank's scatter (d, d), or its centred rows as columns (d, n) where there are fewer rows than dimensions."""
+    if cloud.count < cloud.rows.shape[1]:
+        return (cloud.rows.double() - mean).T.contiguous()
+    return scatter_about(cloud.rows, mean)
+
+
+def _shared_part(cloud: Cloud, mean: Tensor, part: Tensor, owner: int) -> CloudParts:
+    if cloud.count < cloud.rows.shape[1]:
+        return CloudParts(cloud.count, mean, None, collectives.gather_columns(part))
+    return CloudParts(cloud.count, mean, collectives.sum_to_rank(part, owner), [])

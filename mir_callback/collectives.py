@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything this package says to other ranks. The only importer of torch.distributed; all no-ops on one process.
 
-Every function here but `rank`, `world_size` and `is_main` is collective: all ranks must call it, in the same order.
+Every function here is collective, all ranks must call it in the same order, but for `rank`, `world_size`, `is_main`,
+`describe` and `is_shared`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -50,16 +51,57 @@ def sum_to_rank(tensor: Tensor, destination: int) -> Tensor:
     return tensor
 
 
-def gather_columns(part: Tensor) -> Tensor:
-    """All ranks' matrices (L, n_r) side by side, (L, sum n_r), on every rank; n_r may differ and may be 0."""
+def gather_columns(part: Tensor) -> list[Tensor]:
+    """All ranks' matrices (L, n_r), in rank order, on every rank; n_r may differ and may be 0.
+
+    They are not joined: that is local work, and the caller's to do where a failure of one rank becomes one of all.
+    """
     if world_size() == 1:
-        return part
-    widths = _widths(part.shape[1], part.device)
-    padded = part.new_zeros(part.shape[0], max(widths))
-    padded[:, : part.shape[1]] = part
-    gathered = [torch.empty_like(padded) for _ in widths]
+        return [part]
+    widths = gather_objects(part.shape[1])
+    with all_or_none():
+        padded = part.new_zeros(part.shape[0], max(widths))
+        padded[:, : part.shape[1]] = part
+        gathered = [torch.empty_like(padded) for _ in widths]
     dist.all_gather(gathered, padded)
-    return torch.cat([block[:, :width] for block, width in zip(gathered, widths, strict=True)], dim=1)
+    return [block[:, :width] for block, width in zip(gathered, widths, strict=True)]
+
+
+def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, like: Tensor) -> T:
+    """Local work in rounds, each ending in a sum over ranks, that succeeds on all ranks or fails on all.
+
+    A rank whose work fails goes on taking part, with zeros, until the last round, so that nobody waits for it. That
+    costs one agreement for all rounds instead of one for each.
+
+    Args:
+        work: called with the sum over ranks, which it must call exactly ``rounds`` times.
+        rounds: the same on every rank.
+        like: of the shape, dtype and device of what is summed.
+
+    Returns:
+        What ``work`` returns.
+
+    Raises:
+        Exception: as :func:`agree`.
+    """
+    done = 0
+
+    def add(tensor: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        return sum_over_ranks(tensor)
+
+    with all_or_none():
+        spare = torch.empty_like(like)
+    error: Exception | None = None
+    try:
+        result = work(add)
+    except Exception as caught:
+        error = caught
+    for _ in range(done, rounds):
+        sum_over_ranks(spare.zero_())
+    agree(error)
+    return result
 
 
 def gather_objects(value: T) -> list[T]:
@@ -91,12 +133,7 @@ def agree(error: Exception | None) -> None:
         MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
             and message.
     """
-    failure = None
-    if error is not None:
-        # Only our own classes travel: others may not be importable, or not picklable, elsewhere.
-        kind = type(error) if isinstance(error, MIRError) else RemoteError
-        failure = kind, f"{type(error).__name__}: {error}"
-    failures = gather_objects(failure)
+    failures = gather_objects(None if error is None else (_kind_elsewhere(error), describe(error)))
     if error is not None:
         setattr(error, _SHARED, True)
         raise error
@@ -114,6 +151,14 @@ def all_or_none() -> Iterator[None]:
     except Exception as caught:
         error = caught
     agree(error)
+
+
+def describe(error: BaseException) -> str:
+    """Class and message of an error; never fails, whatever the error's own code does. Ranks: pure."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, whose message cannot be shown"
 
 
 def is_shared(error: Exception) -> bool:
@@ -148,8 +193,11 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _widths(width: int, device: torch.device) -> list[int]:
-    mine = torch.tensor([width], dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(gathered, mine)
-    return [int(item) for item in torch.cat(gathered)]
+def _kind_elsewhere(error: Exception) -> type[MIRError]:
+    """As what other ranks raise this failure.
+
+    Only the classes of our own errors.py travel: others, also ones derived from ours, may not be importable elsewhere,
+    and a rank that cannot pickle its failure would leave the others waiting for it.
+    """
+    ours = (kind for kind in type(error).__mro__ if kind.__module__ == MIRError.__module__)
+    return next(ours, RemoteError)

@@ -8,21 +8,19 @@ sums -> every layer's scatter to its owner (layer mod world size) -> owner solve
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.clouds import LayerClouds, replace_outliers, share_norms, shared_moments
+from mir_callback.clouds import CloudParts, LayerClouds, replace_outliers, share_norms, share_parts
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root, frechet_from_moments, warn_if_clipped
-from mir_callback.metric.moments import Moments
 from mir_callback.metric.rate import rate_of
 from mir_callback.model.averaging import evaluation_weights
 from mir_callback.model.capture import HiddenStateCapture
@@ -35,6 +33,13 @@ from mir_callback.probe.samples import Probe
 
 DEFAULT_BATCH_SIZE = 4
 _PROGRESS_DELAY_SECONDS = 3.0
+
+# Hears what this rank begins to do; called often, so it should be quick.
+Tell = Callable[[str], None]
+
+
+def _nobody(_phase: str) -> None:
+    """Hears, and says nothing."""
 
 
 @dataclass(frozen=True)
@@ -163,23 +168,17 @@ def evaluate_encoded(
     root: str = "exact",
     optimizer: Any = None,
     progress: bool = True,
+    tell: Tell = _nobody,
 ) -> MIRReport:
-    """:func:`evaluate_mir` on an already encoded probe. Collective."""
+    """:func:`evaluate_mir` on an already encoded probe; ``tell`` hears what this rank begins to do. Collective."""
     started = time.perf_counter()
-    decoder = find_decoder(model)
-    steps = len(encoded.batches) + len(decoder.layers)
-    with _progress(steps, shown=progress and collectives.is_main()) as bar:
-        with (
-            evaluation_weights(model, optimizer),
-            undisturbed(model, model, optimizer),
-            HiddenStateCapture(decoder) as capture,
-        ):
-            _forward_all(model, encoded, adapter, capture, bar)
-        with collectives.all_or_none():
-            rows = [capture.take_layer(layer) for layer in range(len(decoder.layers))]
+    with _progress(shown=progress and collectives.is_main()) as bar:
+        rows = _observe(model, encoded, adapter, optimizer, bar, tell)
+        tell("norms of all tokens")
         layers = share_norms(rows)
+        tell("outlier medians")
         replace_outliers(layers)
-        per_layer = _distances(layers, root, bar)
+        per_layer = _distances(layers, root, bar, tell)
     first = layers[0]
     return MIRReport(
         mir=rate_of(per_layer),
@@ -198,53 +197,86 @@ def evaluate_encoded(
     )
 
 
-def _forward_all(
-    model: nn.Module, encoded: EncodedProbe, adapter: Adapter, capture: HiddenStateCapture, bar: tqdm
-) -> None:
-    """Every batch of this rank through the model; a failure on one rank becomes one on all."""
+def _observe(
+    model: nn.Module, encoded: EncodedProbe, adapter: Adapter, optimizer: Any, bar: tqdm, tell: Tell
+) -> list[tuple[Tensor, Tensor]]:
+    """This rank's vision and text rows of every layer; a failure on one rank becomes one on all.
+
+    Under ZeRO-3 the forwards wait for other ranks themselves: there the others hear of a failure of this one's forward
+    only when they get out of theirs, which may be never, and ``tell`` says so.
+    """
     with collectives.all_or_none():
-        anchor = next(p for p in model.parameters() if p.is_floating_point())
-        with adapter.live_masks(unwrap(model)) as live:
-            for batch in encoded.batches:
-                placed = batch.on(anchor.device, anchor.dtype)
-                masks = placed.masks or live
-                assert masks is not None  # an adapter knows its masks before or during the forward
+        try:
+            tell("looking at the model")
+            decoder = find_decoder(model)
+            bar.total = len(encoded.batches) + len(decoder.layers)
+            with (
+                evaluation_weights(model, optimizer),
+                undisturbed(model, model, optimizer),
+                HiddenStateCapture(decoder) as capture,
+            ):
+                _forward_all(model, encoded, adapter, capture, bar, tell)
+            rows = [capture.take_layer(layer) for layer in range(len(decoder.layers))]
+        except Exception as error:
+            tell(f"telling the other ranks of its failure, {collectives.describe(error)}")
+            raise
+    return rows
+
+
+def _forward_all(
+    model: nn.Module, encoded: EncodedProbe, adapter: Adapter, capture: HiddenStateCapture, bar: tqdm, tell: Tell
+) -> None:
+    """Every batch of this rank through the model."""
+    anchor = next(p for p in model.parameters() if p.is_floating_point())
+    with adapter.live_masks(unwrap(model)) as live:
+        for number, batch in enumerate(encoded.batches, start=1):
+            tell(f"forward of batch {number} of {len(encoded.batches)}")
+            placed = batch.on(anchor.device, anchor.dtype)
+            masks = placed.masks or live
+            assert masks is not None  # an adapter knows its masks before or during the forward
+            try:
                 capture.forward(model, placed.inputs, masks, placed.keep)
-                bar.update()
+            except Exception as error:
+                tell(f"leaving its forward of batch {number} after {collectives.describe(error)}")
+                raise
+            bar.update()
+    tell("waiting until every rank has done its forwards")
 
 
-def _distances(layers: list[LayerClouds], root: str, bar: tqdm) -> list[float]:
+def _distances(layers: list[LayerClouds], root: str, bar: tqdm, tell: Tell) -> list[float]:
     """FD of every layer, on every rank.
 
     Layers go in waves of one per rank: the ranks of a wave solve side by side, and none holds the moments of more
     than one layer.
     """
     world = collectives.world_size()
-    device = layers[0].vision.rows.device
-    distances = torch.zeros(len(layers), dtype=torch.float64, device=device)
+    solved: dict[int, float] = {}
     for start in range(0, len(layers), world):
         wave = range(start, min(start + world, len(layers)))
+        named = f"layers {start + 1} to {wave.stop} of {len(layers)}"
+        tell(f"moments of {named}")
         owned = None
         for index in wave:
-            moments = shared_moments(layers[index], owner=index % world)
+            parts = share_parts(layers[index], owner=index % world)
             if index % world == collectives.rank():
-                owned = index, moments
+                owned = index, parts
+        tell(f"distances of {named}")
         with collectives.all_or_none():
             if owned is not None:
-                distances[owned[0]] = _solve(*owned, root)
+                solved[owned[0]] = _solve(*owned, layers[owned[0]].scale, root)
         bar.update(len(wave))
-    return [float(value) for value in collectives.sum_over_ranks(distances)]
+    everyone = {index: value for part in collectives.gather_objects(solved) for index, value in part.items()}
+    return [everyone[index] for index in range(len(layers))]
 
 
-def _solve(index: int, moments: tuple[Moments, Moments], root: str) -> float:
-    result = frechet_from_moments(*moments, root)
+def _solve(index: int, parts: tuple[CloudParts, CloudParts], scale: float, root: str) -> float:
+    vision, text = parts
+    result = frechet_from_moments(vision.moments(scale), text.moments(scale), root)
     warn_if_clipped(result, index + 1, root)
     return result.distance
 
 
 @contextmanager
-def _progress(steps: int, *, shown: bool) -> Iterator[tqdm]:
-    with tqdm(
-        total=steps, desc="MIR", unit="step", delay=_PROGRESS_DELAY_SECONDS, disable=not shown, leave=False
-    ) as bar:
+def _progress(*, shown: bool) -> Iterator[tqdm]:
+    with tqdm(total=0, desc="MIR", unit="step", delay=_PROGRESS_DELAY_SECONDS, disable=not shown, leave=False) as bar:
         yield bar

@@ -150,6 +150,11 @@ def _any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
+def median_rounds(dtype: torch.dtype) -> int:
+    """How often :func:`lower_medians_of_shards` sums over shards of rows of ``dtype``. Ranks: pure."""
+    return torch.iinfo(_INTEGER_OF[dtype]).bits
+
+
 def lower_medians_of_shards(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:
     """Exact per-dimension lower medians of row matrices that are spread over ranks.
 
