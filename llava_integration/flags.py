@@ -9,6 +9,8 @@ import sys
 import typing
 from typing import Any, NoReturn
 
+from transformers.hf_argparser import string_to_bool
+
 from mir_callback.training.arguments import MIRArguments
 
 PROGRAM = "python -m mir_callback.launch"
@@ -24,6 +26,7 @@ EXAMPLE = f"""example:
       llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ..."""
 GROUPS = {
     "the probe": ("mir_images", "mir_texts", "mir_probe", "mir_num_samples", "mir_seed"),
+    "failures": ("mir_on_error", "mir_max_failures", "mir_watchdog_seconds", "mir_abort_on_hang"),
     "stopping": ("mir_stop", "mir_stop_window", "mir_stop_min_delta", "mir_stop_warmup"),
 }
 OTHERS = "the evaluations"
@@ -47,14 +50,17 @@ def make_parser() -> FlagParser:
         prog=PROGRAM, usage=USAGE, description=DESCRIPTION, epilog=EXAMPLE, formatter_class=_Layout, allow_abbrev=False
     )
     group_of = {name: title for title, names in GROUPS.items() for name in names}
-    groups = {title: parser.add_argument_group(title) for title in ("the probe", OTHERS, "stopping")}
+    groups = {title: parser.add_argument_group(title) for title in ("the probe", OTHERS, "failures", "stopping")}
     types = typing.get_type_hints(MIRArguments)
     for field in dataclasses.fields(MIRArguments):
         kind = (typing.get_args(types[field.name]) or (types[field.name],))[0]  # of `str | None`: str
         optional = field.default is None
+        more: dict[str, Any] = {"type": kind}
+        if kind is bool:  # as HfArgumentParser takes them: `--flag`, `--flag True`, `--flag False`
+            more = {"type": string_to_bool, "nargs": "?", "const": True}
         groups[group_of.get(field.name, OTHERS)].add_argument(
             f"--{field.name}",
-            type=kind,
+            **more,
             default=argparse.SUPPRESS if optional else field.default,  # a default of None would be shown as one
             help=field.metadata["help"],
             metavar="PATH" if optional and kind is str else kind.__name__.upper(),

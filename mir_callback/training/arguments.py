@@ -10,8 +10,10 @@ from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.samples import check_draw
+from mir_callback.training.failures import FailurePolicy
 from mir_callback.training.plateau import PlateauRule
 from mir_callback.training.schedule import check_every
+from mir_callback.training.watchdog import DEFAULT_SECONDS, Watchdog
 
 STOP_RULES = ("none", "plateau")
 
@@ -44,6 +46,21 @@ class MIRArguments:
     )
     mir_stop_warmup: int = field(default=5, metadata={"help": "First evaluations the line is never fitted to."})
 
+    mir_on_error: str = field(
+        default="warn",
+        metadata={"help": "warn: only a failing first evaluation ends the run; raise: every failing one does."},
+    )
+    mir_max_failures: int = field(
+        default=3, metadata={"help": "Failed evaluations in a row after which there are no more; 0 for no limit."}
+    )
+    mir_watchdog_seconds: float = field(
+        default=DEFAULT_SECONDS,
+        metadata={"help": "Report where ranks are stuck when a phase of an evaluation lasts longer; 0 for never."},
+    )
+    mir_abort_on_hang: bool = field(
+        default=False, metadata={"help": "End the process, with exit code 86, after such a report."}
+    )
+
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
         for given, missing in (("mir_images", "mir_texts"), ("mir_texts", "mir_images")):
@@ -61,6 +78,8 @@ class MIRArguments:
         check_every(self.mir_every)
         check_root(self.mir_root)
         self.stop_rule()
+        FailurePolicy(self.mir_on_error, self.mir_max_failures or None)
+        Watchdog(self.mir_watchdog_seconds or None, self.mir_abort_on_hang)
 
     @property
     def enabled(self) -> bool:
@@ -84,4 +103,8 @@ class MIRArguments:
             "batch_size": self.mir_batch_size,
             "root": self.mir_root,
             "stop": self.stop_rule(),
+            "on_error": self.mir_on_error,
+            "max_failures": self.mir_max_failures or None,
+            "watchdog_seconds": self.mir_watchdog_seconds or None,
+            "abort_on_hang": self.mir_abort_on_hang,
         }

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+from mir_callback.collectives import describe
 from mir_callback.training.history import Record
 
 # Takes the values of one evaluation and the step they belong to.
@@ -35,10 +37,35 @@ def through_trainer(trainer: Any) -> Emit:
 
     def emit(values: dict[str, float], _step: int) -> None:
         due = trainer.control.should_log
-        trainer.log(values)
-        trainer.control.should_log = due
+        try:
+            trainer.log(values)
+        finally:
+            trainer.control.should_log = due
 
     return emit
+
+
+def guarded(emit: Emit) -> Emit:
+    """``emit``, but where it fails there is one warning and training goes on: the history file has every value.
+
+    A reporter fails on the one rank that reports; raising there would leave the other ranks waiting.
+    """
+    failed = False
+
+    def emit_or_warn(values: dict[str, float], step: int) -> None:
+        nonlocal failed
+        try:
+            emit(values, step)
+        except Exception as error:
+            if not failed:
+                warnings.warn(
+                    f"step {step}: a reporter failed to log MIR, training goes on and the history file has the value; "
+                    f"said once: {describe(error)}",
+                    stacklevel=2,
+                )
+            failed = True
+
+    return emit_or_warn
 
 
 def to_wandb(values: dict[str, float], step: int) -> None:
