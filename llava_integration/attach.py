@@ -19,6 +19,7 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.training.arguments import STOP_RULES
+from mir_callback.training.schedule import Schedule
 
 KNOWN = (
     "haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
@@ -33,7 +34,7 @@ def attach_mir(
     texts: str | Path | None = None,
     probe: Probe | str | Path | None = None,
     num_samples: int | None = None,
-    every: int = 50,
+    every: int | Schedule = 50,
     seed: int | None = None,
     conversation: str | None = None,
     stop: PlateauRule | str | None = None,
@@ -47,7 +48,7 @@ def attach_mir(
         texts: folder of probe texts.
         probe: a probe, or where one was saved, instead of the two folders.
         num_samples: image + text pairs drawn from the folders, 100 if not given.
-        every: optimizer steps between evaluations.
+        every: optimizer steps between evaluations, or a schedule.
         seed: of the draw, 0 if not given.
         conversation: template of LLaVA, LLaVA-NeXT or TinyLLaVA Factory; by default the run's own, see
             :class:`OriginalLlavaAdapter` and :class:`TinyLlavaAdapter`.

@@ -9,10 +9,15 @@ from mir_callback.probe.samples import Probe, Sample
 from mir_callback.training.arguments import MIRArguments
 from mir_callback.training.callback import MIRCallback
 from mir_callback.training.plateau import PlateauRule, Verdict
+from mir_callback.training.schedule import AtSteps, EveryEpochs, EverySteps, LogSpaced, Schedule, TimeShare
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtSteps",
+    "EveryEpochs",
+    "EverySteps",
+    "LogSpaced",
     "MIRArguments",
     "MIRCallback",
     "MIRError",
@@ -21,6 +26,8 @@ __all__ = [
     "PlateauRule",
     "Probe",
     "Sample",
+    "Schedule",
+    "TimeShare",
     "Verdict",
     "evaluate_mir",
     "frechet_distance",

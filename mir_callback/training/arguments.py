@@ -10,12 +10,14 @@ from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.samples import check_draw
+from mir_callback.training.events import DEFAULT_EVENTS, check_events
 from mir_callback.training.failures import FailurePolicy
 from mir_callback.training.plateau import PlateauRule
-from mir_callback.training.schedule import check_every
+from mir_callback.training.schedule import AtSteps, EveryEpochs, EverySteps, LogSpaced, Schedule, TimeShare
 from mir_callback.training.watchdog import DEFAULT_SECONDS, Watchdog
 
 STOP_RULES = ("none", "plateau")
+_FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,100,1000 (these steps)"
 
 
 @dataclass
@@ -36,7 +38,20 @@ class MIRArguments:
         default=None, metadata={"help": "Image + text pairs to draw from the folders (default: 100)."}
     )
     mir_seed: int | None = field(default=None, metadata={"help": "Seed of the draw (default: 0)."})
-    mir_every: int = field(default=50, metadata={"help": "Optimizer steps between evaluations."})
+    mir_every: str = field(
+        default="50",
+        metadata={
+            "help": "When to evaluate: 50 (every 50 optimizer steps), 0.1ep (of an epoch), log5 (5 from each power of "
+            "ten to the next), 5%% (at most, of the time) or 10,100,1000 (these steps)."
+        },
+    )
+    mir_also_on: str = field(
+        default=",".join(DEFAULT_EVENTS),
+        metadata={"help": "All events at which to evaluate besides: some of start,end,evaluate,save, or none."},
+    )
+    mir_dry_run: bool = field(
+        default=False, metadata={"help": "Evaluate once before the first step, say what it costs, and end."}
+    )
     mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
     mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
     mir_stop: str = field(default="none", metadata={"help": "none: watch only; plateau: stop when MIR is level."})
@@ -75,7 +90,8 @@ class MIRArguments:
             raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
         check_draw(1 if self.mir_num_samples is None else self.mir_num_samples, self.mir_seed or 0)
         check_batch_size(self.mir_batch_size)
-        check_every(self.mir_every)
+        parse_schedule(self.mir_every)
+        self.events()
         check_root(self.mir_root)
         self.stop_rule()
         FailurePolicy(self.mir_on_error, self.mir_max_failures or None)
@@ -85,6 +101,11 @@ class MIRArguments:
     def enabled(self) -> bool:
         """Whether MIR is to be watched."""
         return self.mir_images is not None or self.mir_probe is not None
+
+    def events(self) -> tuple[str, ...]:
+        """The events that the flag names."""
+        words = [word.strip() for word in self.mir_also_on.split(",") if word.strip()]
+        return check_events([] if words == ["none"] else words)
 
     def stop_rule(self) -> PlateauRule | None:
         """The rule that the flags describe, or None."""
@@ -99,7 +120,9 @@ class MIRArguments:
             "probe": self.mir_probe,
             "num_samples": self.mir_num_samples,
             "seed": self.mir_seed,
-            "every": self.mir_every,
+            "every": parse_schedule(self.mir_every),
+            "also_on": self.events(),
+            "dry_run": self.mir_dry_run,
             "batch_size": self.mir_batch_size,
             "root": self.mir_root,
             "stop": self.stop_rule(),
@@ -108,3 +131,26 @@ class MIRArguments:
             "watchdog_seconds": self.mir_watchdog_seconds or None,
             "abort_on_hang": self.mir_abort_on_hang,
         }
+
+
+def parse_schedule(text: str) -> int | Schedule:
+    """A schedule as written on a command line.
+
+    Raises:
+        ConfigError: of no known form, or a number breaks its rule.
+    """
+    words = str(text).strip().lower()
+    try:
+        if words.endswith("ep"):
+            return EveryEpochs(float(words[:-2]))
+        if words.endswith("%"):
+            return TimeShare(float(words[:-1]) / 100)
+        if words.startswith("log"):
+            return LogSpaced(int(words[3:]))
+        if "," in words:
+            return AtSteps(tuple(int(word) for word in words.split(",") if word.strip()))
+        return EverySteps(int(words)).steps
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"mir_every must be one of {_FORMS}, got {text!r}") from error

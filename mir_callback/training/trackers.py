@@ -1,33 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where values go besides the history file: the Trainer's own log, or wandb directly."""
+"""The scalars of an evaluation, and their way through the Trainer's own log."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mir_callback.collectives import describe
 from mir_callback.training.history import Record
 
-# Takes the values of one evaluation and the step they belong to.
-Emit = Callable[[dict[str, float], int], None]
 
-
-def log_values(record: Record) -> dict[str, float]:
-    """What is logged of a record: `mir`, `mir_layer/01`.., `mir_seconds`; nothing if the evaluation failed.
+def log_values(record: Record, history: Sequence[Record] = ()) -> dict[str, float]:
+    """What is logged of a record; nothing if the evaluation failed.
 
     The Trainer's reporters put `train/` before each name. Layers count from 1, as in the history.
+
+    Args:
+        record: the evaluation.
+        history: all of the run's so far, for the best of them; ``record`` may be among them.
+
+    Returns:
+        `mir`, `mir_layer/01`.., `mir_seconds`, `mir_best`, `mir_best_step`, and `mir_time_share` if the record knows.
     """
     if record["mir"] is None:
         return {}
     width = max(2, len(str(len(record["per_layer"]))))
     layers = {f"mir_layer/{k:0{width}d}": value for k, value in enumerate(record["per_layer"], start=1)}
-    return {"mir": record["mir"], **layers, "mir_seconds": record["seconds"]}
+    best = best_record([*history, record])
+    values = {"mir": record["mir"], **layers, "mir_seconds": record["seconds"]}
+    values |= {"mir_best": best["mir"], "mir_best_step": best["step"]}
+    spent = record.get("train_seconds", 0.0) + record.get("eval_seconds", 0.0)
+    return values | ({"mir_time_share": record["eval_seconds"] / spent} if spent > 0 else {})
 
 
-def through_trainer(trainer: Any) -> Emit:
+def best_record(history: Sequence[Record]) -> Record:
+    """The record with the lowest MIR, the earliest of equals. At least one must have a value."""
+    return min((record for record in history if record["mir"] is not None), key=lambda record: record["mir"])
+
+
+def through_trainer(trainer: Any) -> Callable[[dict[str, float]], None]:
     """Log through `Trainer.log`, which reaches every reporter and `state.log_history`.
 
     Logging clears `control.should_log`, which would swallow the loss of the same step: it is put back.
@@ -35,45 +45,11 @@ def through_trainer(trainer: Any) -> Emit:
     Ranks: all, as `Trainer.log` is.
     """
 
-    def emit(values: dict[str, float], _step: int) -> None:
+    def log(values: dict[str, float]) -> None:
         due = trainer.control.should_log
         try:
             trainer.log(values)
         finally:
             trainer.control.should_log = due
 
-    return emit
-
-
-def guarded(emit: Emit) -> Emit:
-    """``emit``, but where it fails there is one warning and training goes on: the history file has every value.
-
-    A reporter fails on the one rank that reports; raising there would leave the other ranks waiting.
-    """
-    failed = False
-
-    def emit_or_warn(values: dict[str, float], step: int) -> None:
-        nonlocal failed
-        try:
-            emit(values, step)
-        except Exception as error:
-            if not failed:
-                warnings.warn(
-                    f"step {step}: a reporter failed to log MIR, training goes on and the history file has the value; "
-                    f"said once: {describe(error)}",
-                    stacklevel=2,
-                )
-            failed = True
-
-    return emit_or_warn
-
-
-def to_wandb(values: dict[str, float], step: int) -> None:
-    """Log to the active wandb run, if there is one, on the x axis the Trainer's own values use.
-
-    Ranks: all; only the one that holds a run logs.
-    """
-    wandb = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
-    if run is not None:
-        run.log({**{f"train/{name}": value for name, value in values.items()}, "train/global_step": step})
+    return log

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 from llava_integration.flags import make_parser, read_flags
 from llava_integration.launch import main, split
-from mir_callback import MIRArguments, PlateauRule, Probe
+from mir_callback import AtSteps, EveryEpochs, LogSpaced, MIRArguments, PlateauRule, Probe, TimeShare
 from mir_callback.errors import ConfigError
 from tests.distributed.launch import run_process
 from tests.samples import pairs
@@ -37,6 +37,32 @@ def test_flags_stand_beside_the_scripts_own():
     assert mir.attach_options()["stop"] == PlateauRule(window=6)
 
 
+@pytest.mark.parametrize(
+    ("text", "every"),
+    [
+        ("50", 50),
+        (20, 20),  # from a script's own configuration
+        ("0.1ep", EveryEpochs(0.1)),
+        ("log5", LogSpaced(5)),
+        ("5%", TimeShare(0.05)),
+        ("10, 100,1000", AtSteps((10, 100, 1000))),
+        ("10,", AtSteps((10,))),
+    ],
+)
+def test_schedules_as_words(text, every):
+    assert MIRArguments(mir_every=text).attach_options()["every"] == every
+
+
+def test_events_and_dry_run_as_flags():
+    _, mir = parse("--mir_also_on", "start,save", "--mir_dry_run")
+    assert mir.attach_options()["also_on"] == ("start", "save")
+    assert mir.attach_options()["dry_run"] is True
+    assert MIRArguments().attach_options()["also_on"] == ("start", "end")
+    assert MIRArguments(mir_also_on="none").attach_options()["also_on"] == ()
+    assert read_flags(["--mir_dry_run"]).mir_dry_run is True
+    assert read_flags(["--mir_dry_run", "false"]).mir_dry_run is False
+
+
 def test_a_saved_probe_takes_the_place_of_the_folders():
     _, mir = parse("--mir_probe", "probe.zip")
     assert mir.enabled
@@ -57,6 +83,10 @@ def test_nothing_given_switches_mir_off():
         (["--mir_images", "i", "--mir_texts", "t", "--mir_probe", "p"], "mir_probe must be given without mir_images"),
         (["--mir_stop", "soon"], "mir_stop must be one of none, plateau, got 'soon'"),
         (["--mir_every", "0"], "every must be an integer of at least 1"),
+        (["--mir_every", "logs"], "mir_every must be one of 50 .steps.*, got 'logs'"),
+        (["--mir_every", "200%"], "TimeShare must get a part below 1, got 2.0"),
+        (["--mir_every", "0ep"], "EveryEpochs must get a positive number"),
+        (["--mir_also_on", "stop"], "also_on must be a collection of start, end, evaluate, save"),
         (["--mir_root", "fast"], "root must be one of exact, paper_fast"),
         (["--mir_num_samples", "0"], "num_samples must be an integer of at least 1"),
         (["--mir_batch_size", "0"], "batch_size must be an integer of at least 1"),
@@ -121,7 +151,7 @@ def test_launcher_without_arguments_shows_its_uses_and_one_line(capsys):
         (["--mir_images", "a"], "mir_texts must be given with mir_images"),
         ([], "mir_images and mir_texts, or mir_probe, must be given before --, got none"),
         (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be an integer of at least 1"),
-        (["--mir_every", "often"], "argument --mir_every: invalid int value: 'often'"),
+        (["--mir_every", "often"], "mir_every must be one of 50 (steps), 0.1ep (epochs), log5 (per decade)"),
         (["--mir_evry", "3"], "unrecognized arguments: --mir_evry 3"),
         (["--mir_probe", "no.zip"], "path must be a saved probe, got no.zip, which does not exist"),
         (["--mir_images", "no", "--mir_texts", "no"], "images must be an existing folder, got no"),

@@ -1,17 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
 """When an evaluation is due."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mir_callback.errors import ConfigError
-from mir_callback.training.schedule import check_every, is_due
+from mir_callback.training.events import check_events, is_due_at_start
+from mir_callback.training.schedule import (
+    AtSteps,
+    EveryEpochs,
+    EverySteps,
+    LogSpaced,
+    Moment,
+    Schedule,
+    TimeShare,
+    as_schedule,
+    due_steps,
+)
+
+SCHEDULES = st.one_of(
+    st.builds(EverySteps, st.integers(1, 60)),
+    st.builds(EveryEpochs, st.floats(0.01, 5)),
+    st.builds(AtSteps, st.lists(st.integers(0, 300), max_size=10).map(tuple)),
+    st.builds(LogSpaced, st.integers(1, 12)),
+)
 
 
-def test_due_every_n_steps_and_at_the_end():
-    assert [step for step in range(1, 11) if is_due(step, 3, ending=step == 10)] == [3, 6, 9, 10]
+def moments(first, last, steps_per_epoch):
+    """Moments of a run as the Trainer counts them: whole epochs plus a fraction of one."""
+    for step in range(first, last + 1):
+        yield Moment(step, step // steps_per_epoch + (step % steps_per_epoch) / steps_per_epoch)
 
 
-@pytest.mark.parametrize("every", [0, -5, 2.0, "50", True, None])
+def due(schedule, first, last, steps_per_epoch):
+    run = list(moments(first, last, steps_per_epoch))
+    return [now.step for before, now in zip(run, run[1:], strict=False) if schedule.is_due(now, before)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (EverySteps(3), [3, 6, 9, 12, 15, 18]),
+        (EveryEpochs(0.5), [4, 7, 11, 14, 18]),  # of 7 steps: at the first that has reached the half
+        (EveryEpochs(2), [14]),
+        (AtSteps((10, 2, 10, 0)), [2, 10]),
+        (AtSteps(()), []),
+        (LogSpaced(5), [1, 2, 3, 4, 6, 10, 16]),
+        (LogSpaced(1), [1, 10]),
+    ],
+)
+def test_due_at_the_steps_the_schedule_names(schedule, expected):
+    assert due(schedule, 0, 20, steps_per_epoch=7) == expected
+
+
+@given(st.integers(1, 40))
+def test_log_spaced_steps_are_the_rounded_powers(per_decade):
+    powers = {round(10 ** (k / per_decade)) for k in range(4 * per_decade)}
+    assert due(LogSpaced(per_decade), 0, 2000, 100) == sorted(step for step in powers if step <= 2000)
+
+
+@given(SCHEDULES, st.integers(1, 299), st.integers(1, 90))
+def test_a_resumed_run_is_due_at_the_steps_of_an_unbroken_one(schedule, resumed_at, steps_per_epoch):
+    whole = due(schedule, 0, 300, steps_per_epoch)
+    assert due(schedule, 0, resumed_at, steps_per_epoch) + due(schedule, resumed_at, 300, steps_per_epoch) == whole
+
+
+@given(st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0]), st.integers(20, 500))
+def test_fractions_of_an_epoch_are_neither_missed_nor_doubled(epochs, steps_per_epoch):
+    assert len(due(EveryEpochs(epochs), 0, 4 * steps_per_epoch, steps_per_epoch)) == round(4 / epochs)
+
+
+def test_steps_of_a_planned_run():
+    assert due_steps(EveryEpochs(0.5), 100, 2.0) == [25, 50, 75, 100]
+
+
+def test_a_number_means_optimizer_steps_and_a_schedule_itself():
+    class Own:
+        def is_due(self, now, before):
+            return now.step in (1, 7)
+
+    own = Own()
+    assert as_schedule(50) == EverySteps(50)
+    assert as_schedule(own) is own
+    assert isinstance(own, Schedule)
+
+
+@pytest.mark.parametrize("every", [0, -5, 2.0, "50", True, None, EverySteps])
 def test_error_when_every_is_no_positive_integer(every):
     with pytest.raises(ConfigError, match="every must be an integer of at least 1 optimizer step, got"):
-        check_every(every)
+        as_schedule(every)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: EveryEpochs(0),
+            r"EveryEpochs must get a positive number \(epochs\), got 0; use e.g. EveryEpochs\(0.1",
+        ),
+        (lambda: EveryEpochs(math.inf), "EveryEpochs must get a positive number"),
+        (lambda: EveryEpochs("1"), "EveryEpochs must get a positive number"),
+        (lambda: TimeShare(-0.1), r"TimeShare must get a positive number \(of the time\), got -0.1"),
+        (lambda: TimeShare(5), r"TimeShare must get a part below 1, got 5; 5 % is TimeShare\(0.05\)"),
+        (lambda: LogSpaced(0), "LogSpaced must get an integer of at least 1 evaluation per decade, got 0"),
+        (lambda: AtSteps(10), "AtSteps must get whole optimizer steps, got 10"),
+        (lambda: AtSteps("10"), "AtSteps must get whole optimizer steps, got '10'"),
+        (lambda: AtSteps((1.5,)), "AtSteps must get whole optimizer steps"),
+        (lambda: AtSteps((-1, 2)), "AtSteps must get steps of at least 0, got -1"),
+        (lambda: check_events("save"), "also_on must be a collection of start, end, evaluate, save, got 'save'"),
+        (lambda: check_events(["stop"]), r"also_on must be a collection of .*, got \['stop'\]"),
+        (lambda: check_events([["save"]]), r"also_on must be a collection of .*, got \[\['save'\]\]"),
+    ],
+)
+def test_error_names_the_schedule_when_it_breaks_its_rule(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_events_are_put_in_order():
+    assert check_events({"save", "start"}) == ("start", "save")
+    assert check_events([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("events", "step", "history", "expected"),
+    [
+        (("start", "end"), 0, [], True),
+        (("end",), 0, [], False),
+        (("start", "end"), 30, [{"mir": 2.0}], False),  # an uninterrupted run would not have stopped by here
+        (("start", "end"), 30, [], True),  # a checkpoint made without the callback
+        (("start", "end"), 50, [{"mir": 2.0}], True),  # killed between the checkpoint and the evaluation
+        (("save",), 30, [{"mir": 2.0}], True),
+        (("save",), 0, [], False),
+    ],
+)
+def test_due_at_the_start_of_a_process_when_an_unbroken_run_would_be(events, step, history, expected):
+    assert is_due_at_start(EverySteps(50), events, Moment(step), history) is expected
