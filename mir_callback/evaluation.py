@@ -58,6 +58,7 @@ class MIRReport:
         text_outliers: the same for text rows.
         probe_fingerprint: which probe (contents and encoding rules).
         tokens_fingerprint: which token ids it became; differs between tokenizers and image token counts.
+        pixels_fingerprint: which pixel inputs the first images became; differs between image processor settings.
         dtype: dtype of the hidden states.
         world_size: number of ranks that took part.
     """
@@ -73,6 +74,7 @@ class MIRReport:
     text_outliers: list[int]
     probe_fingerprint: str
     tokens_fingerprint: str
+    pixels_fingerprint: str
     dtype: str
     world_size: int
 
@@ -157,7 +159,9 @@ def encode_for(
         world = collectives.world_size()
         encoded = encode_probe(probe, adapter, rank=collectives.rank(), world_size=world, batch_size=batch_size)
     collectives.require_same(probe_fingerprint=encoded.fingerprint, batch_size=batch_size, root=root)
-    return replace(encoded, digests=tuple(chain.from_iterable(collectives.gather_objects(encoded.digests))))
+    everyone = collectives.gather_objects((encoded.digests, encoded.pixel_digests))
+    tokens, pixels = (tuple(chain.from_iterable(part)) for part in zip(*everyone, strict=True))
+    return replace(encoded, digests=tokens, pixel_digests=pixels)
 
 
 def evaluate_encoded(
@@ -192,6 +196,7 @@ def evaluate_encoded(
         text_outliers=[layer.text.replaced for layer in layers],
         probe_fingerprint=encoded.fingerprint,
         tokens_fingerprint=encoded.tokens_fingerprint,
+        pixels_fingerprint=encoded.pixels_fingerprint,
         dtype=str(first.vision.rows.dtype).removeprefix("torch."),
         world_size=collectives.world_size(),
     )

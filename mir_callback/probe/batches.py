@@ -13,7 +13,10 @@ from torch import Tensor
 from mir_callback.errors import ConfigError
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapter import Adapter
-from mir_callback.probe.samples import Probe
+from mir_callback.probe.samples import Probe, Sample
+
+# A changed setting of the image processor shows in any image, so a few of them, encoded one by one, will do.
+_PIXEL_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,28 @@ class EncodedProbe:
         num_samples: samples of the whole probe.
         fingerprint: the probe's.
         digests: (sample index, digest of its token ids), in the end of all samples of the probe.
+        pixel_digests: (sample index, digest of its floating inputs), in the end of the first samples of the probe.
     """
 
     batches: list[ProbeBatch]
     num_samples: int
     fingerprint: str
     digests: tuple[tuple[int, str], ...]
+    pixel_digests: tuple[tuple[int, str], ...]
 
     @property
     def tokens_fingerprint(self) -> str:
         """16 hexadecimal digits over the token ids of the samples in ``digests``."""
-        joined = "".join(digest for _, digest in sorted(self.digests))
-        return hashlib.sha256(joined.encode()).hexdigest()[:16]
+        return _fingerprint(self.digests)
+
+    @property
+    def pixels_fingerprint(self) -> str:
+        """16 hexadecimal digits over the floating inputs of the samples in ``pixel_digests``.
+
+        Changes with the settings of the image processor, and possibly in the last bit with the version of an image
+        library: a reason to look, not to refuse.
+        """
+        return _fingerprint(self.pixel_digests)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -110,15 +123,40 @@ def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, 
     """
     check_batch_size(batch_size)
     share = share_of_rank(len(probe), rank, world_size)
-    batches, digests = [], []
+    batches, digests, pixel_digests = [], [], []
     for start in range(0, len(share), batch_size):
         part = share[start : start + batch_size]
         adapted = adapter.encode([probe.samples[index] for index, _ in part], probe.max_text_tokens)
         batches.append(ProbeBatch(adapted.inputs, adapted.masks, torch.tensor([keep for _, keep in part])))
         digests += [(index, _digest(ids)) for (index, keep), ids in zip(part, adapted.token_ids, strict=True) if keep]
-    return EncodedProbe(batches, len(probe), probe.fingerprint, tuple(digests))
+    for index, keep in share:
+        if keep and index < _PIXEL_SAMPLES:
+            pixel_digests.append((index, _pixel_digest(adapter, probe.samples[index], probe.max_text_tokens)))
+    return EncodedProbe(batches, len(probe), probe.fingerprint, tuple(digests), tuple(pixel_digests))
 
 
 def _digest(token_ids: Tensor) -> str:
     """Digest of one sample's real token ids; equal whatever batch, padding side or rank it was encoded in."""
     return hashlib.sha256(token_ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _pixel_digest(adapter: Adapter, sample: Sample, max_text_tokens: int) -> str:
+    """Digest of one sample's floating inputs: encoded alone, so that no neighbour's size or padding is in it."""
+    joined = hashlib.sha256()
+    inputs = adapter.encode([sample], max_text_tokens).inputs
+    for name in sorted(inputs):
+        for tensor in _floating(inputs[name]):
+            joined.update(f"{name} {tuple(tensor.shape)}".encode())
+            joined.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return joined.hexdigest()
+
+
+def _floating(value: Any) -> list[Tensor]:
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _floating(item)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+def _fingerprint(digests: tuple[tuple[int, str], ...]) -> str:
+    joined = "".join(digest for _, digest in sorted(digests))
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
