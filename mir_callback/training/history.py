@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from mir_callback.errors import HistoryError
 FILE_NAME = "mir_history.jsonl"
 # What makes values comparable; a history continues only if these are the same.
 DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root")
+# What may move values a little without making them another number: said when it changes, not refused.
+CIRCUMSTANCES = {
+    "dtype": "dtype of the hidden states",
+    "world_size": "number of ranks",
+    "pixels_fingerprint": "pixel inputs (settings of the image processor, or the version of an image library)",
+}
+
+STOPPING = "plateau"  # the verdict that ends a run, as records hold it
 
 Record = dict[str, Any]
 
@@ -100,6 +108,40 @@ class History:
     def has_step(self, step: int) -> bool:
         """Whether the newest record belongs to ``step``."""
         return bool(self.records) and self.records[-1]["step"] == step
+
+
+def stopped(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run ended on its stop rule at its newest record. Ranks: pure."""
+    return bool(records) and records[-1].get("verdict") == STOPPING
+
+
+def since_last_stop(records: Sequence[Record]) -> Sequence[Record]:
+    """The records a rule judges: those after the last stop, which a run that has more of them was told to go past.
+
+    Ranks: pure.
+    """
+    starts = [number for number, record in enumerate(records, start=1) if record.get("verdict") == STOPPING]
+    return records[starts[-1] :] if starts else records
+
+
+def changed_circumstances(earlier: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> str | None:
+    """What differs between a record and the values before it, as a sentence; None if nothing does.
+
+    Fields that an earlier record lacks, as a failed evaluation's does, are looked for further back.
+
+    Ranks: pure.
+    """
+    told = []
+    for field, meaning in CIRCUMSTANCES.items():
+        known = [past for past in earlier if past.get(field) is not None]
+        if known and record.get(field) is not None and known[-1][field] != record[field]:
+            told.append(f"{meaning}: {known[-1][field]} up to step {known[-1]['step']}, now {record[field]}")
+    if not told:
+        return None
+    return (
+        f"step {record['step']}: MIR is measured under other circumstances than before, and a step in its curve here "
+        f"may come from them: {'; '.join(told)}"
+    )
 
 
 def read_history(path: str | Path) -> list[Record]:
