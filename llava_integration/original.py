@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
 from llava_integration.encoding import pad_right, plain_text, require_tokenizer
+from llava_integration.saving import ProjectorSaver, projector_saver
 from llava_integration.splicing import spliced_masks
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
@@ -67,6 +68,10 @@ class OriginalLlavaAdapter:
 
         with tower_states_checked(model), spliced_masks(model, IMAGE_TOKEN_INDEX) as current:
             yield current
+
+    def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
+        """See :class:`mir_callback.training.checkpoint.OffersSaver`."""
+        return projector_saver(trainer)
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
         from llava.constants import (

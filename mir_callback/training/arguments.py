@@ -54,12 +54,18 @@ class MIRArguments:
     )
     mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
     mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
+    mir_keep_best: bool = field(
+        default=False, metadata={"help": "Keep the weights with the lowest MIR in OUTPUT_DIR/mir_best."}
+    )
     mir_stop: str = field(default="none", metadata={"help": "none: watch only; plateau: stop when MIR is level."})
     mir_stop_window: int = field(default=8, metadata={"help": "Evaluations the plateau rule fits its line to."})
     mir_stop_min_delta: float = field(
         default=0.02, metadata={"help": "Change of MIR over the window that still counts."}
     )
     mir_stop_warmup: int = field(default=5, metadata={"help": "First evaluations the line is never fitted to."})
+    mir_continue_after_stop: bool = field(
+        default=False, metadata={"help": "Go on with a resumed run that was stopped on its plateau."}
+    )
 
     mir_on_error: str = field(
         default="warn",
@@ -130,6 +136,8 @@ class MIRArguments:
             "max_failures": self.mir_max_failures or None,
             "watchdog_seconds": self.mir_watchdog_seconds or None,
             "abort_on_hang": self.mir_abort_on_hang,
+            "keep_best": self.mir_keep_best,
+            "continue_after_stop": self.mir_continue_after_stop,
         }
 
 
