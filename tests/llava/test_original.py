@@ -8,11 +8,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mir_callback import Probe
+from mir_callback.training.checkpoint import lowest_record
 from tests.distributed.launch import ROOT, run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES
+from tests.training.digest import digest
 
 STEPS = 4
 EXAMPLE = ROOT / "examples" / "llava_v1_5"
@@ -141,6 +144,46 @@ def test_history_is_written_and_logged(runs, zero):
     for rank in ranks:
         assert rank["logged"] == [[record["step"], record["mir"]] for record in written]
     assert len({record["mir"] for record in written}) == 3
+
+
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero):
+    output, ranks = runs(zero, "best")
+    plain = runs(zero, "off")
+    assert [rank["log"] for rank in ranks] == [rank["log"] for rank in plain[1]]
+    last = [torch.load(folder / "mm_projector.bin") for folder in (plain[0], output)]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    best = lowest_record(ranks[0]["history"])
+    note = json.loads((output / "mir_best" / "mir_best.json").read_text())
+    assert (note["step"], note["mir"]) == (best["step"], best["mir"])
+    kept = torch.load(output / "mir_best" / "mm_projector.bin")
+    assert kept.keys() == last[0].keys()  # what stage 2 reads with --pretrain_mm_mlp_adapter
+    assert digest(kept) == ranks[0]["projectors"][str(best["step"])]
+    files = sorted(path.name for path in (output / "mir_best").iterdir())
+    assert files == ["config.json", "mir_best.json", "mm_projector.bin"]
+    # The script resumes from whatever this finds.
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
+    whole = arguments(assets, tmp_path / "output", None)
+    whole[whole.index("--tune_mm_mlp_adapter") + 1] = "False"
+    ranks = run_ranks(
+        "tests.llava.train_worker",
+        tmp_path,
+        *["best", "--", *whole],
+        processes=1,
+        python=PYTHON,
+        torchrun=False,
+        environment={"MIR_TEST_PROBE": str(assets / "probe")},
+    )
+    best = lowest_record(ranks[0]["history"])
+    kept = load_file(tmp_path / "output" / "mir_best" / "model.safetensors")
+    assert (
+        digest({name: kept[name] for name in kept if "mm_projector" in name})
+        == (ranks[0]["projectors"][str(best["step"])])
+    )
+    assert "lm_head.weight" in kept
 
 
 def test_first_value_is_the_same_under_zero2_and_zero3(runs):

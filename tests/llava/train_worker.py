@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|off -- arguments of llava.train.train`.
+"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|best|off -- arguments of llava.train.train`.
 
 What the script can only do on a GPU is helped with here, and only here: accelerate 0.21 takes nccl and CUDA for
 granted under DeepSpeed, the script synchronises CUDA before it saves, and no seed is set before its projector is made.
@@ -15,9 +15,11 @@ from typing import Any
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 import torch
+from transformers import TrainerCallback
 
 import llava_integration
 from tests.distributed.launch import write_rank
+from tests.training.digest import digest
 
 NUM_SAMPLES, EVERY = 5, 2
 
@@ -47,6 +49,20 @@ def count_images(trainer: Any) -> list[list[int]]:
     return counts
 
 
+class Projectors(TrainerCallback):
+    """A digest of the whole projector after every step, however it is sharded."""
+
+    def __init__(self, digests: dict[int, str]) -> None:
+        self._digests = digests
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        from llava.train.llava_trainer import get_mm_adapter_state_maybe_zero_3
+
+        self._digests[state.global_step] = digest(
+            get_mm_adapter_state_maybe_zero_3(model.named_parameters(), ["mm_projector"])
+        )
+
+
 def main(folder: str, watched: str, arguments: list[str]) -> None:
     """Train as the script does, with one line before `trainer.train()`, and write what this rank saw."""
     help_on_cpu()
@@ -54,15 +70,22 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
     from llava.train import train
     from llava.train.llava_trainer import LLaVATrainer
 
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"projectors": {}}
     original = LLaVATrainer.train
     probe = Path(os.environ["MIR_TEST_PROBE"])
 
     def with_one_line(trainer: Any, *args: Any, **options: Any) -> Any:
-        if watched == "on":
+        if watched != "off":
             seen["callback"] = llava_integration.attach_mir(
-                trainer, images=probe / "images", texts=probe / "texts", num_samples=NUM_SAMPLES, every=EVERY
+                trainer,
+                images=probe / "images",
+                texts=probe / "texts",
+                num_samples=NUM_SAMPLES,
+                every=EVERY if watched == "on" else 1,
+                keep_best=watched == "best",
             )
+            if watched == "best":
+                trainer.add_callback(Projectors(seen["projectors"]))
         seen["trainer"] = trainer
         seen["images"] = count_images(trainer)
         return original(trainer, *args, **options)
@@ -78,6 +101,7 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
             "log": [[e["step"], e["loss"], e["learning_rate"]] for e in trainer.state.log_history if "loss" in e],
             "logged": [[e["step"], e["mir"]] for e in trainer.state.log_history if "mir" in e],
             "images": seen["images"],
+            "projectors": seen["projectors"],
             "history": seen["callback"].history if "callback" in seen else [],
         },
     )

@@ -45,8 +45,13 @@ def collator(processor: Any) -> Any:
     return collate
 
 
-def make_trainer(output_dir: str | Path, *, steps: int = 6, dropout: float = 0.1, **options: Any) -> Trainer:
-    """A Trainer on a tiny LLaVA: gradient accumulation, dropout, every loss logged, nothing reported."""
+def make_trainer(
+    output_dir: str | Path, *, steps: int = 6, dropout: float = 0.1, evaluated: int = 0, **options: Any
+) -> Trainer:
+    """A Trainer on a tiny LLaVA: gradient accumulation, dropout, every loss logged, nothing reported.
+
+    With ``evaluated`` the Trainer's own evaluation has that many samples.
+    """
     model, processor = tiny_models.llava(dropout=dropout)
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -66,7 +71,12 @@ def make_trainer(output_dir: str | Path, *, steps: int = 6, dropout: float = 0.1
         },
     )
     return Trainer(
-        model=model, args=args, train_dataset=Pairs(), data_collator=collator(processor), processing_class=processor
+        model=model,
+        args=args,
+        train_dataset=Pairs(),
+        eval_dataset=Pairs(evaluated) if evaluated else None,
+        data_collator=collator(processor),
+        processing_class=processor,
     )
 
 
