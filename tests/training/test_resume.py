@@ -57,7 +57,7 @@ def verdicts(callback):
 
 def test_a_run_stopped_on_its_plateau_stays_stopped(stopped_run, tmp_path, probe, capsys):
     trainer, callback = resume(stopped_run, tmp_path / "run", probe, 4, rule=Level())
-    # A Trainer first asks after a micro-batch: two make a step here, so that no step is taken; without accumulation, one.
+    # A Trainer first asks after a micro-batch: two make a step here, so none is taken; without accumulation, one is.
     assert trainer.state.global_step == 4
     assert verdicts(callback) == [(0, "going on"), (2, "going on"), (4, "plateau")]
     said = capsys.readouterr().out
