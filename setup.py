@@ -21,6 +21,7 @@ def read_version() -> str:
 DEEPSPEED = ["deepspeed>=0.12"]
 WANDB = ["wandb"]
 DATASETS = ["datasets"]
+TENSORBOARD = ["tensorboard"]
 TRAINER = ["accelerate"]
 
 setup(
@@ -42,7 +43,7 @@ setup(
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
         "test": [
             *["pytest", "hypothesis", "scipy", "scikit-learn", "peft", "schedulefree"],
-            *[*DATASETS, *DEEPSPEED, *WANDB, *TRAINER],
+            *[*DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER],
         ],
         "checks": ["ruff", "mypy", "codespell"],
     },

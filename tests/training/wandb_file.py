@@ -16,8 +16,33 @@ _FILE_HEADER, _CHUNK_HEADER, _BLOCK = 7, 7, 32768
 _FULL, _LAST = 1, 4
 
 
-def rows(folder: Path, timeout: float = 60.0) -> list[dict[str, Any]]:
-    """The history rows of the only offline run below ``folder``, in the order they were logged.
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The history rows of the only offline run below ``folder``, in the order they were logged."""
+    return [
+        {_name(item): json.loads(item.value_json) for item in record.history.item}
+        for record in finished(folder)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The run's config as it was updated while it ran; nested names joined by slashes."""
+    return _updates(folder, "config")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The run's summary at its end; nested names joined by slashes."""
+    return _updates(folder, "summary")
+
+
+def axes(folder: Path) -> dict[str, str]:
+    """Names of values, with `*`, and over what the run draws them."""
+    metrics = [record.metric for record in finished(folder) if record.WhichOneof("record_type") == "metric"]
+    return {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
+
+
+def finished(folder: Path, timeout: float = 60.0) -> list[Any]:
+    """All records of the only offline run below ``folder``.
 
     Another process writes the file, and may still be at it after `wandb.finish()`: its last record is waited for.
     """
@@ -26,12 +51,19 @@ def rows(folder: Path, timeout: float = 60.0) -> list[dict[str, Any]]:
     while not (records := _parsed(path)) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < end, f"{path} has no exit record after {timeout} s"
         time.sleep(0.1)
-    found = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            found.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return records
+
+
+def _updates(folder: Path, kind: str) -> dict[str, Any]:
+    found = {}
+    for record in finished(folder):
+        if record.WhichOneof("record_type") == kind:
+            found.update({_name(item): json.loads(item.value_json) for item in getattr(record, kind).update})
     return found
+
+
+def _name(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
 
 
 def _parsed(path: Path) -> list[Any]:
