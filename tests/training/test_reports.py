@@ -28,7 +28,6 @@ def values_of(callback):
 
 
 def test_tensorboard_has_every_value_at_its_step_and_the_definition_once(tmp_path, probe, monkeypatch):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
