@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real two-rank training under DDP and DeepSpeed ZeRO 0 to 3: unchanged by the callback, and measured right."""
 
+import json
 import re
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.training.checkpoint import lowest_record
 from tests import tiny_models
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import run_process, run_ranks
 from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, STEPS
 from tests.samples import pairs
 
@@ -66,6 +69,30 @@ def test_the_wrapped_model_gives_the_same_value(runs, setup):
     for rank in runs(setup, "on")[1]:
         # Batches of other sizes: in bfloat16 that moves the last digits of hidden states.
         assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-5 if "bf16" in setup else 1e-6)
+
+
+@pytest.mark.parametrize("setup", ["2", "3", "3 gather"])
+def test_keeping_the_best_model_changes_nothing_and_keeps_its_weights(runs, setup):
+    plain = runs(setup.removesuffix(" gather"), "off")[1]
+    folder, watched = runs(setup, "best")
+    for rank in (0, 1):
+        for field in ("log", "weights", "optimizer", "rng"):
+            assert watched[rank][field] == plain[rank][field], field
+        assert set(watched[rank]["gathered"].values()) == {0}
+    best = lowest_record(watched[0]["history"])
+    kept = folder / "run" / "mir_best"
+    assert json.loads((kept / "mir_best.json").read_text())["step"] == best["step"]
+    if setup == "3":  # as DeepSpeed's shards, said before training
+        assert "mir_best will hold DeepSpeed's shards" in (folder / "output.txt").read_text()
+        done = run_process([str(kept / "zero_to_fp32.py"), str(kept), str(kept), "--max_shard_size", "1GB"])
+        assert done.returncode == 0, done.stderr
+        weights = torch.load(next(kept.glob("pytorch_model*.bin")))
+        model, processor = tiny_models.llava(dropout=0.2)
+        model.load_state_dict(weights, strict=False)
+    else:
+        model, processor = LlavaForConditionalGeneration.from_pretrained(kept), tiny_models.llava()[1]
+    again = evaluate_mir(model, Probe.from_pairs(pairs(NUM_SAMPLES)), processor=processor)
+    assert again.mir == pytest.approx(best["mir"], abs=1e-6)
 
 
 @pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.startswith("3")])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a training run: `train_worker FOLDER SETUP on|off [cpu|cuda]`; SETUP is one of SETUPS."""
+"""One rank of a training run: `train_worker FOLDER SETUP on|best|off [cpu|cuda]`; SETUP is one of SETUPS.
+
+`best` keeps the best model too; the extra word `gather` has ZeRO-3 consolidate weights in checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,8 @@ def deepspeed_config(setup: str) -> dict[str, Any] | None:
     zero: dict[str, Any] = {"stage": int(stage)}
     if stage == "3":
         zero |= {"stage3_param_persistence_threshold": 0, "log_trace_cache_warnings": True}
+    if "gather" in extras:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
     if "offload" in extras:
         zero |= {"offload_optimizer": {"device": "cpu"}}
         zero |= {"offload_param": {"device": "cpu"}} if stage == "3" else {}
@@ -104,9 +109,9 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
         ddp_backend="nccl" if on_gpu else "gloo",
     )
     callback = None
-    if watched == "on":
+    if watched != "off":
         probe = Probe.from_pairs(pairs(NUM_SAMPLES))
-        callback = MIRCallback(probe, every=EVERY, batch_size=2).attach(trainer)
+        callback = MIRCallback(probe, every=EVERY, batch_size=2, keep_best=watched == "best").attach(trainer)
     gathered = GatheredWeights()
     trainer.add_callback(gathered)
     trainer.train()

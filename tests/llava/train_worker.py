@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the real LLaVA training script: `train_worker FOLDER on|best|off -- arguments of llava.train.train`.
+"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|best|off -- its arguments`.
 
 What the script can only do on a GPU is helped with here, and only here: accelerate 0.21 takes nccl and CUDA for
 granted under DeepSpeed, the script synchronises CUDA before it saves, and no seed is set before its projector is made.
