@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes that are really killed, at every file operation: `kill_worker FOLDER`.
 
-One child for each moment: it works until the n-th time it opens, renames, creates or deletes something of ours (Python's
-audit events, which come before the deed), and sends itself SIGKILL. The first child that lives to the end was the
+One child for each moment: it works until the n-th time it opens, renames, creates or deletes something of ours
+(Python's audit events, which come before the deed), and sends itself SIGKILL. The first child that lives to the end was the
 last. The middle of a line is reached with a limit on the size of files, at which the kernel ends the process.
 """
 

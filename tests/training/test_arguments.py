@@ -69,6 +69,15 @@ def test_a_saved_probe_takes_the_place_of_the_folders():
     assert mir.attach_options()["probe"] == "probe.zip"
 
 
+@pytest.mark.parametrize("read", [lambda words: parse(*words)[1], read_flags])
+def test_switches_take_a_word_or_none(read):
+    found = read(["--mir_keep_best", "--mir_continue_after_stop", "False"])
+    assert found.mir_keep_best is True
+    assert found.mir_continue_after_stop is False
+    assert found.attach_options()["keep_best"] is True
+    assert read(["--mir_continue_after_stop", "True"]).attach_options()["continue_after_stop"] is True
+
+
 def test_nothing_given_switches_mir_off():
     _, mir = parse()
     assert not mir.enabled
