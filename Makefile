@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: llava-left-out help install demo test test-all test-gpu checks bench clean distclean preflight
+.PHONY: llava-left-out help install demo test test-all test-gpu test-faults checks bench clean distclean preflight
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=/path/to/python3.10-or-newer]'
@@ -46,13 +46,16 @@ LLAVA_LEFT_OUT := --ignore tests/llava
 endif
 
 test: checks $(EXTENSION) $(LLAVA_READY) ## the checks, then the fast tests
-	$(ON_CPU) $(PY) -m pytest -m 'not slow and not gpu' $(LLAVA_LEFT_OUT)
+	$(ON_CPU) $(PY) -m pytest -m 'not slow and not gpu and not faults' $(LLAVA_LEFT_OUT)
 
 test-all: checks $(EXTENSION) $(LLAVA_READY) ## the checks, then all tests, the slow ones too
-	$(ON_CPU) $(PY) -m pytest -m 'not gpu' $(LLAVA_LEFT_OUT)
+	$(ON_CPU) $(PY) -m pytest -m 'not gpu and not faults' $(LLAVA_LEFT_OUT)
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
+
+test-faults: $(EXTENSION) ## break things in real runs: killed ranks, full disks, no memory (about 8 minutes)
+	$(ON_CPU) $(PY) -m pytest tests/faults
 
 llava-left-out:
 	@echo 'NOTE: the tests with the original LLaVA are left out: its transformers 4.37.2 needs Python 3.12 or older'

@@ -71,12 +71,13 @@ def tokenizer(special: dict[str, str], extra: list[str]) -> PreTrainedTokenizerF
     )
 
 
-def llava(dropout: float = 0.0, seed: int = 0, layers: int = LAYERS) -> tuple[Any, Any]:
+def llava(dropout: float = 0.0, seed: int = 0, layers: int = LAYERS, hidden: int = HIDDEN) -> tuple[Any, Any]:
     """LLaVA: CLIP tower of 4 x 4 patches, MLP projector, Llama."""
     torch.manual_seed(seed)
     tok = tokenizer({"image_token": "<image>"}, [])
     vision = CLIPVisionConfig(**_TOWER)
-    text = LlamaConfig(**{**_sizes(tok), "num_hidden_layers": layers}, attention_dropout=dropout)
+    sizes = {**_sizes(tok), "num_hidden_layers": layers, "hidden_size": hidden}
+    text = LlamaConfig(**sizes, attention_dropout=dropout)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

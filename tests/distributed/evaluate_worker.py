@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mir_callback import Probe, clouds, evaluate_mir
+from mir_callback import Probe, evaluate_mir
+from mir_callback.errors import ConfigError
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
@@ -76,23 +77,21 @@ def nan_on_rank_1(rank: int) -> None:
     evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
 
 
-def fails_after_the_forwards_on_rank_1(rank: int) -> None:
-    """One rank runs out of memory while it computes covariances."""
+class LocalProbe(Probe):
+    """A probe that fails with an error of a class that other ranks can't import."""
+
+    def __len__(self) -> int:
+        class LocalError(ConfigError):
+            """Ours by descent only, and not picklable."""
+
+        raise LocalError("nobody knows this class")
+
+
+def fails_with_an_error_of_its_own_on_rank_1(rank: int) -> None:
+    """The error can't travel to the other ranks as it is."""
     model, processor = tiny_models.llava()
-    original = clouds.scatter_about
-
-    def fail(*_: Any) -> None:
-        class LocalError(RuntimeError):
-            """Of a class that other ranks can't import."""
-
-        raise LocalError("out of memory")
-
-    if rank == 1:
-        clouds.scatter_about = fail
-    try:
-        evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
-    finally:
-        clouds.scatter_about = original
+    kind = LocalProbe if rank == 1 else Probe
+    evaluate_mir(model, kind.from_pairs(pairs(4)), processor=processor)
 
 
 BAD: dict[str, Callable[[int], None]] = {
@@ -103,7 +102,7 @@ BAD: dict[str, Callable[[int], None]] = {
         processor_fails_on_rank_1,
         forward_fails_on_rank_1,
         nan_on_rank_1,
-        fails_after_the_forwards_on_rank_1,
+        fails_with_an_error_of_its_own_on_rank_1,
     )
 }
 

@@ -29,15 +29,18 @@ def run_process(
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         **(environment or {}),
     }
-    return subprocess.run(
-        [str(python), *arguments],
-        env=surroundings,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    command = [str(python), *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=surroundings, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as late:
+            process.terminate()  # torchrun ends its ranks; killed at once, it would leave them running
+            output, errors = process.communicate(timeout=60)
+            raise AssertionError(
+                f"{command} was not done after {timeout} s:\n{output[-4000:]}\n{errors[-8000:]}"
+            ) from late
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def run_ranks(

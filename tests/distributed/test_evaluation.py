@@ -40,7 +40,10 @@ EXPECTED = {
         "ConfigError: proc",
     ),
     "forward_fails_on_rank_1": ("RemoteError: rank 1 failed: RuntimeError: out of memory", "RuntimeError: out of"),
-    "fails_after_the_forwards_on_rank_1": ("RemoteError: rank 1 failed: LocalError: out of memory", "LocalError: out"),
+    "fails_with_an_error_of_its_own_on_rank_1": (
+        "ConfigError: rank 1 failed: LocalError: nobody knows this class",
+        "LocalError: nobody",
+    ),
     "nan_on_rank_1": ("NumericsError: layer 3, vision: hidden states must be finite", None),
 }
 

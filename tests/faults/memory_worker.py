@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a group in which rank 1 runs out of memory in one part of an evaluation after another."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch.distributed as dist
+
+from mir_callback import Probe
+from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
+from tests import tiny_models
+from tests.distributed.launch import write_rank
+from tests.faults.memory import memory_ends_in
+from tests.samples import pairs
+
+# Function that runs out of memory, at which of its calls, and in which of the two probes.
+CASES: dict[str, tuple[str, int, str]] = {
+    "forward": ("forward", 1, "many rows"),
+    "stacking rows": ("take_layer", 2, "many rows"),
+    "norms": ("row_norms", 3, "many rows"),
+    "gathering norms": ("gather_columns", 1, "many rows"),
+    "first round of the medians": ("_count_at_most", 1, "many rows"),
+    "later round of the medians": ("_count_at_most", 40, "many rows"),
+    "every round of the medians": ("lower_medians_of_shards", 1, "many rows"),
+    "sums": ("row_sum", 1, "many rows"),
+    "scatter of text": ("scatter_about", 2, "many rows"),
+    "centred rows": ("_own_part", 1, "few rows"),
+    "gathering centred rows": ("gather_columns", 4, "few rows"),
+    "moments from centred rows": ("moments_from_centred", 1, "few rows"),
+    "solve": ("frechet_from_moments", 1, "many rows"),
+}
+
+
+def main(folder: str) -> None:
+    """Run every case; after each the ranks must still be in step."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model, processor = tiny_models.llava(hidden=256)
+    adapter = adapter_for(model, processor)
+    probes = {"many rows": Probe.from_pairs(pairs(40)), "few rows": Probe.from_pairs(pairs(6))}
+    encoded = {name: encode_for(model, probe, adapter, batch_size=10) for name, probe in probes.items()}
+
+    def value(name: str) -> float:
+        return evaluate_encoded(model, encoded[name], adapter, progress=False).mir
+
+    healthy = {name: value(name) for name in probes}
+    found: dict[str, Any] = {}
+    for case, (function, call, name) in CASES.items():
+        print(f"rank {rank}: {case}", flush=True)
+        shortage = memory_ends_in(function, call) if rank == 1 else nullcontext()
+        started = time.perf_counter()
+        try:
+            with shortage:
+                evaluate_encoded(model, encoded[name], adapter, progress=False)
+            error = "none"
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        seconds = time.perf_counter() - started
+        found[case] = {"error": error, "seconds": seconds, "value afterwards": value(name)}
+    write_rank(folder, rank, {"healthy": healthy, "cases": found})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

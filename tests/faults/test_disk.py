@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk of the output folder is full, limited, or read-only: training goes on, and whole lines stay whole."""
+
+import re
+
+import pytest
+
+from tests.faults.places import read_only, small_disk
+from tests.faults.runs import run_broken
+from tests.faults.train_worker import FAULT_STEP, STEPS
+
+pytestmark = pytest.mark.faults
+
+__all__ = ["read_only", "small_disk"]
+
+
+def check_went_on(run, message, every):
+    steps = list(range(0, STEPS + 1, every))
+    assert run.code == 0
+    for rank in run.ranks:
+        assert (rank["error"], rank["step"]) == (None, STEPS)
+        assert [record["step"] for record in rank["history"]] == steps
+    assert run.ranks[1]["warnings"] == []
+    warnings = run.ranks[0]["warnings"]
+    assert warnings
+    lost = set()
+    for warning in warnings:
+        match = re.fullmatch(r"step (\d+): MIR could not be written to disk: (.*)", warning)
+        assert match, warning
+        assert message in match[2]
+        lost.add(int(match[1]))
+    assert lost <= set(range(FAULT_STEP, FAULT_STEP + 4))
+    # What could be written is there, line by line as it was; the value of the fault's step may be missing.
+    kept = {record["step"]: record for record in run.ranks[0]["history"]}
+    assert set(steps) - lost <= set(run.steps)
+    assert all(record == kept[record["step"]] for record in run.records)
+
+
+def test_training_goes_on_and_no_line_is_torn_when_a_write_breaks_off(tmp_path):
+    check_went_on(run_broken(tmp_path, "file limit"), "File too large", every=2)
+
+
+def test_training_goes_on_and_later_values_are_written_when_the_disk_was_full(small_disk):
+    # At every step: the page of the disk that the file has already still takes a line or two.
+    check_went_on(run_broken(small_disk, "full disk", every=1), "No space left on device", every=1)
+
+
+def test_run_ends_before_its_first_step_when_the_output_folder_is_read_only(read_only):
+    run = run_broken(read_only, "none")
+    for rank in run.ranks:
+        assert rank["step"] == 0
+        assert "HistoryError" in rank["error"]
+        assert "output_dir must be writable for mir_history.jsonl" in rank["error"]
+        assert rank["seconds"] < 10

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank is killed, ended, stuck, or fails while all evaluate: who notices, after how long, what is on the disk."""
+
+import pytest
+
+from mir_callback.training.watchdog import EXIT_CODE
+from tests.faults.runs import reports, run_broken
+from tests.faults.train_worker import FAULT_STEP, STEPS
+
+pytestmark = pytest.mark.faults
+
+BEFORE = [0, 2]  # steps evaluated before the fault
+ALL = [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("fault", ["sigkill", "sigterm", "sigkill main"])
+def test_all_processes_end_and_the_history_is_whole_when_a_rank_is_killed(tmp_path, fault):
+    run = run_broken(tmp_path, fault)
+    assert run.code != 0
+    assert run.seconds < 30
+    assert run.steps == BEFORE
+    assert all(record["mir"] is not None for record in run.records)
+
+
+def test_all_processes_end_when_a_rank_is_killed_under_zero3(tmp_path):
+    run = run_broken(tmp_path, "sigkill", "3")
+    assert run.code != 0
+    assert run.seconds < 30
+    assert run.steps == BEFORE
+
+
+def test_failure_on_one_rank_is_passed_over_by_all(tmp_path):
+    run = run_broken(tmp_path, "fail")
+    assert run.code == 0
+    assert run.steps == ALL
+    for rank, error in zip(
+        run.ranks, ("RemoteError: rank 1 failed: RuntimeError: a dev", "RuntimeError: a dev"), strict=True
+    ):
+        assert rank["step"] == STEPS
+        failed = rank["history"][2]
+        assert (failed["step"], failed["mir"]) == (FAULT_STEP, None)
+        assert failed["error"].startswith(error)
+        assert all(record["mir"] is not None for record in rank["history"] if record is not failed)
+        assert len(rank["warnings"]) == 1
+        assert "step 4: MIR evaluation failed, training goes on" in rank["warnings"][0]
+
+
+def test_failure_on_one_rank_ends_the_run_on_all_when_asked_to(tmp_path):
+    run = run_broken(tmp_path, "fail", on_error="raise")
+    assert run.steps == BEFORE
+    assert [rank["step"] for rank in run.ranks] == [FAULT_STEP] * 2
+    assert run.ranks[0]["error"] == "RemoteError: rank 1 failed: RuntimeError: a device error on one rank"
+    assert run.ranks[1]["error"] == "RuntimeError: a device error on one rank"
+
+
+def test_every_rank_reports_where_it_is_and_the_job_ends_when_one_is_stuck(tmp_path):
+    run = run_broken(tmp_path, "stall", watchdog_seconds=2, abort_on_hang=True)
+    assert run.code != 0
+    assert run.seconds < 30
+    assert run.steps == BEFORE
+    said = reports(run.output)
+    assert said[1].startswith("STUCK? evaluation at step 4: forward of batch 1 of 2, for 2 s")
+    assert "in stall\n" in said[1]
+    assert said[0].startswith("STUCK? evaluation at step 4: waiting until every rank has done its forwards, for 2 s")
+    assert "in all_or_none\n" in said[0]
+    assert f"exitcode  : {EXIT_CODE}" in run.output
+
+
+def test_job_ends_when_a_forward_fails_on_one_rank_under_zero3(tmp_path):
+    # The other rank waits in a collective of ZeRO-3's own, which nobody can call it out of.
+    run = run_broken(tmp_path, "fail", "3", watchdog_seconds=5, abort_on_hang=True)
+    assert run.code != 0
+    assert run.seconds < 60
+    assert run.steps == BEFORE
+
+
+def test_evaluations_end_with_a_last_word_after_failures_in_a_row(tmp_path):
+    run = run_broken(tmp_path, "poison", max_failures=2)
+    assert run.code == 0
+    assert run.steps == [0, 2, 4, 6]
+    for rank in run.ranks:
+        assert rank["step"] == STEPS
+        assert "disabled" not in rank["history"][2]
+        assert rank["history"][3]["disabled"].startswith(
+            "2 evaluations in a row have failed (max_failures=2), the last"
+        )
+        assert len(rank["warnings"]) == 2
+    assert run.output.count("no more are tried in this run, training goes on") == 1
+    assert run.records == run.ranks[0]["history"]
