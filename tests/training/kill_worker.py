@@ -2,8 +2,8 @@
 """Real processes that are really killed, at every file operation: `kill_worker FOLDER`.
 
 One child for each moment: it works until the n-th time it opens, renames, creates or deletes something of ours
-(Python's audit events, which come before the deed), and sends itself SIGKILL. The first child that lives to the end was the
-last. The middle of a line is reached with a limit on the size of files, at which the kernel ends the process.
+(Python's audit events, which come before the deed), and sends itself SIGKILL. The first child that lives to the end
+was the last. The middle of a line is reached with a limit on the size of files, at which the kernel ends the process.
 """
 
 from __future__ import annotations
