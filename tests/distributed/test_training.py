@@ -71,7 +71,7 @@ def test_the_wrapped_model_gives_the_same_value(runs, setup):
         assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-5 if "bf16" in setup else 1e-6)
 
 
-@pytest.mark.parametrize("setup", ["2", "3", "3 gather"])
+@pytest.mark.parametrize("setup", [pytest.param("2", marks=pytest.mark.slow), "3", "3 gather"])
 def test_keeping_the_best_model_changes_nothing_and_keeps_its_weights(runs, setup):
     plain = runs(setup.removesuffix(" gather"), "off")[1]
     folder, watched = runs(setup, "best")

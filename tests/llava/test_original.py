@@ -146,7 +146,7 @@ def test_history_is_written_and_logged(runs, zero):
     assert len({record["mir"] for record in written}) == 3
 
 
-@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.slow), "3"])
 def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero):
     output, ranks = runs(zero, "best")
     plain = runs(zero, "off")
@@ -165,6 +165,7 @@ def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero
     assert not list(output.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
     whole = arguments(assets, tmp_path / "output", None)
     whole[whole.index("--tune_mm_mlp_adapter") + 1] = "False"
