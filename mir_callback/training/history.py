@@ -40,6 +40,7 @@ class History:
         self._path: Path | None = None
         self._size = 0  # bytes of whole lines written or continued
         self._torn = False
+        self._unwritten = b""  # lines that could not be written yet
 
     def open(self, folder: str | Path, global_step: int, definition: Mapping[str, str]) -> None:
         """Start or continue the history of a run.
@@ -61,10 +62,12 @@ class History:
         """
         path = Path(folder) / FILE_NAME
         records: list[Record] = []
+        size = 0
         error: Exception | None = None
         if collectives.is_main():
             try:
                 records = _continue(path, global_step, definition)
+                size = path.stat().st_size
             except OSError as caught:
                 error = HistoryError(
                     f"output_dir must be writable for {FILE_NAME}, got {path}: {caught}; choose another output_dir"
@@ -73,22 +76,22 @@ class History:
                 error = caught
         collectives.agree(error)
         self._path = path
-        self._size, self._torn = path.stat().st_size if collectives.is_main() else 0, False
+        self._size, self._torn, self._unwritten = size, False, b""
         self.records = collectives.broadcast_object(records)
 
     def append(self, record: Record) -> None:
         """Add a record; rank 0 writes its line and flushes it to the disk before going on.
 
         Raises:
-            OSError: the line could not be written (rank 0 only); the record is kept in memory, and the next line
-                replaces what was written of this one.
+            OSError: the line could not be written (rank 0 only); the record is kept in memory and written with the
+                next one.
             HistoryError: someone else writes the same file (rank 0 only).
 
         Ranks: all.
         """
         self.records.append(record)
         if collectives.is_main() and self._path is not None:
-            line = _line(record).encode()
+            self._unwritten += _line(record).encode()
             with self._path.open("r+b") as file:
                 size = file.seek(0, os.SEEK_END)
                 if size != self._size and not self._torn:
@@ -99,11 +102,12 @@ class History:
                 self._torn = True  # until the line is whole, what lies behind the last whole one is debris
                 file.truncate(self._size)
                 file.seek(self._size)
-                file.write(line)
+                file.write(self._unwritten)
                 file.flush()
                 os.fsync(file.fileno())
                 self._torn = False
-                self._size += len(line)
+                self._size += len(self._unwritten)
+                self._unwritten = b""
 
     def has_step(self, step: int) -> bool:
         """Whether the newest record belongs to ``step``."""

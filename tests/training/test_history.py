@@ -114,7 +114,7 @@ def test_error_when_the_history_is_no_text(run):
         opened(run, step=100)
 
 
-def test_what_a_full_disk_left_of_a_line_is_replaced_by_the_next(run, monkeypatch):
+def test_what_a_full_disk_refused_is_written_with_the_next_line(run, monkeypatch):
     history = opened(run, step=100)
 
     def full(_descriptor):
@@ -125,7 +125,7 @@ def test_what_a_full_disk_left_of_a_line_is_replaced_by_the_next(run, monkeypatc
         history.append(record(150))
     monkeypatch.undo()
     history.append(record(200))
-    assert lines(run / FILE_NAME) == [0, 50, 100, 200]
+    assert lines(run / FILE_NAME) == [0, 50, 100, 150, 200]
 
 
 def test_two_writers_of_one_file_are_noticed(run):
