@@ -239,7 +239,8 @@ def test_launcher_names_the_versions_when_llava_met_a_transformers_too_new_for_i
         "import transformers; transformers.__version__ = '4.53.3'\n"
         "import llava.train.train\n"
     )
-    flags = ["--mir_images", "x", "--mir_texts", "y", "--", str(script)]
+    probe = [f"--mir_images={assets / 'probe' / 'images'}", f"--mir_texts={assets / 'probe' / 'texts'}"]
+    flags = [*probe, "--mir_num_samples", "2", "--", str(script)]
     done = run_process(["-m", "mir_callback.launch", *flags], python=PYTHON)
     assert done.returncode == 1
     assert "[mir] ImportError while llava was at work: llava-torch 1.2.2.post1 runs here with transformers 4.53.3" in (
