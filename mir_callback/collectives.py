@@ -60,9 +60,7 @@ def gather_columns(part: Tensor) -> list[Tensor]:
         return [part]
     widths = gather_objects(part.shape[1])
     with all_or_none():
-        padded = part.new_zeros(part.shape[0], max(widths))
-        padded[:, : part.shape[1]] = part
-        gathered = [torch.empty_like(padded) for _ in widths]
+        padded, gathered = _room_for(part, widths)
     dist.all_gather(gathered, padded)
     return [block[:, :width] for block, width in zip(gathered, widths, strict=True)]
 
@@ -191,6 +189,13 @@ def require_same(**options: object) -> None:
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _room_for(part: Tensor, widths: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """``part`` (L, n_r) filled up to the widest, and room for everyone's."""
+    padded = part.new_zeros(part.shape[0], max(widths))
+    padded[:, : part.shape[1]] = part
+    return padded, [torch.empty_like(padded) for _ in widths]
 
 
 def _kind_elsewhere(error: Exception) -> type[MIRError]:
