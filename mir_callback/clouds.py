@@ -68,8 +68,9 @@ def share_norms(rows: list[tuple[Tensor, Tensor]]) -> list[LayerClouds]:
     all_vision, all_text = collectives.gather_columns(vision), collectives.gather_columns(text)
     with collectives.all_or_none():
         visions = _clouds([pair[0] for pair in rows], vision, torch.cat(all_vision, dim=1), "vision")
-        texts = _clouds([pair[1] for pair in rows], text, torch.cat(all_text, dim=1), "text")
-        scales = [text_centric_scale(norms) for norms in torch.cat(all_text, dim=1)]
+        text_norms = torch.cat(all_text, dim=1)
+        texts = _clouds([pair[1] for pair in rows], text, text_norms, "text")
+        scales = [text_centric_scale(norms) for norms in text_norms]
     return [LayerClouds(*parts) for parts in zip(visions, texts, scales, strict=True)]
 
 

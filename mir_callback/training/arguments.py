@@ -66,7 +66,6 @@ class MIRArguments:
     mir_continue_after_stop: bool = field(
         default=False, metadata={"help": "Go on with a resumed run that was stopped on its plateau."}
     )
-
     mir_on_error: str = field(
         default="warn",
         metadata={"help": "warn: only a failing first evaluation ends the run; raise: every failing one does."},

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import warnings
@@ -17,7 +16,7 @@ from transformers import TrainingArguments
 
 from mir_callback import collectives
 from mir_callback.errors import ConfigError, HistoryError
-from mir_callback.training.history import CIRCUMSTANCES, DEFINITION_FIELDS, Record
+from mir_callback.training.history import CIRCUMSTANCES, DEFINITION_FIELDS, Record, is_candidate, lowest_record
 
 # Not `checkpoint-*`: neither a Trainer's rotation nor the search for a checkpoint to resume from may find it.
 FOLDER_NAME = "mir_best"
@@ -184,16 +183,6 @@ class BestModel:
             if collectives.is_main():
                 _complete(new, {name: record[name] for name in _NOTED if name in record})
                 _publish(new, path, _free_name(path) if self._foreign else _beside(path, "old"))
-
-
-def is_candidate(record: Mapping[str, Any]) -> bool:
-    """Whether a record's weights may be the best ones: trained, and measured. Ranks: pure."""
-    return record["step"] > 0 and record["mir"] is not None and math.isfinite(record["mir"])
-
-
-def lowest_record(records: Sequence[Record]) -> Record | None:
-    """The candidate with the lowest MIR, the earliest of equal ones. Ranks: pure."""
-    return min(filter(is_candidate, records), key=lambda record: float(record["mir"]), default=None)
 
 
 def chooses_by_mir(args: TrainingArguments) -> bool:

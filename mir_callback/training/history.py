@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,16 @@ class History:
     def has_step(self, step: int) -> bool:
         """Whether the newest record belongs to ``step``."""
         return bool(self.records) and self.records[-1]["step"] == step
+
+
+def is_candidate(record: Mapping[str, Any]) -> bool:
+    """Whether a record's weights may be the best ones: trained, and measured. Ranks: pure."""
+    return record["step"] > 0 and record["mir"] is not None and math.isfinite(record["mir"])
+
+
+def lowest_record(records: Sequence[Record]) -> Record | None:
+    """The candidate with the lowest MIR, the earliest of equal ones. Ranks: pure."""
+    return min(filter(is_candidate, records), key=lambda record: float(record["mir"]), default=None)
 
 
 def stopped(records: Sequence[Mapping[str, Any]]) -> bool:

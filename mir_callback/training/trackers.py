@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mir_callback.training.history import Record
+from mir_callback.training.history import Record, lowest_record
 
 
 def log_values(record: Record, history: Sequence[Record] = ()) -> dict[str, float]:
@@ -33,8 +33,8 @@ def log_values(record: Record, history: Sequence[Record] = ()) -> dict[str, floa
 
 
 def best_record(history: Sequence[Record]) -> Record:
-    """The record with the lowest MIR, the earliest of equals. At least one must have a value."""
-    return min((record for record in history if record["mir"] is not None), key=lambda record: record["mir"])
+    """What :func:`lowest_record` finds, or before anything is trained the first with a value. One must have a value."""
+    return lowest_record(history) or next(record for record in history if record["mir"] is not None)
 
 
 def through_trainer(trainer: Any) -> Callable[[dict[str, float]], None]:
