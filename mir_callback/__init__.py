@@ -2,14 +2,17 @@
 """MIR, the Modality Integration Rate, inside the training loop of a vision-language model (arXiv:2410.07167)."""
 
 from mir_callback.errors import MIRError
-from mir_callback.evaluation import MIRReport, evaluate_mir
+from mir_callback.evaluation import evaluate_mir
 from mir_callback.metric.frechet import frechet_distance
 from mir_callback.metric.rate import MIRResult, modality_integration_rate
 from mir_callback.probe.samples import Probe, Sample
+from mir_callback.report import MIRReport
 from mir_callback.training.arguments import MIRArguments
 from mir_callback.training.callback import MIRCallback
-from mir_callback.training.plateau import PlateauRule, Verdict
+from mir_callback.training.plateau import PlateauRule
 from mir_callback.training.schedule import AtSteps, EveryEpochs, EverySteps, LogSpaced, Schedule, TimeShare
+from mir_callback.training.sweeps import hyperparameter_search
+from mir_callback.training.verdicts import Verdict
 
 __version__ = "0.1.0"
 
@@ -31,5 +34,6 @@ __all__ = [
     "Verdict",
     "evaluate_mir",
     "frechet_distance",
+    "hyperparameter_search",
     "modality_integration_rate",
 ]

@@ -6,12 +6,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from importlib.metadata import version
 
-from mir_callback.commands import probe
+from mir_callback.commands import compare, probe, report
+from mir_callback.commands import eval as evaluate
 from mir_callback.errors import MIRError
 
-COMMANDS = {"probe": probe}
+COMMANDS = {"probe": probe, "eval": evaluate, "compare": compare, "report": report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("mir", description="MIR, the Modality Integration Rate, from the command line.")
-    parser.add_argument("--version", action="version", version=f"mir-callback {version('mir-callback')}")
+    parser.add_argument("--version", action="version", version=f"mir-callback {sys.modules[__package__].__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subcommands.add_parser(

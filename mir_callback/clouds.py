@@ -45,11 +45,21 @@ class Cloud:
 
 @dataclass(frozen=True)
 class LayerClouds:
-    """Both modalities of one layer, and the factor that makes the mean text norm one."""
+    """Both modalities of one layer.
+
+    Attributes:
+        vision: the vision rows.
+        text: the text rows.
+        scale: the factor that makes the mean text norm one.
+        vision_norm: mean norm of the vision rows of all ranks, outliers included.
+        text_norms: (s,) float64, norms of this rank's text rows, outliers included.
+    """
 
     vision: Cloud
     text: Cloud
     scale: float
+    vision_norm: float
+    text_norms: Tensor
 
 
 def share_norms(rows: list[tuple[Tensor, Tensor]]) -> list[LayerClouds]:
@@ -67,11 +77,12 @@ def share_norms(rows: list[tuple[Tensor, Tensor]]) -> list[LayerClouds]:
         vision, text = (torch.stack([row_norms(pair[i]) for pair in rows]) for i in (0, 1))
     all_vision, all_text = collectives.gather_columns(vision), collectives.gather_columns(text)
     with collectives.all_or_none():
-        visions = _clouds([pair[0] for pair in rows], vision, torch.cat(all_vision, dim=1), "vision")
-        text_norms = torch.cat(all_text, dim=1)
+        vision_norms, text_norms = torch.cat(all_vision, dim=1), torch.cat(all_text, dim=1)
+        visions = _clouds([pair[0] for pair in rows], vision, vision_norms, "vision")
         texts = _clouds([pair[1] for pair in rows], text, text_norms, "text")
         scales = [text_centric_scale(norms) for norms in text_norms]
-    return [LayerClouds(*parts) for parts in zip(visions, texts, scales, strict=True)]
+        lengths = vision_norms.mean(dim=1).tolist()
+    return [LayerClouds(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
 
 
 def replace_outliers(layers: list[LayerClouds]) -> None:
@@ -109,7 +120,7 @@ class CloudParts:
     def moments(self, scale: float) -> Moments:
         """The moments of the scaled rows. Ranks: the owner."""
         if self.scatter is not None:
-            return moments_from_scatter(self.count, self.mean, self.scatter).scaled(scale)
+            return moments_from_scatter(self.count, self.mean, self.scatter, scale)
         return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T).scaled(scale)
 
 

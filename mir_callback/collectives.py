@@ -7,6 +7,7 @@ Every function here is collective, all ranks must call it in the same order, but
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -48,6 +49,13 @@ def sum_to_rank(tensor: Tensor, destination: int) -> Tensor:
     """Sum of every rank's tensor, valid on ``destination`` only; the argument is overwritten."""
     if world_size() > 1:
         dist.reduce(tensor, dst=destination)
+    return tensor
+
+
+def copy_from_rank(tensor: Tensor, source: int) -> Tensor:
+    """The tensor of rank ``source``, on every rank; shape and dtype are alike, and other ranks' are overwritten."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
     return tensor
 
 
@@ -120,6 +128,23 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+@contextmanager
+def joined(*, on_gpu: bool) -> Iterator[None]:
+    """While open, be one of the ranks that torchrun has started; nothing on a single process or in a group already.
+
+    Args:
+        on_gpu: this rank works on a GPU, which it has made its current device; the same on every rank.
+    """
+    if _active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def agree(error: Exception | None) -> None:
     """End a phase on all ranks alike: if any rank failed, every rank raises.
 
@@ -131,13 +156,30 @@ def agree(error: Exception | None) -> None:
         MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
             and message.
     """
-    failures = gather_objects(None if error is None else (_kind_elsewhere(error), describe(error)))
+    settle(error, None)
+
+
+def settle(error: Exception | None, value: T) -> list[T]:
+    """:func:`agree` and :func:`gather_objects` in one.
+
+    Args:
+        error: this rank's failure in the phase, or None.
+        value: this rank's (small, picklable) result of it; of no use where it failed.
+
+    Returns:
+        Every rank's value, in rank order, on every rank.
+
+    Raises:
+        Exception: as :func:`agree`.
+    """
+    everyone = gather_objects((None if error is None else (_kind_elsewhere(error), describe(error)), value))
     if error is not None:
         setattr(error, _SHARED, True)
         raise error
-    for failed_rank, told in enumerate(failures):
+    for failed_rank, (told, _) in enumerate(everyone):
         if told is not None:
             raise told[0](f"rank {failed_rank} failed: {told[1]}")
+    return [each for _, each in everyone]
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
-from mir_callback import MIRReport, Probe, evaluate_mir, evaluation, modality_integration_rate
+from mir_callback import MIRReport, Probe, evaluate_mir, metric, modality_integration_rate, progress
 from mir_callback.errors import ConfigError, NumericsError, ProbeError, UnsupportedModelError
+from mir_callback.probe.huggingface import HuggingFaceAdapter
 from tests import reference, tiny_models
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs
@@ -142,7 +144,7 @@ def test_progress_is_shown_when_it_takes_long(probe, monkeypatch, capsys):
     model, processor = tiny_models.llava()
     evaluate_mir(model, probe, processor=processor)
     assert "MIR:" not in capsys.readouterr().err
-    monkeypatch.setattr(evaluation, "_PROGRESS_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
     evaluate_mir(model, probe, processor=processor)
     assert "MIR:" in capsys.readouterr().err
     evaluate_mir(model, probe, processor=processor, progress=False)
@@ -196,3 +198,121 @@ def test_error_before_any_forward_when_something_does_not_fit(probe):
     with pytest.raises(ProbeError, match="must give vision tokens"):
         evaluate_mir(model, probe, processor=processor)
     assert calls == []
+
+
+def test_standard_error_is_that_of_the_samples_influences(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    spread = torch.tensor(report.influences, dtype=torch.float64).var() / COUNT
+    assert report.mir_se == pytest.approx(spread.sqrt().item(), rel=1e-4)
+    assert 0 < report.mir_se < 1
+    assert sum(report.influences) == pytest.approx(0.0, abs=1e-5)
+    assert len(report.per_layer_se) == len(report.per_layer)
+
+
+def test_influence_tells_what_leaving_a_sample_out_would_change(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    without = [
+        evaluate_mir(
+            model,
+            Probe.from_pairs([pair for other, pair in enumerate(pairs(COUNT)) if other != sample]),
+            processor=processor,
+            standard_error=False,
+        ).mir
+        for sample in range(COUNT)
+    ]
+    changes = torch.tensor([report.mir - value for value in without])
+    # To first order: with ten samples the rest is not small, but the order of the samples is the same.
+    expected = torch.tensor(report.influences) / (COUNT - 1)
+    assert torch.corrcoef(torch.stack([changes, expected]))[0, 1] > 0.9
+
+
+def test_companions_explain_the_distance(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor)
+    vision, text = hidden_rows(model.eval(), processor)
+    found = report.companions
+    for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True)):
+        parts = found["mean_part"][layer], found["covariance_part"][layer]
+        assert sum(parts) == pytest.approx(report.per_layer[layer], rel=1e-9)
+        assert min(parts) >= 0
+        lengths = vision_rows.norm(dim=1).mean() / text_rows.norm(dim=1).mean()
+        assert found["norm_ratio"][layer] == pytest.approx(lengths.item(), rel=1e-5)
+        rows = metric.rate.replace_outliers(vision_rows).double(), metric.rate.replace_outliers(text_rows).double()
+        cosine = torch.cosine_similarity(rows[0].mean(dim=0), rows[1].mean(dim=0), dim=0)
+        assert found["cosine"][layer] == pytest.approx(cosine.item(), rel=1e-5)
+        for name, cloud in (("vision_rank", rows[0]), ("text_rank", rows[1])):
+            values = torch.linalg.svdvals(cloud - cloud.mean(dim=0)).square()
+            assert found[name][layer] == pytest.approx((values.sum() ** 2 / values.square().sum()).item(), rel=1e-5)
+
+
+def test_no_standard_error_where_there_is_none(probe):
+    model, processor = tiny_models.llava()
+    for options in ({"standard_error": False}, {"root": "paper_fast"}):
+        report = evaluate_mir(model, probe, processor=processor, **options)
+        assert (report.mir_se, report.per_layer_se, report.influences) == (None, None, None)
+    alone = evaluate_mir(model, Probe.from_pairs(pairs(1)), processor=processor)
+    assert alone.mir_se is None
+
+
+@torch.no_grad()
+def test_probe_loss_is_that_of_the_models_own_logits(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor, probe_loss=True, batch_size=3)
+    total, count = 0.0, 0
+    for image, words in pairs(COUNT):
+        inputs = processor(images=[[image]], text=[processor.image_token + words], return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        first = int((ids == model.config.image_token_id).nonzero()[-1]) + 1
+        chances = model.eval()(**inputs).logits[0].double().log_softmax(dim=-1)
+        total -= chances[first:-1].gather(1, ids[first + 1 :, None]).sum().item()
+        count += len(ids) - first - 1
+    assert report.probe_loss == pytest.approx(total / count, rel=1e-6)
+    assert report.mir == evaluate_mir(model, probe, processor=processor, batch_size=3).mir
+
+
+def test_probe_loss_is_refused_when_the_adapter_tells_no_text_ids(probe):
+    model, processor = tiny_models.llava()
+
+    class Silent(HuggingFaceAdapter):
+        def encode(self, samples, max_text_tokens):
+            return dataclasses.replace(super().encode(samples, max_text_tokens), text_ids=None)
+
+    adapter = Silent(model, processor)
+    with pytest.raises(ConfigError, match="probe_loss must come with an adapter that tells the ids of texts"):
+        evaluate_mir(model, probe, adapter=adapter, probe_loss=True)
+
+
+def test_extrapolated_value_is_twice_the_whole_less_the_mean_half(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor, bias_gauge=True)
+    vision, text = hidden_rows(model.eval(), processor)
+    total = 0.0
+    for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True)):
+        rows = [reference.without_outliers(reference.to_numpy(part)) for part in (vision_rows, text_rows)]
+        scale = 1 / text_rows.double().norm(dim=1).mean().item()
+        of = [torch.arange(COUNT).repeat_interleave(each) for each in rows_of_samples(model, processor)]
+        halves = []
+        for parity in (0, 1):
+            clouds = [scale * part[(of_part % 2 == parity).numpy()] for part, of_part in zip(rows, of, strict=True)]
+            halves.append(reference.frechet(*clouds))
+        total += max(0.0, 2 * report.per_layer[layer] - sum(halves) / 2)
+    assert report.mir_extrapolated == pytest.approx(math.log10(total), abs=1e-6)
+    assert report.mir_extrapolated < report.mir
+
+
+def rows_of_samples(model, processor):
+    """Vision and text rows of each sample."""
+    counts = []
+    for image, words in pairs(COUNT):
+        ids = processor(images=[[image]], text=[processor.image_token + words], return_tensors="pt")["input_ids"][0]
+        image_at = (ids == model.config.image_token_id).nonzero()[:, 0]
+        counts.append((len(image_at), len(ids) - 1 - int(image_at[-1])))
+    return torch.tensor(counts).T
+
+
+def test_no_extrapolation_of_a_probe_too_small_for_halves():
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, Probe.from_pairs(pairs(3)), processor=processor, bias_gauge=True)
+    assert report.mir_extrapolated is None

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from mir_callback.metric import fixed_point
+from mir_callback.metric.blas import gram, product
 from mir_callback.metric.tokens import double_chunks
+
+_PRODUCT_ROWS = 2048  # enough for products at full speed
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Moments:
     def size(self) -> Tensor:
         """Frobenius norm of the covariance, 0-d float64; an upper bound of its largest eigenvalue."""
         if self.factor is not None:
-            return (self.factor @ self.factor.T).square().sum().sqrt()
+            return product(self.factor, self.factor.T).square().sum().sqrt()
         assert self.covariance is not None
         return self.covariance.square().sum().sqrt()
 
@@ -82,16 +85,17 @@ def scatter_about(rows: Tensor, mean: Tensor) -> Tensor:
     if fixed_point.is_possible(rows):
         fixed_point.add_scatter(scatter, rows, mean)
         return scatter
-    for chunk in double_chunks(rows):
-        # Centring before multiplying keeps large common means and massive dimensions from cancelling digits away.
-        centred = chunk - mean
-        scatter.addmm_(centred.T, centred)
+    # Centring before multiplying keeps large common means and massive dimensions from cancelling digits away.
+    centred = torch.empty(min(_PRODUCT_ROWS, rows.shape[0]), rows.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[0], _PRODUCT_ROWS):
+        chunk = rows[start : start + _PRODUCT_ROWS].detach()
+        scatter += gram(centred[: len(chunk)].copy_(chunk).sub_(mean))
     return scatter
 
 
-def moments_from_scatter(count: int, mean: Tensor, scatter: Tensor) -> Moments:
-    """Moments from the summed scatter (d, d) of ``count`` rows about their mean. Ranks: pure."""
-    return Moments(count=count, mean=mean, covariance=scatter / (count - 1))
+def moments_from_scatter(count: int, mean: Tensor, scatter: Tensor, scale: float = 1.0) -> Moments:
+    """Moments of ``scale`` times ``count`` rows from their mean and their scatter (d, d) about it. Ranks: pure."""
+    return Moments(count=count, mean=mean * scale, covariance=scatter * (scale**2 / (count - 1)))
 
 
 def moments_from_centred(mean: Tensor, centred: Tensor) -> Moments:

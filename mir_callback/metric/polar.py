@@ -23,11 +23,12 @@ _ROUNDING = 1024.0  # of the iteration in units of eps; up to 450 was seen for c
 _EPS = torch.finfo(torch.float64).eps
 
 
-def nuclear_norm(matrix: Tensor) -> tuple[float, float] | None:
+def nuclear_norm(matrix: Tensor, near: Tensor | None = None) -> tuple[float, float] | None:
     """Sum of the singular values of a matrix and a bound of its error.
 
     Args:
         matrix: (m, n) float64.
+        near: :func:`near_polar_factor` of it, if that is known already.
 
     Returns:
         The norm, and how far it can be off; None where a factorisation failed or nothing could be bounded. The bound is
@@ -35,11 +36,21 @@ def nuclear_norm(matrix: Tensor) -> tuple[float, float] | None:
 
     Ranks: pure.
     """
-    c = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    x = _towards_polar_factor(c)
-    if x is None:
+    near = near_polar_factor(matrix) if near is None else near
+    if near is None:
         return None
-    return _bounds(c, x)
+    return _bounds(matrix, near) if matrix.shape[0] >= matrix.shape[1] else _bounds(matrix.T, near.T)
+
+
+def near_polar_factor(matrix: Tensor) -> Tensor | None:
+    """What has the singular vectors of a matrix (m, n), and singular values near one, or below for the smallest.
+
+    None where a factorisation failed. Ranks: pure.
+    """
+    if matrix.shape[0] >= matrix.shape[1]:
+        return _towards_polar_factor(matrix)
+    turned = _towards_polar_factor(matrix.T)
+    return None if turned is None else turned.T
 
 
 def _towards_polar_factor(c: Tensor) -> Tensor | None:

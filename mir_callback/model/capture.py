@@ -9,7 +9,7 @@ is called on the last layer's output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
+from mir_callback.model.stash import Stash
+from mir_callback.model.text_loss import TextLoss
 
 
 class HiddenStateCapture:
@@ -27,13 +29,29 @@ class HiddenStateCapture:
     Use as a context manager: hooks exist only inside it. After every forward the call pattern is checked, so that a
     model this recipe does not fit is refused instead of measured wrongly.
 
+    Args:
+        decoder: of the model.
+        stash: where rows go, in the dtype of the hidden states; by default all of them to memory on their device.
+        look: called at the end of each layer, when a forward needs its memory.
+        text_loss: what sums the loss on the texts, or None to compute logits of one position only.
+
     Attributes:
-        vision: for each layer the list of (n, d) row tensors kept so far, in the dtype of the hidden states.
-        text: likewise for text rows.
+        sample_rows: for each batch (n, 2) int64 on the CPU, how many vision and text rows each kept sample has; the
+            rows lie in that order.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        stash: Stash | None = None,
+        look: Callable[[], None] | None = None,
+        text_loss: TextLoss | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._text_loss = text_loss
+        self._text_ids: Sequence[Tensor] = ()
+        self._stash = Stash(range(len(decoder.layers))) if stash is None else stash
+        self._look = look or _nothing
         self._hooks = ExitStack()
         self._find_masks: Callable[[], ModalityMasks] | None = None
         self._keep_rows: Tensor | None = None
@@ -46,8 +64,7 @@ class HiddenStateCapture:
         self._embeddings: Tensor | None = None
         self._first_input: Tensor | None = None
         self._verified = False
-        self.vision: list[list[Tensor]] = [[] for _ in decoder.layers]
-        self.text: list[list[Tensor]] = [[] for _ in decoder.layers]
+        self.sample_rows: list[Tensor] = []
 
     def __enter__(self) -> HiddenStateCapture:
         """Register the hooks."""
@@ -58,7 +75,14 @@ class HiddenStateCapture:
         first = self._decoder.layers[0]
         self._keep(first.register_forward_pre_hook(self._first_layer_input, with_kwargs=True))
         head = getattr(self._decoder.model, "get_output_embeddings", _nothing)()
-        if isinstance(head, nn.Module) and _logits_argument(self._decoder.model) is None:
+        if self._text_loss is not None:
+            if not isinstance(head, nn.Module):
+                raise UnsupportedModelError(
+                    f"probe_loss needs a model with output embeddings, got {type(self._decoder.model).__name__} "
+                    "without; switch it off"
+                )
+            self._keep(head.register_forward_pre_hook(self._text_loss.select))
+        elif isinstance(head, nn.Module) and _logits_argument(self._decoder.model) is None:
             self._keep(head.register_forward_pre_hook(_last_position))
         embedding = getattr(self._decoder.model, "get_input_embeddings", _nothing)()
         if isinstance(embedding, nn.Module):
@@ -76,6 +100,7 @@ class HiddenStateCapture:
         inputs: Mapping[str, Any],
         masks: ModalityMasks | Callable[[], ModalityMasks],
         keep: Tensor,
+        text_ids: Sequence[Tensor] = (),
     ) -> None:
         """One ordinary top-level forward; the rows of its kept samples are appended.
 
@@ -85,6 +110,7 @@ class HiddenStateCapture:
             masks: modality masks (B, S) of the sequence the decoder layers see, on the same device; or what tells
                 them once the first layer is reached, for models that place image features themselves.
             keep: (B,) bool; False for padding repeats, whose rows are discarded.
+            text_ids: token ids of each sample's text, for the loss on them.
 
         Raises:
             UnsupportedModelError: the model did not call its layers as expected.
@@ -94,11 +120,17 @@ class HiddenStateCapture:
         self._forget_batch()
         self._find_masks = masks if callable(masks) else lambda: masks
         self._keep_rows = keep
-        model(**inputs, **_no_extra_outputs(self._decoder.model))
+        self._text_ids = text_ids
+        outputs = model(**inputs, **_no_extra_outputs(self._decoder.model, all_logits=self._text_loss is not None))
         self._check_calls()
         final = self._last_output if self._last_after_norm is None else self._last_after_norm
         assert final is not None
         self._append(len(self._decoder.layers) - 1, final)
+        assert self._masks is not None
+        counts = torch.stack([self._masks.vision.sum(dim=1), self._masks.text.sum(dim=1)], dim=1)
+        self.sample_rows.append(counts[keep].cpu())
+        if self._text_loss is not None:
+            self._text_loss.add(outputs)
         self._forget_batch()
 
     def take_layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -109,11 +141,7 @@ class HiddenStateCapture:
 
         Ranks: pure.
         """
-        stacked = []
-        for kept in (self.vision, self.text):
-            stacked.append(torch.cat(kept[layer]))
-            kept[layer] = []
-        return stacked[0], stacked[1]
+        return self._stash.take(layer)
 
     def _keep(self, handle: Any) -> None:
         self._hooks.callback(handle.remove)
@@ -130,6 +158,7 @@ class HiddenStateCapture:
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self._calls.append(index)
+            self._look()
             state = output[0] if isinstance(output, tuple) else output
             if index == last:
                 self._last_output = state
@@ -155,6 +184,8 @@ class HiddenStateCapture:
         self._masks = ModalityMasks(masks.vision & keep, masks.text & keep)
         # Found once a batch: on a GPU, looking for them waits for all work under way.
         self._positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (self._masks.vision, self._masks.text))
+        if self._text_loss is not None:
+            self._text_loss.expect(self._masks.text, self._text_ids)
         state = args[0] if args else kwargs.get("hidden_states")
         if self._first_input is None and isinstance(state, Tensor):
             self._first_input = state if self._verified else state.clone()
@@ -164,9 +195,7 @@ class HiddenStateCapture:
             self._embeddings = output.clone()
 
     def _append(self, layer: int, state: Tensor) -> None:
-        flat = state.flatten(0, 1)
-        for kept, positions in zip((self.vision, self.text), self._positions, strict=True):
-            kept[layer].append(flat.index_select(0, positions))
+        self._stash.append(layer, state.flatten(0, 1), self._positions)
 
     def _check_calls(self) -> None:
         """Refuse a model whose forward does not look like one pass of (batch, sequence, d) through the layers."""
@@ -201,16 +230,16 @@ class HiddenStateCapture:
 
 
 def _nothing() -> None:
-    """Stands for `get_input_embeddings` of a model that has none."""
+    """Stands for what is not there to be called."""
 
 
-def _no_extra_outputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that keep the forward lean: no cache, and logits of one position where the model can."""
+def _no_extra_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
+    """Keyword arguments that keep the forward lean: no cache, and unless asked for, logits of one position only."""
     lean: dict[str, Any] = {}
     if _accepts(model, "use_cache"):
         lean["use_cache"] = False
     logits = _logits_argument(model)
-    if logits is not None:
+    if logits is not None and not all_logits:
         lean[logits] = 1
     return lean
 

@@ -52,6 +52,23 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
         _restore_random_states(states)
 
 
+def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
+    """Before a forward, release weights that somebody else's forward-only pass has left gathered.
+
+    The Trainer's own evaluation does. After a training step nothing is left but small weights that DeepSpeed keeps
+    gathered on purpose; then nothing is done.
+
+    Ranks: every rank.
+    """
+    if any(_is_left_over(parameter) for parameter in model.parameters()):
+        release_gathered_weights(*zero_owners)
+
+
+def _is_left_over(parameter: nn.Parameter) -> bool:
+    gathered = getattr(parameter, "ds_status", None) is not None and not _in_shards(parameter)
+    return gathered and not getattr(parameter, "ds_persist", False)
+
+
 def release_gathered_weights(*zero_owners: Any) -> None:
     """Give ZeRO-3 weights that a forward-only pass left gathered back to their shards.
 

@@ -25,11 +25,13 @@ class AdaptedBatch:
         inputs: keyword arguments of the model's forward, without labels.
         masks: modality masks (B, S), or None if only the forward itself shows where image features end up.
         token_ids: the real token ids of each sample, (n,) integers; what makes encodings comparable.
+        text_ids: those of them after the last image, for the loss on the probe's texts; None if that is not offered.
     """
 
     inputs: dict[str, Any]
     masks: ModalityMasks | None
     token_ids: list[Tensor]
+    text_ids: list[Tensor] | None = None
 
 
 @runtime_checkable

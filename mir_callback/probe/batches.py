@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class ProbeBatch:
         inputs: keyword arguments of the model's forward.
         masks: modality masks (B, S), or None if only the forward shows them.
         keep: (B,) bool, False for repeats that only fill up the batch count of a rank.
+        text_ids: token ids of each sample's text, or None if the adapter does not tell.
     """
 
     inputs: dict[str, Any]
     masks: ModalityMasks | None
     keep: Tensor
+    text_ids: list[Tensor] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype | None) -> ProbeBatch:
         """The batch on ``device``, floating inputs in ``dtype`` if one is given."""
@@ -48,7 +50,72 @@ class ProbeBatch:
             inputs={name: moved(value) for name, value in self.inputs.items()},
             masks=None if masks is None else ModalityMasks(masks.vision.to(device), masks.text.to(device)),
             keep=self.keep.to(device),
+            text_ids=self.text_ids,
         )
+
+
+@dataclass
+class Share:
+    """The part of a probe that one rank forwards: what it is, and what forwards have shown of it so far.
+
+    The only thing here that changes: batches that memory does not suffice for are cut anew, once for all later
+    evaluations, and what a first evaluation learns helps to plan the next.
+
+    Attributes:
+        probe: all samples.
+        rank: whose share.
+        world_size: number of ranks.
+        batch_size: samples of a batch.
+        batches: equally many on every rank.
+        rows: vision and text rows a layer gets from it, or None as long as only a forward can tell.
+        dtype: of the hidden states, once seen.
+        pinned: bytes of pinned host memory that torch holds since an earlier evaluation.
+    """
+
+    probe: Probe
+    rank: int
+    world_size: int
+    batch_size: int
+    batches: list[ProbeBatch] = field(default_factory=list)
+    rows: tuple[int, int] | None = None
+    dtype: torch.dtype | None = None
+    pinned: int = 0
+
+    @property
+    def samples(self) -> list[tuple[int, bool]]:
+        """(sample index, keep), see :func:`share_of_rank`."""
+        return share_of_rank(len(self.probe), self.rank, self.world_size)
+
+    @property
+    def rows_are_exact(self) -> bool:
+        """Whether the rows are known without a forward."""
+        return all(batch.masks is not None for batch in self.batches)
+
+    def cut(self, adapter: Adapter, batch_size: int) -> list[Tensor]:
+        """Encode the share anew in batches of ``batch_size``.
+
+        Encoded and not sliced: what of a batch's inputs belongs to which sample, only its processor knows.
+
+        Returns:
+            The real token ids of each of its samples, repeats included.
+
+        Raises:
+            ConfigError, ProbeError: as :func:`encode_probe`.
+
+        Ranks: each for itself; every rank must do it.
+        """
+        batches, token_ids = [], []
+        samples = self.samples
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            adapted = adapter.encode([self.probe.samples[index] for index, _ in part], self.probe.max_text_tokens)
+            keeps = torch.tensor([keep for _, keep in part])
+            batches.append(ProbeBatch(adapted.inputs, adapted.masks, keeps, adapted.text_ids))
+            token_ids += adapted.token_ids
+        self.batches, self.batch_size = batches, batch_size
+        if self.rows_are_exact:
+            self.rows = _rows_of(batches)
+        return token_ids
 
 
 @dataclass(frozen=True)
@@ -56,18 +123,27 @@ class EncodedProbe:
     """This rank's share of a probe, encoded for one model and processor.
 
     Attributes:
-        batches: equally many on every rank.
+        share: the batches, equally many on every rank.
         num_samples: samples of the whole probe.
         fingerprint: the probe's.
         digests: (sample index, digest of its token ids), in the end of all samples of the probe.
         pixel_digests: (sample index, digest of its floating inputs), in the end of the first samples of the probe.
+        ranks_here: ranks on this machine, who share its memory.
+        capture_budget_gb: GB of rows a rank may keep on its device, or None for a share of what is free.
     """
 
-    batches: list[ProbeBatch]
+    share: Share
     num_samples: int
     fingerprint: str
     digests: tuple[tuple[int, str], ...]
     pixel_digests: tuple[tuple[int, str], ...]
+    ranks_here: int = 1
+    capture_budget_gb: float | None = None
+
+    @property
+    def batches(self) -> list[ProbeBatch]:
+        """This rank's batches, as they are cut now."""
+        return self.share.batches
 
     @property
     def tokens_fingerprint(self) -> str:
@@ -122,17 +198,25 @@ def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, 
     Ranks: each for itself; the number of batches is the same everywhere.
     """
     check_batch_size(batch_size)
-    share = share_of_rank(len(probe), rank, world_size)
-    batches, digests, pixel_digests = [], [], []
-    for start in range(0, len(share), batch_size):
-        part = share[start : start + batch_size]
-        adapted = adapter.encode([probe.samples[index] for index, _ in part], probe.max_text_tokens)
-        batches.append(ProbeBatch(adapted.inputs, adapted.masks, torch.tensor([keep for _, keep in part])))
-        digests += [(index, _digest(ids)) for (index, keep), ids in zip(part, adapted.token_ids, strict=True) if keep]
-    for index, keep in share:
+    share = Share(probe, rank, world_size, batch_size)
+    token_ids = share.cut(adapter, batch_size)
+    samples = share.samples
+    digests = [(index, _digest(ids)) for (index, keep), ids in zip(samples, token_ids, strict=True) if keep]
+    pixel_digests = []
+    for index, keep in samples:
         if keep and index < _PIXEL_SAMPLES:
             pixel_digests.append((index, _pixel_digest(adapter, probe.samples[index], probe.max_text_tokens)))
-    return EncodedProbe(batches, len(probe), probe.fingerprint, tuple(digests), tuple(pixel_digests))
+    return EncodedProbe(share, len(probe), probe.fingerprint, tuple(digests), tuple(pixel_digests))
+
+
+def _rows_of(batches: list[ProbeBatch]) -> tuple[int, int]:
+    """Vision and text rows of the kept samples, from masks that are known."""
+    vision = text = 0
+    for batch in batches:
+        if batch.masks is not None:
+            vision += int(batch.masks.vision[batch.keep].sum())
+            text += int(batch.masks.text[batch.keep].sum())
+    return vision, text
 
 
 def _digest(token_ids: Tensor) -> str:

@@ -52,8 +52,9 @@ class HuggingFaceAdapter:
         inputs = self._process(samples, max_text_tokens)
         masks = modality_masks(inputs["input_ids"], inputs["attention_mask"], self._vision_ids)
         self._check(samples, inputs, masks)
-        real = inputs["attention_mask"] != 0
-        return AdaptedBatch(inputs, masks, [ids[mask] for ids, mask in zip(inputs["input_ids"], real, strict=True)])
+        real = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        texts = [ids[mask] for ids, mask in zip(inputs["input_ids"], masks.text, strict=True)]
+        return AdaptedBatch(inputs, masks, real, texts)
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
         """Image features stand where their ids stand; nothing to observe."""

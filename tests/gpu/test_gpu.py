@@ -5,13 +5,18 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir, modality_integration_rate
-from mir_callback.metric import fixed_point, frechet
+from mir_callback.evaluation import adapter_for, encode_for, evaluate_beside, evaluate_encoded
+from mir_callback.memory import GB, budgets_of
+from mir_callback.metric import coupling, fixed_point, frechet, influence
 from mir_callback.metric.moments import moments_of
+from mir_callback.model.stash import Stash
+from mir_callback.peak import peak_memory
 from tests import reference, tiny_models
 from tests.clouds import CASES, generator
 from tests.distributed.launch import run_ranks
 from tests.distributed.train_worker import EVERY, STEPS
 from tests.samples import pairs
+from tests.test_observation import LiveAdapter
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +60,7 @@ def test_outliers_are_replaced_where_only_deterministic_algorithms_are_allowed()
 def test_the_polar_factor_is_the_way_taken(monkeypatch):
     vision, text = (moments_of(rows.cuda()) for rows in CASES["conditioned"](generator(0)))
     polar = frechet.frechet_from_moments(vision, text)
-    monkeypatch.setattr(frechet, "_root_by_polar_factor", lambda left, right: None)
+    monkeypatch.setattr(coupling, "nuclear_norm", lambda cross, near: None)
     other = frechet.frechet_from_moments(vision, text)
     assert polar.distance == pytest.approx(other.distance, rel=1e-9)
     assert polar.distance != other.distance
@@ -68,10 +73,124 @@ def test_value_of_a_model_on_the_gpu_equals_that_on_the_cpu():
     before = torch.cuda.get_rng_state()
     on_gpu = evaluate_mir(model.cuda(), probe, processor=processor)
     assert on_gpu.mir == pytest.approx(on_cpu.mir, abs=1e-5)
+    assert on_gpu.mir_se == pytest.approx(on_cpu.mir_se, rel=1e-3)
+    assert on_gpu.influences == pytest.approx(on_cpu.influences, rel=1e-2, abs=1e-5)
     assert torch.equal(before, torch.cuda.get_rng_state())
     half = evaluate_mir(model.bfloat16(), probe, processor=processor)
     assert half.dtype == "bfloat16"
     assert half.mir == pytest.approx(on_cpu.mir, abs=2e-2)
+
+
+@pytest.mark.parametrize("case", ["equal", "offset", "conditioned", "massive_constant"])
+def test_maps_for_standard_errors_need_no_eigenvectors(case):
+    vision, text = (moments_of(rows.cuda()) for rows in CASES[case](generator(0)))
+    found = influence.transport_maps(vision, text)
+    expected = influence.transport_maps(*(moments_of(rows) for rows in CASES[case](generator(0))))
+    for rows, one, other in zip(CASES[case](generator(0)), found, expected, strict=True):
+        centred = rows - rows.mean(dim=0)
+        values = [(centred @ form.root.double().cpu().T).square().sum(dim=1) for form in (one, other)]
+        assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
+
+
+def test_solving_beside_other_work_gives_the_same_value():
+    model, processor = tiny_models.llava()
+    model, probe = model.cuda(), Probe.from_pairs(pairs(7))
+    adapter = adapter_for(model, processor)
+    encoded = encode_for(model, probe, adapter)
+    now = evaluate_encoded(model, encoded, adapter)
+    beside = evaluate_beside(model, encoded, adapter)
+    while not beside.advance():
+        torch.randn(500, 500, device="cuda") @ torch.randn(500, 500, device="cuda")
+    assert beside.value.mir == pytest.approx(now.mir, abs=1e-9)
+    assert beside.value.mir_se == pytest.approx(now.mir_se, rel=1e-4)
+
+
+def test_rows_that_wait_in_pinned_memory_give_the_same_value_to_the_last_bit(monkeypatch):
+    model, processor = tiny_models.llava(layers=5)
+    probe = Probe.from_pairs(pairs(7))
+    model.cuda()
+    whole = evaluate_mir(model, probe, processor=processor)
+    assert (whole.stash, whole.passes) == ("device", 1)
+    layer = (whole.num_vision_tokens + whole.num_text_tokens) * tiny_models.HIDDEN * 4
+    blocks = []
+    empty = Stash._empty
+
+    def noted(self, count, state):
+        blocks.append(empty(self, count, state))
+        return blocks[-1]
+
+    monkeypatch.setattr(Stash, "_empty", noted)
+    parted = evaluate_mir(model, probe, processor=processor, capture_budget_gb=2 * layer / GB)
+    assert (parted.stash, parted.passes) == ("host", 1)
+    assert parted.per_layer == whole.per_layer
+    assert all(block.is_pinned() for block in blocks)
+    assert len(blocks) == 2 * 5
+
+
+def test_rows_of_unknown_number_wait_in_pinned_memory_once_they_are_known(monkeypatch):
+    model, processor = tiny_models.llava(layers=5)
+    adapter = LiveAdapter(model.cuda(), processor)
+    probe = Probe.from_pairs(pairs(7))
+    whole = evaluate_mir(model, probe, adapter=adapter)
+    budget = 3 * (whole.num_vision_tokens + whole.num_text_tokens) * tiny_models.HIDDEN * 4 / GB
+    encoded = encode_for(model, probe, adapter, capture_budget_gb=budget)
+    first, second = (evaluate_encoded(model, encoded, adapter, progress=False) for _ in range(2))
+    assert first.per_layer == second.per_layer == whole.per_layer
+    assert (second.stash, second.passes) == ("host", 1)
+
+
+def test_rows_on_their_way_to_the_host_are_there_before_they_come_back():
+    torch.manual_seed(0)
+    stash = Stash(range(3), capacity=(3000, 1000), on_host=True)
+    states = [torch.randn(4000, 2048, device="cuda") for _ in range(3)]
+    expected = [(state[:3000].clone(), state[3000:].clone()) for state in states]
+    where = torch.arange(3000, device="cuda"), torch.arange(3000, 4000, device="cuda")
+    for layer, state in enumerate(states):
+        stash.append(layer, state, where)
+        state.fill_(-1.0)  # as models overwrite their activations
+    stash.settle()
+    for layer in range(3):
+        assert all(map(torch.equal, stash.take(layer), expected[layer]))
+
+
+def test_batches_are_halved_when_the_gpu_runs_out_of_memory():
+    model, processor = tiny_models.llava()
+    probe = Probe.from_pairs(pairs(7))
+    expected = evaluate_mir(model.cuda(), probe, processor=processor, batch_size=1)
+
+    def ask(_module, _args, kwargs):
+        if len(kwargs["input_ids"]) > 1:
+            torch.empty(1 << 45, device="cuda")
+
+    model.register_forward_pre_hook(ask, with_kwargs=True)
+    with pytest.warns(UserWarning, match="now it is 1 on every rank"):
+        report = evaluate_mir(model, probe, processor=processor, batch_size=2)
+    assert report.batch_size == 1
+    assert report.per_layer == expected.per_layer
+
+
+def test_peak_memory_is_seen_and_torchs_own_statistics_are_left_alone():
+    cuda = torch.device("cuda")
+    high = torch.empty(2**28, device=cuda, dtype=torch.uint8)
+    del high
+    before = torch.cuda.max_memory_allocated()
+    with peak_memory(cuda) as meter:
+        held = torch.empty(2**26, device=cuda, dtype=torch.uint8)
+        meter.look()
+        del held
+    assert 2**26 <= meter.extra_bytes < 2**27
+    assert torch.cuda.max_memory_allocated() == before
+    with peak_memory(cuda) as meter:
+        del_soon = torch.empty(2**29, device=cuda, dtype=torch.uint8)
+        del del_soon
+    assert meter.extra_bytes >= 2**29  # above all before, so exact even where nobody looked
+
+
+def test_what_is_free_is_known_to_the_default_budget():
+    free, total = torch.cuda.mem_get_info()
+    budgets = budgets_of(torch.device("cuda"), None, 1)
+    assert 0.4 * free < budgets.device <= 0.5 * total
+    assert budgets.host > 0
 
 
 @pytest.mark.parametrize("setup", ["ddp", "2", "3"])

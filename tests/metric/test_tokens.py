@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mir_callback.metric import tokens
 from mir_callback.metric.moments import moments_of, row_sum, scatter_about
 from mir_callback.metric.rate import replace_outliers
 from mir_callback.metric.tokens import OutlierRule, lower_medians, lower_medians_of_shards, row_norms
@@ -46,6 +47,16 @@ def test_lower_medians_equal_torch_median_to_the_last_bit(dtype, count):
     assert torch.equal(first, rows.median(dim=0).values)
     assert torch.equal(second, others.median(dim=0).values)
     assert torch.equal(lower_medians(rows), first)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (700, 40)])
+def test_lower_medians_leave_rows_as_they_are_and_do_not_depend_on_how_many_dimensions_go_together(shape, monkeypatch):
+    rows = torch.randn(*shape, generator=generator(0))
+    before, whole = rows.clone(), lower_medians(rows)
+    assert torch.equal(rows, before)
+    monkeypatch.setattr(tokens, "_MEDIAN_ELEMENTS", 3 * len(rows))
+    assert torch.equal(lower_medians(rows), whole)
+    assert torch.equal(whole, before.median(dim=0).values)
 
 
 def test_medians_are_found_and_strictness_kept_where_only_deterministic_algorithms_are_allowed():

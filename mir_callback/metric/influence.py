@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each sample of a probe moves a Frechet distance, to first order: the source of its standard error.
+
+A token is no independent draw: those of one image or one text go together, so that the sampling unit is the sample.
+With D = mu_v - mu_t, the slopes of FD with respect to the covariances are I - A_v and I - A_t, where A_v and A_t are
+the optimal transport maps between the two Gaussians. So a vision row x, with c = x - mu_v, counts
+
+    2 D.c + N/(N-1) (|c|^2 - c^T A_v c)
+
+more or less than the mean over all N rows; a text row the same with -D, c = x - mu_t and A_t; and the text norms move
+the scale that both are measured in. The influence of a sample is the sum over its rows, times the number of samples
+over the number of rows.
+
+From any factor S_v = F^T F and M = F S_t F^T = V L V^T, the maps are A_v = F^-1 M^(1/2) F^-T and A_t = F^T M^(-1/2) F.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mir_callback.metric.blas import cholesky, product
+from mir_callback.metric.coupling import Coupling, couple
+from mir_callback.metric.moments import Moments
+from mir_callback.metric.tokens import double_chunks
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Map:
+    """The quadratic form c^T A c of one modality's optimal transport map, as far as its rows need it.
+
+    Attributes:
+        root: (r, d) float32 with A = root^T root, r the smaller of d and the fewest rows of a modality; None if
+            ``of_rows`` is given.
+        of_rows: (n,) float64, the form at each of the rows of a cloud in factor form; None if ``root`` is given.
+    """
+
+    root: Tensor | None = None
+    of_rows: Tensor | None = None
+
+
+def transport_maps(vision: Moments, text: Moments, coupling: Coupling | None = None) -> tuple[Map, Map]:
+    """The maps A_v and A_t of two clouds; scaling both clouds alike does not change them.
+
+    Directions in which the two clouds together have less variance than rounding are left out.
+
+    Args:
+        vision: moments of the vision rows.
+        text: moments of the text rows, on the same device.
+        coupling: of the two, where it is known already.
+
+    Returns:
+        The maps of vision and text.
+
+    Ranks: pure.
+    """
+    coupling = coupling or couple(vision, text)
+    if coupling.cross.is_cuda:  # where eigenvectors are what takes longest
+        maps = maps_by_polar_factor(coupling)
+        if maps is not None:
+            return maps
+    left, right = (text, vision) if coupling.turned else (vision, text)
+    factor, cross = coupling.first, coupling.cross
+    values, vectors = coupling.spectrum
+    tiny = 8.0 * _EPS * left.size * right.size
+    fourth = values.clamp_min(0.0).pow(0.25)
+    inverse_fourth = torch.where(values > tiny, values.clamp_min(1e-300).pow(-0.25), 0.0)
+    if right.factor is not None:
+        spread = (inverse_fourth[:, None] * product(vectors.T, cross)).square().sum(dim=0)
+        right_map = Map(of_rows=(right.count - 1) * spread)
+    else:
+        right_map = Map(root=_filled(inverse_fourth[:, None] * product(vectors.T, factor), coupling))
+    if left.factor is not None:
+        left_map = Map(of_rows=(left.count - 1) * (vectors * fourth).square().sum(dim=1))
+    else:
+        left_map = Map(root=_filled(fourth[:, None] * _by_inverse(factor, vectors).T, coupling))
+    return (right_map, left_map) if coupling.turned else (left_map, right_map)
+
+
+def maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
+    """:func:`transport_maps` without eigenvectors, as a GPU finds them fastest.
+
+    With Q the polar factor of A B^T, they are B^T Q^T A^-T and A^T Q B^-T.
+
+    Returns:
+        The maps of vision and text; None unless both covariances have Cholesky factors and so do the maps.
+
+    Ranks: pure.
+    """
+    first, second = coupling.first, coupling.second
+    if coupling.vision.factor is not None or coupling.text.factor is not None:
+        return None
+    if not (_is_triangular(first) and _is_triangular(second)) or coupling.near_polar is None:
+        return None
+    near = coupling.near_polar
+    polar = 1.5 * near - 0.5 * product(near, product(near.T, near))
+    roots = []
+    for own, other, turn in ((first, second, polar.T), (second, first, polar)):
+        form = torch.linalg.solve_triangular(own.T, product(other.T, turn), upper=False, left=False)
+        lower = cholesky(0.5 * (form + form.T))
+        if lower is None:
+            return None
+        roots.append(Map(root=lower.T.float()))
+    return (roots[1], roots[0]) if coupling.turned else (roots[0], roots[1])
+
+
+def sums_over_samples(
+    rows: Tensor, mean: Tensor, gap: Tensor, form: Map, samples: Tensor, count: int, total: int
+) -> Tensor:
+    """What the rows of each sample count together in FD, up to a constant a row: see the head of this file.
+
+    Args:
+        rows: (n, d), any floating dtype, outliers replaced; centred rows will do, with a mean of zero.
+        mean: (d,) float64, of all rows of this modality.
+        gap: (d,) float64, mean of this modality minus that of the other.
+        form: the transport map of this modality; ``of_rows`` belongs to these very rows.
+        samples: (n,) int64, sample of each row.
+        count: number of samples of the probe.
+        total: rows of this modality on all ranks.
+
+    Returns:
+        (count,) float64, in squared units of the rows; zero for samples without rows here.
+
+    Ranks: pure; the results of the ranks add up.
+    """
+    bessel = total / (total - 1)  # of the sample covariances
+    slopes = []
+    for chunk in double_chunks(rows, for_products=True):
+        centred = chunk - mean
+        spread = centred.square().sum(dim=1)
+        if form.root is not None:
+            # float32 is plenty for an error estimate; the centring is not left to it.
+            spread -= (centred.float() @ form.root.T).square().sum(dim=1, dtype=torch.float64)
+        slopes.append(2.0 * (centred @ gap) + bessel * spread)
+    every = torch.cat(slopes) if slopes else mean.new_zeros(0)
+    if form.of_rows is not None:
+        every -= bessel * form.of_rows
+    return torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, samples, every)
+
+
+@dataclass(frozen=True)
+class SampleSums:
+    """What the samples of a probe count in one layer, summed over ranks.
+
+    Attributes:
+        vision: (n,) float64, :func:`sums_over_samples` of the vision rows.
+        text: the same of the text rows.
+        text_norms: (n,) float64, sums of the raw norms of the text rows.
+        vision_rows: (n,) int64, how many rows each sample has.
+        text_rows: the same for text.
+    """
+
+    vision: Tensor
+    text: Tensor
+    text_norms: Tensor
+    vision_rows: Tensor
+    text_rows: Tensor
+
+
+def influences(sums: SampleSums, distance: float, scale: float) -> Tensor:
+    """First-order influence of each sample on the distance of a layer.
+
+    Args:
+        sums: of raw rows, that is not scaled.
+        distance: FD of the scaled rows.
+        scale: the text-centric factor.
+
+    Returns:
+        (n,) float64, in units of FD; they add up to zero.
+
+    Ranks: pure.
+    """
+    parts = (
+        (scale**2 * sums.vision, sums.vision_rows),
+        (scale**2 * sums.text, sums.text_rows),
+        # FD is homogeneous of degree two in the scale, which is one over the mean norm.
+        (-2.0 * distance * scale * sums.text_norms, sums.text_rows),
+    )
+    found = torch.zeros_like(sums.vision)
+    for summed, rows in parts:
+        total = rows.sum()
+        found += len(rows) / total * (summed - rows * (summed.sum() / total))
+    return found
+
+
+def rate_influences(per_layer: Tensor, distances: list[float]) -> Tensor:
+    """Influence of each sample on MIR, (n,) float64 in log10 units, from those on the layers (K, n). Ranks: pure."""
+    return per_layer.sum(dim=0) / (math.log(10.0) * math.fsum(distances))
+
+
+def standard_error(influence: Tensor) -> Tensor:
+    """Standard error of what a probe measures, from its samples' influences along the last dimension, n >= 2.
+
+    Ranks: pure.
+    """
+    return (influence.var(dim=-1) / influence.shape[-1]).sqrt()
+
+
+def _by_inverse(factor: Tensor, matrix: Tensor) -> Tensor:
+    """F^-1 matrix for a covariance's own factor F, triangular or of its eigenvectors (then the pseudo inverse)."""
+    if _is_triangular(factor):
+        solved: Tensor = torch.linalg.solve_triangular(factor, matrix, upper=True)
+        return solved
+    return product(factor.T, matrix / factor.square().sum(dim=1)[:, None])
+
+
+def _is_triangular(factor: Tensor) -> bool:
+    return factor.shape[0] == factor.shape[1] and torch.equal(factor, factor.triu())
+
+
+def _filled(root: Tensor, coupling: Coupling) -> Tensor:
+    """``root`` with rows of zeros up to the number that follows from the clouds' sizes alone, in float32."""
+    missing = min(coupling.vision.count, coupling.text.count, root.shape[1]) - root.shape[0]
+    return torch.nn.functional.pad(root, (0, 0, 0, missing)).float()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Influences are derivatives, and their spread is that of repeated probes."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from mir_callback.metric.coupling import couple
+from mir_callback.metric.frechet import frechet_from_moments
+from mir_callback.metric.influence import (
+    SampleSums,
+    influences,
+    maps_by_polar_factor,
+    rate_influences,
+    standard_error,
+    sums_over_samples,
+    transport_maps,
+)
+from mir_callback.metric.moments import moments_of
+from mir_callback.metric.tokens import row_norms, text_centric_scale
+from tests import clouds, reference
+
+SAMPLES = 12
+
+
+def sample_of_rows(count):
+    """Unequal shares, some samples with few rows, in order."""
+    bounds = np.linspace(0, 1, SAMPLES + 1) ** 1.5 * count
+    return torch.from_numpy(np.searchsorted(bounds[1:-1], np.arange(count), side="right"))
+
+
+def evaluate(vision, text, vision_samples, text_samples, samples):
+    """Distance and influences of one layer."""
+    norms = row_norms(text)
+    scale = text_centric_scale(norms)
+    of_vision, of_text = moments_of(vision), moments_of(text)
+    distance = frechet_from_moments(of_vision.scaled(scale), of_text.scaled(scale)).distance
+    maps = transport_maps(of_vision, of_text)
+    gap = of_vision.mean - of_text.mean
+    counts = [torch.bincount(of, minlength=samples) for of in (vision_samples, text_samples)]
+    sums = SampleSums(
+        sums_over_samples(vision, of_vision.mean, gap, maps[0], vision_samples, samples, len(vision)),
+        sums_over_samples(text, of_text.mean, -gap, maps[1], text_samples, samples, len(text)),
+        torch.zeros(samples, dtype=torch.float64).index_add_(0, text_samples, norms),
+        *counts,
+    )
+    return distance, influences(sums, distance, scale)
+
+
+def weighted_distance(vision, text, vision_weights, text_weights):
+    """Independent of ours: FD of weighted rows through QR factors, text-scaled by their weighted mean norm."""
+    factors, means = [], []
+    for rows, weights in ((vision, vision_weights), (text, text_weights)):
+        mean = np.average(rows, axis=0, weights=weights)
+        spread = (rows - mean) * np.sqrt(weights / weights.sum() * len(rows) / (len(rows) - 1))[:, None]
+        factors.append(np.linalg.qr(spread, mode="r"))
+        means.append(mean)
+    root = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()
+    distance = ((means[0] - means[1]) ** 2).sum() + sum((factor**2).sum() for factor in factors) - 2 * root
+    return distance / np.average(np.sqrt((text**2).sum(axis=1)), weights=text_weights) ** 2
+
+
+@pytest.mark.parametrize(
+    "case", ["equal", "offset", "conditioned", "few_rows", "few_vision_rows", "few_text_rows", "massive_constant"]
+)
+def test_influence_is_the_derivative_by_the_weight_of_a_sample(case):
+    vision, text = clouds.CASES[case](clouds.generator(3))
+    vision_samples, text_samples = sample_of_rows(len(vision)), sample_of_rows(len(text))
+    distance, found = evaluate(vision, text, vision_samples, text_samples, SAMPLES)
+    rows = reference.to_numpy(vision), reference.to_numpy(text)
+    step, slopes = 1e-5, []
+    for sample in range(SAMPLES):
+        moved = []
+        for sign in (1, -1):
+            weights = [1 + sign * step * (of == sample).numpy() for of in (vision_samples, text_samples)]
+            moved.append(weighted_distance(*rows, *weights))
+        slopes.append((moved[0] - moved[1]) / (2 * step))
+    assert distance == pytest.approx(weighted_distance(*rows, *(np.ones(len(part)) for part in rows)), rel=1e-9)
+    expected = SAMPLES * np.array(slopes)
+    assert found.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", clouds.CASES)
+def test_influences_are_finite_and_add_up_to_zero(case):
+    vision, text = clouds.CASES[case](clouds.generator(4))
+    _, found = evaluate(vision, text, sample_of_rows(len(vision)), sample_of_rows(len(text)), SAMPLES)
+    assert torch.isfinite(found).all()
+    assert found.sum().item() == pytest.approx(0.0, abs=1e-9 * found.abs().sum().item())
+
+
+def test_maps_of_either_side_agree_when_modalities_change_places():
+    vision, text = clouds.CASES["offset"](clouds.generator(5))
+    of_vision, of_text = moments_of(vision), moments_of(text)
+    there, back = transport_maps(of_vision, of_text), transport_maps(of_text, of_vision)
+    for one, other in zip(there, reversed(back), strict=True):
+        found, expected = ((root.T @ root).numpy() for root in (one.root, other.root))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("case", ["equal", "offset", "conditioned", "massive", "massive_constant", "with_outliers"])
+def test_maps_by_polar_factor_give_every_row_the_same(case):
+    vision, text = clouds.CASES[case](clouds.generator(6))
+    of_vision, of_text = moments_of(vision), moments_of(text)
+    found = maps_by_polar_factor(couple(of_vision, of_text))
+    assert found is not None
+    expected = transport_maps(of_vision, of_text)
+    for rows, moments, one, other in zip((vision, text), (of_vision, of_text), found, expected, strict=True):
+        values = [((rows - moments.mean) @ form.root.double().T).square().sum(dim=1) for form in (one, other)]
+        assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
+
+
+def test_maps_by_polar_factor_are_declined_when_a_cloud_has_no_cholesky_factor():
+    for case in ("few_rows", "few_vision_rows", "few_text_rows", "rank_deficient"):
+        vision, text = (moments_of(rows) for rows in clouds.CASES[case](clouds.generator(6)))
+        assert maps_by_polar_factor(couple(vision, text)) is None
+
+
+def draw(rng, samples, dim, vision_scale, turned):
+    """A probe of samples with effects of their own, power-law spectra and log-normal lengths."""
+    spread = torch.arange(1, dim + 1, dtype=torch.float64) ** -0.6
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=clouds.generator(1), dtype=torch.float64))[0]
+
+    def tokens(count):
+        own = 0.5 * torch.randn(samples, 1, dim, generator=rng, dtype=torch.float64)
+        each = torch.randn(samples, count, dim, generator=rng, dtype=torch.float64)
+        length = torch.exp(0.2 * torch.randn(samples, count, 1, generator=rng, dtype=torch.float64))
+        return ((own + each) * length * spread).flatten(0, 1)
+
+    vision = tokens(12) @ basis if turned else tokens(12)
+    return vision_scale * (vision + 0.1), tokens(18)
+
+
+@pytest.mark.parametrize(
+    ("vision_scale", "turned", "samples"),
+    [(15.0, True, 100), (1.0, True, 100), (2.0, False, 100), (2.0, True, 40)],
+    ids=["vision far longer", "equal lengths", "aligned bases", "forty samples"],
+)
+def test_standard_error_is_the_deviation_over_repeated_probes(vision_scale, turned, samples):
+    dim, values, errors = 48, [], []
+    of = [torch.arange(samples).repeat_interleave(count) for count in (12, 18)]
+    for repeat in range(150):
+        clouds_drawn = draw(clouds.generator(1000 + repeat), samples, dim, vision_scale, turned)
+        distance, found = evaluate(*clouds_drawn, *of, samples)
+        values.append(np.log10(distance))
+        errors.append(standard_error(rate_influences(found[None], [distance])).item())
+    assert 0.9 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35
