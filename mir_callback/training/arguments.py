@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mir_callback.errors import ConfigError
+from mir_callback.memory import check_capture_budget
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.samples import check_draw
 from mir_callback.training.events import DEFAULT_EVENTS, check_events
 from mir_callback.training.failures import FailurePolicy
+from mir_callback.training.pending import check_solve
 from mir_callback.training.plateau import PlateauRule
 from mir_callback.training.schedule import AtSteps, EveryEpochs, EverySteps, LogSpaced, Schedule, TimeShare
 from mir_callback.training.watchdog import DEFAULT_SECONDS, Watchdog
 
-STOP_RULES = ("none", "plateau")
+STOP_RULES = ("none", "observe", "plateau")
 _FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,100,1000 (these steps)"
 
 
@@ -54,15 +56,46 @@ class MIRArguments:
     )
     mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
     mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
+    mir_standard_error: bool = field(
+        default=True, metadata={"help": "Also find how far MIR would vary with other samples like the probe's."}
+    )
+    mir_bias_gauge: bool = field(
+        default=False, metadata={"help": "Also find MIR with most of the bias of a finite probe removed."}
+    )
+    mir_probe_loss: bool = field(
+        default=False, metadata={"help": "Also find how well the model predicts the probe's texts."}
+    )
+    mir_solve: str = field(
+        default="now",
+        metadata={"help": "now, or background: train on while the solves run, values come some steps later."},
+    )
+    mir_capture_budget_gb: float | None = field(
+        default=None,
+        metadata={"help": "GB of token rows to keep on each rank's device (default: half of what is free)."},
+    )
     mir_keep_best: bool = field(
         default=False, metadata={"help": "Keep the weights with the lowest MIR in OUTPUT_DIR/mir_best."}
     )
-    mir_stop: str = field(default="none", metadata={"help": "none: watch only; plateau: stop when MIR is level."})
-    mir_stop_window: int = field(default=8, metadata={"help": "Evaluations the plateau rule fits its line to."})
+    mir_stop: str = field(
+        default="none",
+        metadata={"help": "none: watch only; plateau: stop when MIR is level; observe: say when it would."},
+    )
+    mir_stop_window: int = field(default=7, metadata={"help": "Fewest evaluations the plateau rule fits its line to."})
     mir_stop_min_delta: float = field(
-        default=0.02, metadata={"help": "Change of MIR over the window that still counts."}
+        default=0.02, metadata={"help": "Fall of MIR within the horizon that is still worth going on for."}
     )
     mir_stop_warmup: int = field(default=5, metadata={"help": "First evaluations the line is never fitted to."})
+    mir_stop_horizon: float = field(
+        default=0.1,
+        metadata={"help": "How far ahead to look: a part of the run, or a number of steps; 0 for the window's length."},
+    )
+    mir_stop_patience: int = field(default=1, metadata={"help": "Evaluations in a row that must find the plateau."})
+    mir_stop_patience_steps: int = field(
+        default=0, metadata={"help": "Steps for which evaluations must have found the plateau."}
+    )
+    mir_stop_log_steps: bool = field(
+        default=False, metadata={"help": "Fit the line against the logarithm of the step."}
+    )
     mir_continue_after_stop: bool = field(
         default=False, metadata={"help": "Go on with a resumed run that was stopped on its plateau."}
     )
@@ -98,6 +131,8 @@ class MIRArguments:
         parse_schedule(self.mir_every)
         self.events()
         check_root(self.mir_root)
+        check_solve(self.mir_solve, keep_best=self.mir_keep_best)
+        check_capture_budget(self.mir_capture_budget_gb)
         self.stop_rule()
         FailurePolicy(self.mir_on_error, self.mir_max_failures or None)
         Watchdog(self.mir_watchdog_seconds or None, self.mir_abort_on_hang)
@@ -114,8 +149,17 @@ class MIRArguments:
 
     def stop_rule(self) -> PlateauRule | None:
         """The rule that the flags describe, or None."""
-        rule = PlateauRule(self.mir_stop_window, self.mir_stop_min_delta, self.mir_stop_warmup)
-        return rule if self.mir_stop == "plateau" else None
+        rule = PlateauRule(
+            self.mir_stop_window,
+            self.mir_stop_min_delta,
+            self.mir_stop_warmup,
+            horizon=self.mir_stop_horizon or None,
+            patience=self.mir_stop_patience,
+            patience_steps=self.mir_stop_patience_steps,
+            log_steps=self.mir_stop_log_steps,
+            observe_only=self.mir_stop == "observe",
+        )
+        return None if self.mir_stop == "none" else rule
 
     def attach_options(self) -> dict[str, Any]:
         """Keyword arguments of `llava_integration.attach_mir`."""
@@ -130,6 +174,11 @@ class MIRArguments:
             "dry_run": self.mir_dry_run,
             "batch_size": self.mir_batch_size,
             "root": self.mir_root,
+            "standard_error": self.mir_standard_error,
+            "bias_gauge": self.mir_bias_gauge,
+            "probe_loss": self.mir_probe_loss,
+            "solve": self.mir_solve,
+            "capture_budget_gb": self.mir_capture_budget_gb,
             "stop": self.stop_rule(),
             "on_error": self.mir_on_error,
             "max_failures": self.mir_max_failures or None,

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from mir_callback import collectives
 from mir_callback.training.history import Record
-from mir_callback.training.plateau import Verdict
+from mir_callback.training.verdicts import Verdict
 
 UNATTACHED = (
     "[mir] this callback is not attached to the Trainer: values go to the history file and, if a run is active, "
@@ -29,12 +29,15 @@ def evaluation_line(record: Record, verdict: Verdict | None) -> str:
     """One evaluation in one line."""
     if record["mir"] is None:
         return f"[mir] step {record['step']}: evaluation FAILED after {record['seconds']:.1f} s: {record['error']}"
-    line = f"[mir] step {record['step']}: MIR {record['mir']:.4f} ({record['seconds']:.1f} s)"
+    error = record.get("mir_se")
+    spread = "" if error is None else f" +- {error:.4f}"
+    line = f"[mir] step {record['step']}: MIR {record['mir']:.4f}{spread} ({record['seconds']:.1f} s)"
     if verdict is None:
         return line
-    if verdict.stop:
-        return f"{line} {verdict.kind}; stopping training: {verdict.reason}"
-    return f"{line} {verdict.kind}: {verdict.reason}" if verdict.kind == "no data" else f"{line} {verdict.kind}"
+    if verdict.would_stop:
+        what = "stopping training" if verdict.stop else "only observing, training goes on"
+        return f"{line} {verdict.kind}; {what}: {verdict.reason}"
+    return f"{line} {verdict.kind}: {verdict.reason}"
 
 
 def held_line(last: Record) -> str:

@@ -115,6 +115,19 @@ class History:
         return bool(self.records) and self.records[-1]["step"] == step
 
 
+def run_folder(trainer: Any, args: Any) -> str:
+    """Where the run that begins now keeps what it writes: its `output_dir`, or in a hyperparameter search the trial's.
+
+    Args:
+        trainer: its Trainer, or None where that is not known.
+        args: its TrainingArguments.
+
+    Ranks: all, once training is prepared.
+    """
+    trial = getattr(trainer, "_trial", None)
+    return str((args.output_dir if trial is None else trainer._get_output_dir(trial)) or ".")
+
+
 def is_candidate(record: Mapping[str, Any]) -> bool:
     """Whether a record's weights may be the best ones: trained, and measured. Ranks: pure."""
     return record["step"] > 0 and record["mir"] is not None and math.isfinite(record["mir"])
@@ -185,7 +198,7 @@ def read_history(path: str | Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            records.append(_record(line))
+            records.append(parse_record(line))
         except ValueError as error:
             if number == len(lines):
                 break
@@ -196,8 +209,8 @@ def read_history(path: str | Path) -> list[Record]:
     return records
 
 
-def _record(line: str) -> Record:
-    """One line's record; ValueError if it is none."""
+def parse_record(line: str) -> Record:
+    """One line's record; ValueError if it is none. Ranks: pure."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")

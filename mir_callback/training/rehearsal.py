@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mir_callback import collectives
-from mir_callback.evaluation import MIRReport
+from mir_callback.report import MIRReport
 from mir_callback.training.schedule import Schedule, TimeShare, due_steps
 
 _GIB = 2**30

@@ -10,6 +10,7 @@ from typing import Any
 
 from mir_callback import collectives
 from mir_callback.training import definitions, trackers, wandb_run
+from mir_callback.training.alerts import due_alert
 from mir_callback.training.history import Record
 
 
@@ -28,6 +29,10 @@ class Reports:
         self._reporters: Callable[[], list[Any]] = lambda: trainer.callback_handler.callbacks if self.attached else []
         self._defined = False
         self._failed: set[str] = set()
+
+    def begin(self) -> None:
+        """A run begins: trackers may hold a new one, which has not been told how values are made."""
+        self._defined = False
 
     def send(self, record: Record, history: Sequence[Record], options: Mapping[str, Any]) -> None:
         """Report an evaluation; nothing if it failed.
@@ -51,13 +56,20 @@ class Reports:
             if run is not None:
                 with self._guarded("wandb"):
                     wandb_run.add_charts(run, record, history)
+                self._alert(run, record, history)
         values = trackers.log_values(record, history)
         if self._log is not None:
             with self._guarded("the Trainer's reporters"):
-                self._log(values)
+                self._log(values, record)
         if direct:
             with self._guarded("wandb"):
                 wandb_run.log(run, values, record["step"])
+
+    def _alert(self, run: Any, record: Record, history: Sequence[Record]) -> None:
+        alert = due_alert([old for old in history if old is not record], record)
+        if alert is not None:
+            with self._guarded("wandb alerts"):
+                wandb_run.send_alert(run, alert)
 
     def _define(self, bare_run: Any, reporters: list[Any], definition: Mapping[str, Any]) -> None:
         if bare_run is not None:

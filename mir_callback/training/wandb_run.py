@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mir_callback.training.alerts import Alert
 from mir_callback.training.history import Record
 from mir_callback.training.trackers import best_record
 
@@ -35,12 +36,18 @@ def log(run: Any, values: dict[str, float], step: int) -> None:
 def add_charts(run: Any, record: Record, history: Sequence[Record]) -> None:
     """Charts of an evaluation with a value, and the best value so far. The charts wait for the row logged next.
 
-    The best value and its step stand in the run's summary, where tables and sweeps look.
+    The best value and its step stand in the run's summary, where tables and sweeps look, and the last verdict in words.
     """
     measured = [old for old in [*history, record] if old["mir"] is not None]
     best = best_record(measured)
     run.log(charts(record, measured[0], best), commit=False)
-    run.summary.update({"mir_best": best["mir"], "mir_best_step": best["step"]})
+    words = {"mir_verdict": record.get("verdict"), "mir_reason": record.get("reason")} if record.get("verdict") else {}
+    run.summary.update({"mir_best": best["mir"], "mir_best_step": best["step"], **words})
+
+
+def send_alert(run: Any, alert: Alert) -> None:
+    """Have wandb tell the run's owner, as their settings have it. An offline run does so when it is synced."""
+    run.alert(title=alert.title, text=alert.text, level="WARN" if alert.urgent else "INFO")
 
 
 def charts(record: Record, first: Record, best: Record) -> dict[str, Any]:

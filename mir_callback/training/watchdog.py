@@ -12,20 +12,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 
 from mir_callback.errors import ConfigError
+from mir_callback.progress import Tell
 
 DEFAULT_SECONDS = 600.0
 # Of a process that ends itself with abort_on_hang; Python, torchrun and signals use others.
 EXIT_CODE = 86
 _GRACE_SECONDS = 5.0  # between report and end, in which the other ranks report too
 _JOIN_SECONDS = 5.0
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def main(folder: str) -> None:
     trainer.add_callback(FailsOnRank0())
     callback = MIRCallback(probe, every=TimeShare(0.3), also_on=("start", "end")).attach(trainer)
     speed = 1 if dist.get_rank() == 0 else 1000
-    callback._clock = Clock(lambda: speed * time.perf_counter())
+    callback._run.clock = Clock(lambda: speed * time.perf_counter())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()

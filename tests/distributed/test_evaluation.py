@@ -23,6 +23,12 @@ def test_value_is_that_of_one_process(ranks):
             assert report["mir"] == pytest.approx(alone["mir"], abs=tolerance), name
             assert report["per_layer"] == pytest.approx(alone["per_layer"], rel=10 * tolerance), name
             assert report["world_size"] == len(ranks)
+            for field in ("mir_se", "influences"):  # from float32 products; None for one sample and for paper_fast
+                expected = alone[field]
+                near = expected if expected is None else pytest.approx(expected, rel=1e-3, abs=10 * tolerance)
+                assert report[field] == near, (name, field)
+            for name_of, values in alone["companions"].items():
+                assert report["companions"][name_of] == pytest.approx(values, rel=100 * tolerance), (name, name_of)
             for field in ("num_vision_tokens", "num_text_tokens", "tokens_fingerprint", "dtype"):
                 assert report[field] == alone[field], (name, field)
 

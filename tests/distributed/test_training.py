@@ -9,10 +9,12 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.cli import main
 from mir_callback.training.checkpoint import lowest_record
+from mir_callback.training.history import read_history
 from tests import tiny_models
 from tests.distributed.launch import run_process, run_ranks
-from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, STEPS
+from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, SMALL_BUDGET_GB, STEPS
 from tests.samples import pairs
 
 
@@ -71,6 +73,19 @@ def test_the_wrapped_model_gives_the_same_value(runs, setup):
         assert rank["wrapped"] == pytest.approx(rank["history"][-1]["mir"], abs=1e-5 if "bf16" in setup else 1e-6)
 
 
+@pytest.mark.parametrize("setup", ["ddp", pytest.param("2", marks=pytest.mark.slow), "3"])
+def test_solving_beside_training_changes_neither_training_nor_values(runs, setup):
+    plain, now, beside = (runs(setup, watched)[1] for watched in ("off", "on", "beside"))
+    for rank in (0, 1):
+        for field in ("log", "weights", "optimizer", "rng"):
+            assert beside[rank][field] == plain[rank][field], field
+        assert len(beside[rank]["history"]) == len(now[rank]["history"])
+        for ours, theirs in zip(beside[rank]["history"], now[rank]["history"], strict=True):
+            assert ours["step"] == theirs["step"]
+            assert ours["mir"] == pytest.approx(theirs["mir"], abs=1e-9)
+            assert ours["mir_se"] == pytest.approx(theirs["mir_se"], rel=1e-4)
+
+
 @pytest.mark.parametrize("setup", [pytest.param("2", marks=pytest.mark.slow), "3", "3 gather"])
 def test_keeping_the_best_model_changes_nothing_and_keeps_its_weights(runs, setup):
     plain = runs(setup.removesuffix(" gather"), "off")[1]
@@ -95,11 +110,39 @@ def test_keeping_the_best_model_changes_nothing_and_keeps_its_weights(runs, setu
     assert again.mir == pytest.approx(best["mir"], abs=1e-6)
 
 
+def test_mir_eval_of_zero3_shards_gives_the_value_measured_in_the_run(runs, probe):
+    folder, watched = runs("3", "best")
+    probe.save(folder / "probe.zip")
+    best = lowest_record(watched[0]["history"])
+    shards = folder / "run" / "mir_best" / f"global_step{best['step']}"
+    for model, history in ((shards.parent, "best.jsonl"), (shards, "shards.jsonl")):
+        flags = ["--probe", str(folder / "probe.zip"), "--history", str(folder / history)]
+        assert main(["eval", str(model), *flags, "--device", "cpu"]) == 0
+        (record,) = read_history(folder / history)
+        assert (record["step"], record["mir"]) == (best["step"], pytest.approx(best["mir"], abs=1e-6))
+
+
 @pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.startswith("3")])
 def test_zero3_weights_are_back_in_their_shards_after_every_evaluation(runs, setup):
     for rank in runs(setup, "on")[1]:
         assert set(rank["gathered"].values()) == {0}
         assert len(rank["gathered"]) == STEPS + 1
+
+
+def test_zero3_weights_left_gathered_by_others_are_released_before_our_forwards(runs):
+    for rank in runs("3", "on")[1]:
+        gathered = rank["leftovers"]["gathered"]
+        for budget in (None, SMALL_BUDGET_GB):
+            assert gathered[f"left by others, {budget}"] > 0
+            assert gathered[f"ours, {budget}"] == gathered[f"afterwards, {budget}"] == 0
+
+
+def test_several_passes_give_the_same_value_under_zero3(runs):
+    for rank in runs("3", "on")[1]:
+        whole, parted = rank["leftovers"]["reports"]
+        assert (whole["passes"], parted["passes"]) == (1, 2)
+        assert parted["per_layer"] == whole["per_layer"]
+        assert parted["influences"] == whole["influences"]
 
 
 def test_zero3_prefetch_trace_stays_valid_after_the_first_steps(runs):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a training run: `train_worker FOLDER SETUP on|best|off [cpu|cuda]`; SETUP is one of SETUPS.
+"""One rank of a training run: `train_worker FOLDER SETUP on|best|beside|off [cpu|cuda]`; SETUP is one of SETUPS.
 
-`best` keeps the best model too; the extra word `gather` has ZeRO-3 consolidate weights in checkpoints.
+`best` keeps the best model too, `beside` solves beside training; the extra word `gather` has ZeRO-3 consolidate
+weights in checkpoints.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
+from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer, optimizer_state
 
 STEPS = 6
 EVERY = 2
+SMALL_BUDGET_GB = 4e-5  # two of three layers
 NUM_SAMPLES = 7  # odd: the last rank comes out one short and repeats a sample
 
 
@@ -94,6 +97,37 @@ def random_state(on_gpu: bool) -> torch.Tensor:
     return torch.cat(states)
 
 
+class WithLeftovers(TrainerCallback):
+    """At the end, evaluates with all weights gathered, as others may leave them, in one pass and in several."""
+
+    def __init__(self, trainer: Any, probe: Probe) -> None:
+        self.gathered = GatheredWeights()
+        self.reports: list[dict[str, Any]] = []
+        self._trainer = trainer
+        self._probe = probe
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == STEPS:
+            for budget in (None, SMALL_BUDGET_GB):
+                self._evaluate(model, budget)
+
+    def _evaluate(self, model: torch.nn.Module, budget: float | None) -> None:
+        weights: list[Any] = list(model.parameters())
+        weights[0].all_gather(param_list=weights)
+        self.gathered.count(f"left by others, {budget}", model)
+        adapter = adapter_for(model, self._trainer.processing_class)
+        encoded = encode_for(model, self._probe, adapter, batch_size=2, capture_budget_gb=budget)
+
+        def tell(phase: str) -> None:
+            when = f"ours, {budget}"
+            if phase.startswith("forward of batch 1 ") and when not in self.gathered.left:
+                self.gathered.count(when, model)
+
+        report = evaluate_encoded(model, encoded, adapter, optimizer=self._trainer.optimizer, tell=tell)
+        self.reports.append(report.as_dict())
+        self.gathered.count(f"afterwards, {budget}", model)
+
+
 def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
     """Train, then write what this rank saw."""
     on_gpu = device == "cuda"
@@ -111,9 +145,14 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
     callback = None
     if watched != "off":
         probe = Probe.from_pairs(pairs(NUM_SAMPLES))
-        callback = MIRCallback(probe, every=EVERY, batch_size=2, keep_best=watched == "best").attach(trainer)
+        options = {"keep_best": watched == "best", "solve": "background" if watched == "beside" else "now"}
+        callback = MIRCallback(probe, every=EVERY, batch_size=2, **options).attach(trainer)
     gathered = GatheredWeights()
     trainer.add_callback(gathered)
+    leftovers = None
+    if callback and setup == "3":
+        leftovers = WithLeftovers(trainer, probe)
+        trainer.add_callback(leftovers)
     trainer.train()
     wrapped = None
     if callback:
@@ -137,6 +176,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
             "history": callback.history if callback else [],
             "wrapped": wrapped,
             "gathered": gathered.left,
+            "leftovers": {"gathered": leftovers.gathered.left, "reports": leftovers.reports} if leftovers else None,
         },
     )
 

@@ -161,15 +161,15 @@ def training_is_killed(folder: Path, moment: int) -> bool:
     def work() -> None:
         trainer = make_trainer(folder, steps=3)
         callback = MIRCallback(Probe.from_pairs(pairs(4)), every=1, keep_best=True).attach(trainer)
-        original = callback._best.offer
+        original = callback._run.best.offer
 
         def offer(record: dict[str, Any]) -> str | None:
             if record["step"] == 2:
-                callback._best.lowest = math.inf
+                callback._run.best.lowest = math.inf
                 die_at(moment, "mir_best")
             return original(record)
 
-        callback._best.offer = offer
+        callback._run.best.offer = offer
         trainer.train()
 
     return killed(work)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,17 @@ def collator(processor: Any) -> Any:
 
 
 def make_trainer(
-    output_dir: str | Path, *, steps: int = 6, dropout: float = 0.1, evaluated: int = 0, **options: Any
+    output_dir: str | Path,
+    *,
+    steps: int = 6,
+    dropout: float = 0.1,
+    evaluated: int = 0,
+    wrap: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Trainer:
     """A Trainer on a tiny LLaVA: gradient accumulation, dropout, every loss logged, nothing reported.
 
-    With ``evaluated`` the Trainer's own evaluation has that many samples.
+    With ``evaluated`` the Trainer's own evaluation has that many samples; ``wrap`` makes of the model what is trained.
     """
     model, processor = tiny_models.llava(dropout=dropout)
     args = TrainingArguments(
@@ -71,7 +78,7 @@ def make_trainer(
         },
     )
     return Trainer(
-        model=model,
+        model=wrap(model) if wrap else model,
         args=args,
         train_dataset=Pairs(),
         eval_dataset=Pairs(evaluated) if evaluated else None,

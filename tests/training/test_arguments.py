@@ -90,7 +90,7 @@ def test_nothing_given_switches_mir_off():
         (["--mir_images", "i"], "mir_texts must be given with mir_images, got mir_images='i' alone"),
         (["--mir_texts", "t"], "mir_images must be given with mir_texts"),
         (["--mir_images", "i", "--mir_texts", "t", "--mir_probe", "p"], "mir_probe must be given without mir_images"),
-        (["--mir_stop", "soon"], "mir_stop must be one of none, plateau, got 'soon'"),
+        (["--mir_stop", "soon"], "mir_stop must be one of none, observe, plateau, got 'soon'"),
         (["--mir_every", "0"], "every must be an integer of at least 1"),
         (["--mir_every", "logs"], "mir_every must be one of 50 .steps.*, got 'logs'"),
         (["--mir_every", "200%"], "TimeShare must get a part below 1, got 2.0"),

@@ -100,7 +100,8 @@ def test_one_console_line_per_evaluation(tmp_path, probe, capsys):
     trainer.train()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[mir]")]
     assert len(lines) == 3
-    assert lines[2].startswith(f"[mir] step 2: MIR {callback.history[2]['mir']:.4f} (")
+    last = callback.history[2]
+    assert lines[2].startswith(f"[mir] step 2: MIR {last['mir']:.4f} +- {last['mir_se']:.4f} (")
 
 
 def test_attach_adds_the_callback_once(tmp_path, probe):
@@ -133,7 +134,7 @@ def test_training_stops_at_the_step_the_rule_names(tmp_path, probe, capsys):
 
 def test_plateau_rule_stops_a_run_that_does_not_move(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=50, learning_rate=0.0)
-    callback = MIRCallback(probe, every=1, stop=PlateauRule(window=4, warmup=2)).attach(trainer)
+    callback = MIRCallback(probe, every=1, stop=PlateauRule(window=4, warmup=2, horizon=None)).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 5
     assert [record["verdict"] for record in callback.history] == ["no data"] * 5 + ["plateau"]

@@ -122,7 +122,7 @@ def test_a_failing_save_warns_training_goes_on_and_the_older_best_stays(tmp_path
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                callback._best.lowest = 100.0  # whatever comes is better
+                callback._run.best.lowest = 100.0  # whatever comes is better
                 (tmp_path / "mir_best.new").write_text("")
 
     trainer.add_callback(FullDisk())

@@ -132,3 +132,20 @@ def test_values_hold_the_best_so_far_and_the_share_of_the_time():
         "mir_time_share": 0.25,
     }
     assert log_values(record(5, None), history) == {}
+
+
+def test_companions_are_logged_as_one_number_each():
+    companions = {
+        "mean_part": [0.5, 1.0],
+        "covariance_part": [0.5, 1.0],
+        "norm_ratio": [4.0, 2.0],
+        "cosine": [-0.5, 0.5],
+        "vision_rank": [10.0, 20.0],
+        "text_rank": [30.0, 50.0],
+    }
+    logged = log_values(record(1, 0.5, mir_se=0.01, companions=companions))
+    assert logged["mir_se"] == 0.01
+    assert logged["mir_mean_share"] == 0.5
+    assert logged["mir_norm_ratio"] == 3.0
+    assert logged["mir_cosine"] == 0.0
+    assert (logged["mir_vision_rank"], logged["mir_text_rank"]) == (15.0, 40.0)

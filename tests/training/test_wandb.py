@@ -2,6 +2,8 @@
 """What a real (offline) wandb run holds afterwards, read back from its file."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import wandb
@@ -10,17 +12,6 @@ from mir_callback import MIRCallback, PlateauRule, Probe
 from tests.samples import pairs
 from tests.training import wandb_file
 from tests.training.runs import losses, make_trainer
-
-
-@pytest.fixture
-def wandb_folder(tmp_path, monkeypatch):
-    folder = tmp_path / "wandb-run"
-    folder.mkdir()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield folder
-    wandb.teardown()
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -106,3 +97,17 @@ def test_values_reach_a_run_that_the_trainer_does_not_report_to(tmp_path, wandb_
     ]
     assert all("mir/layers_over_steps/values" in row for row in found)
     assert wandb_file.axes(wandb_folder)["train/mir*"] == "train/global_step"
+
+
+def test_panel_set_names_every_key_of_ours_when_a_run_has_logged_them(tmp_path, wandb_folder):
+    trainer = make_trainer(tmp_path / "run", steps=1, report_to=["wandb"])
+    MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
+    trainer.train()
+    wandb.finish()
+    page = (Path(__file__).parents[2] / "docs" / "wandb.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    named = {key.replace("/.*", "/01") for key in re.findall(r"`((?:train/|mir)[^` ]+)`", table)}
+    logged = {key for row in wandb_file.rows(wandb_folder) for key in row} | set(wandb_file.summary(wandb_folder))
+    assert named <= {re.sub("/(values|bins|_type)$|_table/.*$", "", key) for key in logged}
+    ours = {key for key in logged if key.startswith("train/mir") and not re.search("mir_layer/|_best", key)}
+    assert ours <= named

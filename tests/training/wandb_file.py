@@ -41,6 +41,11 @@ def axes(folder: Path) -> dict[str, str]:
     return {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
 
 
+def alerts(folder: Path) -> list[Any]:
+    """The alerts sent, with `title`, `text` and `level`."""
+    return [record.alert for record in finished(folder) if record.WhichOneof("record_type") == "alert"]
+
+
 def finished(folder: Path, timeout: float = 60.0) -> list[Any]:
     """All records of the only offline run below ``folder``.
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a group whose ranks have unlike memory: `memory_worker FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mir_callback import Probe, capacity
+from mir_callback.collectives import gather_objects
+from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
+from mir_callback.memory import GB, Budgets
+from tests import tiny_models
+from tests.distributed.launch import write_rank
+from tests.samples import pairs
+
+COUNT = 7
+LAYERS = 5
+ROW = tiny_models.HIDDEN * 4
+PLENTY = 10**9
+
+
+class Watched:
+    """Counts this rank's exchanges while an evaluation forwards its probe, until rows are measured."""
+
+    def __init__(self) -> None:
+        self.count = self.in_forwards = 0
+        self._real = dist.all_gather_object
+
+    def __enter__(self) -> Watched:
+        """Count from here on."""
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.count += 1
+            return self._real(*arguments, **options)
+
+        dist.all_gather_object = counted
+        return self
+
+    def hear(self, phase: str) -> None:
+        """Note how many there were when the first rows are measured."""
+        if phase == "norms of all tokens" and not self.in_forwards:
+            self.in_forwards = self.count
+
+    def __exit__(self, *_: object) -> None:
+        """Stop counting."""
+        dist.all_gather_object = self._real
+
+
+def run(limits: list[Budgets] | None = None, *, budget_gb: float | None = None, hungry: int | None = None) -> Any:
+    """Two evaluations with this rank's limits; rank 1 asks for too much memory above ``hungry`` samples at once."""
+    rank = dist.get_rank()
+    model, processor = tiny_models.llava(layers=LAYERS)
+    if hungry is not None and rank == 1:
+
+        def ask(_module: Any, _args: Any, kwargs: Any) -> None:
+            if len(kwargs["input_ids"]) > hungry:
+                torch.empty(1 << 50)
+
+        model.register_forward_pre_hook(ask, with_kwargs=True)
+    real = capacity.budgets_of
+    if limits is not None:
+        capacity.budgets_of = lambda *_: limits[rank]  # type: ignore[assignment]
+    try:
+        adapter = adapter_for(model, processor)
+        probe = Probe.from_pairs(pairs(COUNT))
+        encoded = encode_for(model, probe, adapter, batch_size=2, capture_budget_gb=budget_gb)
+        found = []
+        for _ in range(2):
+            with warnings.catch_warnings(record=True) as told, Watched() as watched:
+                warnings.simplefilter("always")
+                report = evaluate_encoded(model, encoded, adapter, progress=False, tell=watched.hear)
+            words = [str(each.message) for each in told if "memory ran out" in str(each.message)]
+            found.append({**report.as_dict(), "told": words, "exchanges": watched.in_forwards})
+        return {"reports": found, "error": None, "ranks_here": encoded.ranks_here}
+    except Exception as error:
+        return {"reports": None, "error": f"{type(error).__name__}: {error}"}
+    finally:
+        capacity.budgets_of = real
+
+
+def main(folder: str) -> None:
+    """Run every case; after a bad one the ranks must still be in step for the next."""
+    dist.init_process_group("gloo")
+    model, processor = tiny_models.llava(layers=LAYERS)
+    share = encode_for(model, Probe.from_pairs(pairs(COUNT)), adapter_for(model, processor)).share
+    assert share.rows is not None
+    layer = max(gather_objects(sum(share.rows) * ROW))
+    free = Budgets(PLENTY, 0, given=False)
+    cases = {
+        "whole": run(),
+        "one rank in passes": run([free, Budgets(2 * layer, 0, given=True)]),
+        "one rank on its host": run([free, Budgets(2 * layer, PLENTY, given=True)]),
+        "unlike ways": run([Budgets(3 * layer, PLENTY, given=True), Budgets(2 * layer, 0, given=True)]),
+        "too small": run(budget_gb=0.9 * layer / GB),
+        "one rank hungry": run(hungry=1),
+        "one rank never fed": run(hungry=0),
+    }
+    write_rank(folder, dist.get_rank(), cases)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/stopping.md promises of the default rule, on fewer runs than `benchmarks/plateau_rates.py` makes."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mir_callback import PlateauRule
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RUNS = 8
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_truth_of_a_curve_is_what_its_formula_says():
+    from plateau_curves import settled, straight_by
+
+    # depth e^(-t/tau) (1 - e^(-0.1/tau)) = 0.01, solved for t.
+    expected = -0.1 * math.log(0.01 / (1 - math.exp(-1)))
+    assert settled(lambda t: np.exp(-t / 0.1), 0.01) == pytest.approx(expected, abs=1e-3)
+    assert settled(straight_by(0.011), 0.01) == 1
+    assert settled(straight_by(0.009), 0.01) == 0
+    # Level on top of a hump, and falling only after it: the plateau is what comes last.
+    assert settled(lambda t: np.where(t < 0.5, 1.0, np.maximum(1 - 5 * (t - 0.5), 0)), 0.01) == pytest.approx(
+        0.7, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_false_stops_are_rare_and_stops_in_time_are_the_rule(number):
+    from plateau_runs import SETTINGS, pooled
+
+    saturating, falling = pooled(PlateauRule(), SETTINGS[number], RUNS)
+    assert (len(saturating), len(falling)) == (6 * RUNS, 4 * RUNS)
+    assert sum(outcome.false for outcome in [*saturating, *falling]) <= 0.02 * 10 * RUNS
+    assert sum(outcome.in_time for outcome in saturating) >= 0.9 * len(saturating)
+
+
+def test_a_hasty_rule_fails_the_same_runs():
+    from plateau_runs import STANDARD, pooled
+
+    saturating, falling = pooled(PlateauRule(window=4, min_delta=0.2, warmup=0), STANDARD, 3)
+    assert sum(outcome.false for outcome in [*saturating, *falling]) > 15
+    saturating, _ = pooled(PlateauRule(min_delta=0.001), STANDARD, 3)
+    assert sum(outcome.in_time for outcome in saturating) < 9
+
+
+def test_stops_on_half_of_min_delta_and_not_on_twice_of_it():
+    from plateau_curves import noise, straight_by
+    from plateau_runs import STANDARD, records, stop_of
+
+    t = np.arange(STANDARD.evaluations + 1) / STANDARD.evaluations
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        slow, fast = (
+            stop_of(PlateauRule(), records(t, straight_by(fall)(t) + noise(rng, len(t), 0.003, 0)))
+            for fall in (0.01, 0.04)
+        )
+        assert slow < 0.6
+        assert fast == math.inf
+
+
+def test_failed_evaluations_and_outliers_make_a_stop_later_but_not_false():
+    from plateau_runs import STANDARD, pooled
+
+    for spoil in ({"failed": 0.15}, {"spikes": 0.05}):
+        saturating, falling = pooled(PlateauRule(), STANDARD, 4, **spoil)
+        assert not any(outcome.false for outcome in [*saturating, *falling])
+        assert sum(outcome.stop < math.inf for outcome in saturating) >= 0.9 * len(saturating)
+
+
+@pytest.mark.parametrize(("shelf", "most"), [(0.05, 0), (0.1, 3)])
+def test_does_not_stop_in_front_of_a_second_fall_that_comes_soon(shelf, most):
+    from plateau_curves import noise, second_fall, settled
+    from plateau_runs import STANDARD, records, stop_of
+
+    t = np.arange(STANDARD.evaluations + 1) / STANDARD.evaluations
+    rng, early = np.random.default_rng(0), 0
+    for _ in range(12):
+        curve = second_fall(rng, shelf)
+        values = curve(t) + noise(rng, len(t), STANDARD.size, 0)
+        early += stop_of(PlateauRule(), records(t, values)) < settled(curve, 0.02)
+    assert early <= most
