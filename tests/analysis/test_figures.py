@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of a run is a real picture of its values."""
 
+import json
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mir_callback.analysis.figures import plot_run
@@ -43,6 +46,47 @@ def test_picture_changes_with_values_and_verdict(tmp_path):
 )
 def test_any_history_with_a_value_can_be_drawn(tmp_path, history):
     assert picture(plot_run(history, [], tmp_path / "run.png")).std() > 20
+
+
+def test_runs_are_drawn_from_where_they_lie(tmp_path):
+    """The same picture from records at hand, from the history file and from the run's folder with a Trainer's state."""
+    losses = [{"step": step, "loss": 4.0 / step} for step in range(1, 60, 5)]
+    (tmp_path / "checkpoint-50").mkdir()
+    (tmp_path / "checkpoint-50" / "trainer_state.json").write_text(json.dumps({"log_history": losses}))
+    file = tmp_path / "mir_history.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in HISTORY) + '{"step": 60, "mi')
+    expected = picture(plot_run(HISTORY, losses, tmp_path / "a.png"))
+    for source in (file, str(tmp_path)):
+        assert np.array_equal(expected, picture(plot_run(source, [], tmp_path / "b.png")))
+    with pytest.raises(HistoryError, match="nowhere"):
+        plot_run(tmp_path / "nowhere", [], tmp_path / "c.png")
+
+
+def test_loss_and_error_band_come_from_the_records_when_they_have_them(tmp_path):
+    plain = picture(plot_run(HISTORY, [], tmp_path / "a.png"))
+    noted = [{**record, "loss": 4.0 - record["step"] / 20} for record in HISTORY]
+    logged = [{"step": record["step"], "loss": record["loss"]} for record in noted]
+    with_loss = picture(plot_run(noted, [], tmp_path / "b.png"))
+    assert not np.array_equal(plain, with_loss)
+    assert np.array_equal(with_loss, picture(plot_run(HISTORY, logged, tmp_path / "c.png")))
+    sure = [{**record, "mir_se": 0.02} for record in HISTORY]
+    assert not np.array_equal(plain, picture(plot_run(sure, [], tmp_path / "d.png")))
+
+
+def test_colour_bar_lies_beside_its_picture_when_there_is_a_loss(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_run(HISTORY, [{"step": step, "loss": 4.0 / step} for step in range(1, 60, 5)], tmp_path / "a.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    curve, heat, beside = figure.axes
+    (bar,) = (axes for axes in heat.child_axes)
+    box, place = heat.get_position(), bar.get_window_extent().transformed(figure.transFigure.inverted())
+    assert box.x1 < place.x0 < box.x1 + 0.03
+    assert place.y0 == pytest.approx(box.y0, abs=0.01)
+    assert place.y1 == pytest.approx(box.y1, abs=0.01)
+    assert beside.get_ylabel() == "training loss"
+    assert curve.get_position().x1 == pytest.approx(box.x1)
 
 
 def test_error_when_there_is_nothing_to_draw(tmp_path):

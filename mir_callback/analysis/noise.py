@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sure a difference of MIR is: two kinds of noise, and never one for the other.
+
+The probe's sampling error says how the difference would move with other samples. It says nothing about another seed:
+two runs of one recipe differ for good, and the same probe knows that difference very exactly. This second noise is seen
+only in replicates, runs of one recipe with other seeds. Without them it has to be given or assumed: what a seed does to
+a run is mostly smooth, so the scatter of a single curve does not show it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mir_callback.analysis.axes import Curve, Point, value_at
+
+# What is assumed of runs that differ in the seed only: their standard deviation in MIR, the largest that small real
+# trainings had (docs/comparing.md), and the part of the way to a place by which a seed may shift a curve.
+ASSUMED_SD = 0.35
+ASSUMED_SHIFT = 0.1
+# Degrees of freedom that the assumption counts for beside replicates: two seeds sometimes agree by chance and promise
+# less noise than there is. A scaled inverse chi-squared prior, whose weight is small enough for five runs to overrule.
+ASSUMED_FREEDOM = 0.05
+_WINDOW = 7  # evaluations about a place in which scatter and slope are looked for
+
+
+@dataclass(frozen=True)
+class RunNoise:
+    """How far runs of one recipe lie apart at the place compared.
+
+    Attributes:
+        kind: where it comes from: "replicates" of these recipes, "given" by the user, or "assumed".
+        sds: standard deviation of one run, for each recipe, in MIR.
+        freedom: degrees of freedom of each of them; infinite unless it comes from replicates.
+        told: this as a sentence.
+    """
+
+    kind: Literal["replicates", "given", "assumed"]
+    sds: tuple[float, ...]
+    freedom: tuple[float, ...]
+    told: str
+
+
+@dataclass(frozen=True)
+class ProbeNoise:
+    """How far a difference would move with other samples in the probe.
+
+    Attributes:
+        kind: "paired" by the samples' influences; "unpaired", from the standard errors alone, which is too much where
+            the samples are the same; or "unknown".
+        se: standard error of the difference; 0 where it is unknown.
+        freedom: its degrees of freedom.
+    """
+
+    kind: Literal["paired", "unpaired", "unknown"]
+    se: float
+    freedom: float = math.inf
+
+
+def run_noise(groups: Sequence[Sequence[Curve]], place: float, given_sd: float | None = None) -> RunNoise:
+    """The noise between runs of one recipe.
+
+    Args:
+        groups: for each recipe the curves of its runs, which all cover ``place``.
+        place: where they are compared.
+        given_sd: a standard deviation that is known from elsewhere; goes before everything else.
+
+    Returns:
+        With replicates: the standard deviation within each recipe, in which :data:`ASSUMED_SD` has a small weight. It
+        is not pooled, as a recipe with a high learning rate can have ten times that of another; a recipe of one run
+        gets the largest one of the others. Without any: the assumed one of each run, see :func:`assumed_sd`.
+
+    Ranks: pure.
+    """
+    certain = (math.inf,) * len(groups)
+    if given_sd is not None:
+        told = f"run-to-run noise: standard deviation {given_sd:.2g} between runs of one recipe, as given"
+        return RunNoise("given", (given_sd,) * len(groups), certain, told)
+    values = [[value_at(curve, place).mir for curve in curves] for curves in groups]
+    measured = [_moderated_sd(found) for found in values if len(found) > 1]
+    if measured:
+        each = [_moderated_sd(found) if len(found) > 1 else max(measured) for found in values]
+        told = (
+            f"run-to-run noise: standard deviation {_range([sd for sd, _ in each])} between runs of one recipe, "
+            f"measured on the replicates (with a little of an assumed {ASSUMED_SD}, as few runs may agree by chance)"
+        )
+        if len(measured) < len(groups):
+            told += "; recipes of one run get the largest"
+        return RunNoise("replicates", tuple(sd for sd, _ in each), tuple(freedom for _, freedom in each), told)
+    sds = tuple(assumed_sd(curves[0], place) for curves in groups)
+    told = (
+        f"run-to-run noise: standard deviation {_range(sds)} between runs of one recipe, ASSUMED, as each recipe has "
+        "one run only; give replicates (a=run1,run2) or a known value (--seed-sd)"
+    )
+    return RunNoise("assumed", sds, certain, told)
+
+
+def assumed_sd(curve: Curve, place: float) -> float:
+    """Standard deviation to allow for between this run and others that differ in the seed only.
+
+    The root of the summed squares of :data:`ASSUMED_SD`; twice the curve's scatter about its smooth trend around the
+    place, as what varies from one evaluation to the next varies from run to run all the more; and the curve's slope
+    times :data:`ASSUMED_SHIFT` of the way to the place, as a seed makes a run a little faster or slower.
+
+    Ranks: pure.
+    """
+    scatter, slope = _trend(curve, place)
+    return math.hypot(ASSUMED_SD, 2 * scatter, slope * ASSUMED_SHIFT * place)
+
+
+def probe_noise(one: Sequence[Point], other: Sequence[Point], same_probe: bool) -> ProbeNoise:
+    """The probe's sampling error of the difference between two recipes' mean values.
+
+    Args:
+        one: the values of one recipe's runs at the place compared.
+        other: those of the other recipe.
+        same_probe: whether all were measured on the same probe.
+
+    Ranks: pure.
+    """
+    influences = [_mean_influences(points) for points in (one, other)]
+    left, right = influences
+    if same_probe and left is not None and right is not None and left.shape == right.shape and len(left) > 1:
+        difference = left - right
+        count = len(difference)
+        return ProbeNoise("paired", float(np.std(difference, ddof=1)) / math.sqrt(count), count - 1)
+    ses = [_mean_se(points) for points in (one, other)]
+    if ses[0] is None or ses[1] is None:
+        return ProbeNoise("unknown", 0.0)
+    return ProbeNoise("unpaired", math.hypot(ses[0], ses[1]))
+
+
+def _moderated_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Standard deviation of replicates with the assumption's small weight, and its degrees of freedom."""
+    squares, freedom = float(np.var(values)) * len(values), len(values) - 1 + ASSUMED_FREEDOM
+    return math.sqrt((squares + ASSUMED_FREEDOM * ASSUMED_SD**2) / freedom), freedom
+
+
+def _range(sds: Sequence[float]) -> str:
+    least, most = f"{min(sds):.2g}", f"{max(sds):.2g}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _mean_influences(points: Sequence[Point]) -> np.ndarray | None:
+    known = [point.influences for point in points if point.influences is not None]
+    if len(known) < len(points) or len({len(values) for values in known}) > 1:
+        return None
+    mean: np.ndarray = np.mean(known, axis=0)
+    return mean
+
+
+def _mean_se(points: Sequence[Point]) -> float | None:
+    """Standard error of a mean over runs: that of one run, as the same samples lead all of them astray."""
+    known = [point.se for point in points if point.se is not None]
+    return sum(known) / len(known) if len(known) == len(points) else None
+
+
+def _trend(curve: Curve, place: float) -> tuple[float, float]:
+    """Scatter about a parabola through the evaluations nearest to a place, and the parabola's slope there."""
+    places, values = np.array(curve.places), np.array([record["mir"] for record in curve.records], dtype=float)
+    if len(places) < 2:
+        return 0.0, 0.0
+    nearest = np.sort(np.argsort(np.abs(places - place), kind="stable")[:_WINDOW])
+    near, values = places[nearest] - place, values[nearest]
+    degree = min(2, len(near) - 1)
+    fit = np.polynomial.Polynomial.fit(near, values, degree)
+    freedom = len(near) - degree - 1
+    scatter = math.sqrt(float(np.sum((values - fit(near)) ** 2)) / freedom) if freedom > 0 else 0.0
+    return scatter, abs(float(fit.deriv()(0.0)))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as the page sees it, and the axes it can be drawn over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mir_callback.training.history import Record, lowest_record
+
+MOMENTS = ("first", "best", "last")
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run, ready to be shown.
+
+    Attributes:
+        name: what the page calls it.
+        records: its evaluations by step, failed ones too; fields are optional but, where present, what their names say.
+        losses: logged training losses, (step, loss), by step; may be empty.
+        settings: further facts about the run, name to value.
+        notes: sentences about what was missing or damaged.
+    """
+
+    name: str
+    records: Sequence[Record]
+    losses: Sequence[tuple[int, float]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @cached_property
+    def measured(self) -> list[Record]:
+        """The evaluations that have a value."""
+        return [record for record in self.records if record.get("mir") is not None]
+
+    @cached_property
+    def failed(self) -> list[Record]:
+        """The evaluations that have none."""
+        return [record for record in self.records if record.get("mir") is None]
+
+    @cached_property
+    def moments(self) -> dict[str, Record]:
+        """First, best and last evaluation; without a trained value the best is the first. Empty if there is none."""
+        if not self.measured:
+            return {}
+        best = lowest_record(self.measured) or self.measured[0]
+        return {"first": self.measured[0], "best": best, "last": self.measured[-1]}
+
+    @cached_property
+    def loss_points(self) -> list[tuple[int, float]]:
+        """Logged losses, or those that the evaluations noted if the log is not at hand."""
+        noted = [(record["step"], record["loss"]) for record in self.measured if record.get("loss") is not None]
+        return list(self.losses) or noted
+
+    def common(self, name: str) -> list[Any]:
+        """The different values of a field over the run, in order of appearance."""
+        found: list[Any] = []
+        for record in self.records:
+            value = record.get(name)
+            if value is not None and value not in found:
+                found.append(value)
+        return found
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Something that runs on while a model trains.
+
+    Attributes:
+        name: for the page's switch and its address.
+        label: what is written below the axis, the unit included.
+        field: of a record.
+        logarithmic: drawn by log(1 + value).
+        unit: values are divided by it.
+    """
+
+    name: str
+    label: str
+    field: str
+    logarithmic: bool = False
+    unit: float = 1.0
+
+    def places(self, run: RunView, steps: Sequence[int]) -> np.ndarray:
+        """Where steps of a run lie on this axis; NaN for steps that its evaluations do not span. (n,) float64."""
+        asked = np.asarray(steps, dtype=float)
+        if self.field == "step":
+            return asked
+        known = [record["step"] for record in run.measured]
+        values = [record[self.field] / self.unit for record in run.measured]
+        places: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
+        return places
+
+
+def axes_of(runs: Sequence[RunView]) -> list[Axis]:
+    """The axes that all evaluations of all runs have a place on; steps first."""
+    longest = max((record.get("elapsed") or 0.0 for run in runs for record in run.measured), default=0.0)
+    unit, name = next((unit, name) for unit, name in _TIMES if longest >= 3 * unit or unit == 1.0)
+    candidates = [
+        Axis("time", f"training time, {name}", "elapsed", unit=unit),
+        Axis("samples", "training samples seen", "samples_seen"),
+        Axis("tokens", "training tokens seen", "tokens_seen"),
+        Axis("epoch", "epoch", "epoch"),
+    ]
+    steps = [Axis("step", "optimizer step", "step"), Axis("log", "optimizer step, logarithmic", "step", True)]
+    return steps + [axis for axis in candidates if all(_has(run, axis.field) for run in runs)]
+
+
+_TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
+def _has(run: RunView, name: str) -> bool:
+    values = [record.get(name) for record in run.measured]
+    known = [value for value in values if value is not None]
+    return len(known) == len(values) and len(set(known)) > 1 and all(a <= b for a, b in pairwise(known))

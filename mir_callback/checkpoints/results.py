@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of checkpoints in a history file of their own: one record a step, in order of steps, whole at every moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mir_callback import collectives
+from mir_callback.errors import HistoryError
+from mir_callback.training.history import DEFINITION_FIELDS, Record, read_history
+
+# Not `mir_history*.jsonl`: what a run has measured itself stays as it is.
+RESULTS_NAME = "mir_eval.jsonl"
+
+
+class Results:
+    """The records of one run's checkpoints; the same on every rank, written by rank 0.
+
+    Args:
+        path: the history file; made with the first record.
+        run: the run's folder; a file that holds another run's records is refused.
+
+    Attributes:
+        path: the file.
+        records: what it holds, in order of steps.
+
+    Raises:
+        HistoryError: the file is damaged, is of another run, or cannot be read; on every rank.
+
+    Ranks: collective.
+    """
+
+    def __init__(self, path: Path, run: Path) -> None:
+        self.path = path
+        # Relative, so that both can be moved together.
+        self.run = os.path.relpath(run, path.parent)
+        records: list[Record] = []
+        with collectives.all_or_none():
+            if collectives.is_main():
+                records = self._read()
+        self.records = collectives.broadcast_object(records)
+
+    def of_step(self, step: int) -> Record | None:
+        """The record of a step."""
+        return next((record for record in self.records if record["step"] == step), None)
+
+    def require_same_definition(self, **definition: str) -> None:
+        """Refuse to put values made in different ways side by side.
+
+        Args:
+            **definition: fields of DEFINITION_FIELDS as they are now, all or some.
+
+        Raises:
+            HistoryError: a record was made otherwise.
+
+        Ranks: pure.
+        """
+        for record in self.records:
+            for field, value in definition.items():
+                if field in DEFINITION_FIELDS and record.get(field, value) != value:
+                    raise HistoryError(
+                        f"{field} must be that of the values in {self.path}, got {value} but {record[field]} at step "
+                        f"{record['step']}; measure with the same probe, processor and root, or into another file: "
+                        "--history FILE"
+                    )
+
+    def put(self, record: Record) -> None:
+        """Add a record in the place of its step; it takes that of an older one.
+
+        What another process has written meanwhile stays.
+
+        Raises:
+            HistoryError: it cannot be written; on every rank.
+
+        Ranks: collective.
+        """
+        records: list[Record] = []
+        with collectives.all_or_none():
+            if collectives.is_main():
+                others = [other for other in self._read() if other["step"] != record["step"]]
+                records = _in_order([*others, {**record, "run": self.run}])
+                try:
+                    self._write(records)
+                except OSError as error:
+                    raise HistoryError(
+                        f"{self.path} must be a file that can be written, got {error}; choose another: --history FILE"
+                    ) from error
+        self.records = collectives.broadcast_object(records)
+
+    def _read(self) -> list[Record]:
+        if not self.path.exists():
+            return []
+        try:
+            records = read_history(self.path)
+        except OSError as error:
+            raise HistoryError(
+                f"{self.path} must be a history file, got {error}; choose another: --history FILE"
+            ) from error
+        for record in records:
+            self._check_run(record)
+        return _in_order(records)
+
+    def _check_run(self, record: Mapping[str, object]) -> None:
+        if record.get("run") != self.run:
+            whose = f"{record['run']}" if record.get("run") else "a run that measures itself"
+            raise HistoryError(
+                f"{self.path} must hold values of checkpoints of {self.run} only, got some of {whose}; "
+                "choose another file: --history FILE"
+            )
+
+    def _write(self, records: list[Record]) -> None:
+        """Written beside and renamed: a reader, or a process that was killed, never sees half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f"{self.path.name}.new")
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+
+def _in_order(records: list[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: int(record["step"]))

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir compare`: which of several runs or recipes has the lower MIR, and is that more than noise."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from argparse import ArgumentParser, Namespace
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from mir_callback.analysis.axes import AXES
+from mir_callback.analysis.compare import DEFAULT_LEVEL, Comparison, Recipe, compare
+from mir_callback.analysis.export import as_csv, as_json, as_markdown, remarks_of
+from mir_callback.analysis.runs import Run, read_runs, with_names_of_their_own
+from mir_callback.analysis.tables import TextTable, tables_of, verdict_of
+from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.training.plateau import PlateauRule
+
+HELP = "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped"
+EPILOG = """\
+A RUN is an output folder, a history file, a checkpoint in a run's folder, or a wandb run (folder or .wandb file).
+NAME=RUN,RUN,... is a recipe: runs that differ in nothing but the seed; patterns such as NAME='runs/a_seed*' will do.
+Without such replicates it is not known how far a seed alone moves MIR; it is then assumed, generously.
+
+examples:
+  mir compare runs/short_captions runs/long_captions
+  mir compare short='runs/short_seed*' long='runs/long_seed*' --by tokens --markdown comparison.md
+  mir compare runs/a runs/b --rule window=6,min_delta=0.03 --json - | jq .verdict
+"""
+_FILE_WIDTH = 160  # where there is no terminal to fit
+_WRITERS = {"json": as_json, "csv": as_csv, "markdown": as_markdown}
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of this subcommand."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN,RUN,... for a recipe")
+    how = parser.add_argument_group("how to compare")
+    how.add_argument("--by", choices=AXES, default="step", help="rank at equal steps, tokens, samples or training time")
+    how.add_argument(
+        "--at", type=float, metavar="N", help="where on that axis (default: the last place all have reached)"
+    )
+    how.add_argument("--seed-sd", type=float, metavar="X", help="standard deviation of MIR between seeds, if known")
+    how.add_argument(
+        "--level", type=float, default=DEFAULT_LEVEL, help="probability of a false difference (default: 0.05)"
+    )
+    how.add_argument(
+        "--anyway", action="store_true", help="compare values of different probes, token ids or roots too, and say so"
+    )
+    how.add_argument(
+        "--rule", metavar="NAME=VALUE,...", help="options of the stop rule to try (default: PlateauRule())"
+    )
+    result = parser.add_argument_group("besides the tables on the terminal ('-' writes to it instead of them)")
+    result.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    result.add_argument("--csv", metavar="FILE", help="write a line for each run as CSV")
+    result.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
+
+
+def run(options: Namespace) -> None:
+    """Read the runs, compare them, and show and write what was found.
+
+    Raises:
+        MIRError: a flag breaks its rule, no run can be read, or their values are not alike.
+    """
+    if sum(getattr(options, name) == "-" for name in _WRITERS) > 1:
+        raise ConfigError("'-' can be given for one of --json, --csv, --markdown, got it for several; name files")
+    rule = rule_from(options.rule)
+    recipes, missing = recipes_from(options.runs)
+    if not recipes:
+        raise HistoryError("; ".join(missing))
+    for sentence in missing:
+        print(f"mir compare: left out: {sentence}", file=sys.stderr)
+    settings = {"by": options.by, "at": options.at, "level": options.level, "seed_sd": options.seed_sd}
+    found = compare(recipes, rule=rule, anyway=options.anyway, **settings)
+    shown = True
+    for name, write in _WRITERS.items():
+        if (target := getattr(options, name)) == "-":
+            sys.stdout.write(write(found))
+            shown = False
+        elif target is not None:
+            _save(Path(target), write(found))
+    if shown:
+        show(found)
+
+
+def recipes_from(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
+    """The recipes that words of the command line name; and what could not be read, in sentences.
+
+    Raises:
+        ConfigError: a recipe without a name or without runs.
+    """
+    named = [_split(word) for word in words]
+    runs: list[Run] = []
+    owners: list[int] = []
+    missing: list[str] = []
+    for index, (_, paths) in enumerate(named):
+        found, failed = read_runs(paths)
+        runs += found
+        owners += [index] * len(found)
+        missing += failed
+    distinct = with_names_of_their_own(runs)
+    recipes = []
+    for index, (name, _) in enumerate(named):
+        own = [run for run, owner in zip(distinct, owners, strict=True) if owner == index]
+        if own:
+            recipes.append(Recipe(name or own[0].name, tuple(own)))
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"recipes must have names of their own, got {', '.join(twice)} twice; call one otherwise")
+    return recipes, missing
+
+
+def rule_from(text: str | None) -> PlateauRule:
+    """A stop rule from `name=value,...`.
+
+    Raises:
+        ConfigError: no such option, or no value of one.
+    """
+    known = [field.name for field in fields(PlateauRule)]
+    values: dict[str, float | int | bool | None] = {}
+    for part in (text or "").split(",") if text else []:
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ConfigError(
+                f"--rule takes {', '.join(known)}, got {part!r}; write e.g. --rule window=8,min_delta=0.02"
+            )
+        try:
+            values[name] = literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(f"{name} of --rule must be a number, True, False or None, got {value!r}") from error
+    return PlateauRule(**values)  # type: ignore[arg-type]
+
+
+def show(found: Comparison) -> None:
+    """Print a comparison."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_FILE_WIDTH)
+    for table in tables_of(found):
+        console.print(_rich(table))
+        console.print()
+    for remark in remarks_of(found):
+        console.print(f"- {remark}", markup=False, style="dim", soft_wrap=True)
+    if verdict := verdict_of(found):
+        console.print(verdict, markup=False, style="bold", soft_wrap=True)
+
+
+def _rich(table: TextTable) -> object:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD)
+    for number, heading in enumerate(table.columns):
+        drawn.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def _split(word: str) -> tuple[str | None, list[str]]:
+    """A recipe's name and the paths of its runs; no name for a plain run."""
+    if Path(word).expanduser().exists() or "=" not in word:
+        return None, [word]
+    name, _, rest = word.partition("=")
+    paths = [path for pattern in rest.split(",") if pattern for path in _matching(pattern)]
+    if not name or not paths:
+        raise ConfigError(
+            f"RUN must be a path or NAME=RUN,RUN,..., got {word!r}; write e.g. long=runs/long_1,runs/long_2"
+        )
+    return name, paths
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a pattern stands for; a path that is none stays as it is, and is told if it does not exist."""
+    return sorted(glob.glob(str(Path(pattern).expanduser()))) or [pattern]
+
+
+def _save(path: Path, content: str) -> None:
+    try:
+        path.expanduser().write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} must be a file that can be written, got {error.strerror or error}") from error

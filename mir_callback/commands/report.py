@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir report`: one HTML page about one or several runs, finished or still training."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from mir_callback.analysis.page.views import RunView
+from mir_callback.analysis.report import render_report
+from mir_callback.analysis.runs import Run, read_run, read_runs
+from mir_callback.errors import ConfigError, HistoryError, ProbeError
+from mir_callback.probe.samples import Probe
+
+HELP = "make one HTML page of runs: MIR and loss, layers, cost, samples, how it was measured"
+EPILOG = """\
+examples:
+  mir report runs/demo                               # writes runs/demo/mir_report.html
+  mir report runs/demo --watch 30                    # again every 30 seconds, while it trains
+  mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # several runs in the same pictures
+  mir report runs/demo --probe probe.zip             # with the samples MIR was measured on
+"""
+FILE_NAME = "mir_report.html"
+_LEAST_WATCH = 1.0
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of this subcommand."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output folder, history file, checkpoint or wandb run; may be training"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=f"page to write (default: {FILE_NAME} in the run's folder; of several, here)",
+    )
+    parser.add_argument(
+        "--probe", metavar="PATH", help="saved probe, to show its samples (default: one that lies in the run's folder)"
+    )
+    parser.add_argument("--no-probe", action="store_true", help="show no samples, though the probe may be at hand")
+    parser.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="write the page again and again; it reloads itself; end with Ctrl-C",
+    )
+
+
+def run(options: Namespace) -> None:
+    """Read the runs, write the page, and with ``--watch`` go on doing so until interrupted.
+
+    Raises:
+        MIRError: a flag breaks its rule, no run can be read, or the page cannot be written.
+    """
+    _check(options)
+    page = _page(options)
+    probe = Probe.load(options.probe) if options.probe else None
+    told: set[str] = set()
+    _write(page, options, probe, told)
+    if not options.watch:
+        print(f"report in {page}")
+        return
+    print(f"report in {page}, written again every {options.watch:g} s until Ctrl-C", flush=True)
+    try:
+        while True:
+            time.sleep(options.watch)
+            try:
+                _write(page, options, probe, told)
+            except HistoryError as error:  # a run that starts anew moves its history aside; the page waits
+                _tell(str(error), told)
+    except KeyboardInterrupt:
+        options.watch = None
+        _write(page, options, probe, told)  # the page that stays does not reload itself
+        print(f"\nreport in {page}")
+
+
+def _check(options: Namespace) -> None:
+    for flag in ("output", "probe"):
+        if getattr(options, flag) == "":
+            raise ConfigError(f"--{flag} must not be empty, got ''; is a shell variable unset?")
+    if options.probe and options.no_probe:
+        raise ConfigError(f"--probe and --no-probe exclude each other, got --probe {options.probe}; leave one out")
+    if options.watch is not None and not (math.isfinite(options.watch) and options.watch >= _LEAST_WATCH):
+        raise ConfigError(f"--watch must be at least {_LEAST_WATCH:g} second, got {options.watch:g}; use e.g. 30")
+
+
+def _write(page: Path, options: Namespace, probe: Probe | None, told: set[str]) -> None:
+    """Read everything anew and replace the page; what has gone wrong is told once and stands on the page."""
+    runs, notes = read_runs(options.runs)
+    if not runs:
+        raise HistoryError("; ".join(notes))
+    if probe is not None:
+        notes += _foreign(probe, runs)
+    elif not options.no_probe:
+        probe = _probe_beside(runs)
+    views = [view_of(run) for run in runs]
+    for sentence in [*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)]:
+        _tell(sentence, told)
+    now = datetime.now().astimezone()
+    _replace(page, render_report(views, probe=probe, notes=notes, written=now, reload_seconds=options.watch))
+
+
+def _tell(sentence: str, told: set[str]) -> None:
+    if sentence not in told:
+        told.add(sentence)
+        print(f"mir report: {sentence}", file=sys.stderr)
+
+
+def _replace(page: Path, text: str) -> None:
+    """Write a file beside the page and rename it, so that a browser never sees half of it."""
+    beside = page.with_name(f".{page.name}.{os.getpid()}.new")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, page)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output must be a place to write to, got {page}: {error.strerror or error}; choose another"
+        ) from error
+
+
+def view_of(run: Run) -> RunView:
+    """A run from disk as the page shows it; losses that the run's own files lack are looked for in its wandb folder."""
+    losses = run.losses
+    if run.kind == "folder" and len(losses) <= len(run.measured) and (run.path / "wandb").is_dir():
+        try:
+            losses = max(losses, read_run(run.path / "wandb").losses, key=len)
+        except (HistoryError, ConfigError):  # none, several, or no wandb to read it with: then without
+            pass
+    settings = {"planned steps": run.max_steps, "read from": str(run.source)}
+    known = {name: value for name, value in settings.items() if value is not None}
+    return RunView(run.name, run.records, losses, known, run.problems)
+
+
+def _page(options: Namespace) -> Path:
+    if options.output:
+        page = Path(options.output).expanduser()
+        if page.is_dir():
+            raise ConfigError(
+                f"--output must be a file to write, got {page}, which is a folder; add a name: {page / FILE_NAME}"
+            )
+        return page
+    only = Path(options.runs[0]).expanduser()
+    return (only if only.is_dir() else only.parent) / FILE_NAME if len(options.runs) == 1 else Path(FILE_NAME)
+
+
+def _probe_beside(runs: Sequence[Run]) -> Probe | None:
+    """A probe that lies in a run's folder and is the one its values were measured on."""
+    for run in runs:
+        wanted = {record.get("probe_fingerprint") for record in run.records}
+        for place in _possible_probes(run.source.parent):
+            try:
+                probe = Probe.load(place)
+            except ProbeError:  # another kind of archive or folder
+                continue
+            if probe.fingerprint in wanted:
+                return probe
+    return None
+
+
+def _possible_probes(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("*.zip"))
+    yield from sorted(manifest.parent for manifest in folder.glob("*/probe.json"))
+
+
+def _foreign(probe: Probe, runs: Sequence[Run]) -> list[str]:
+    measured = {record.get("probe_fingerprint") for run in runs for record in run.records} - {None}
+    if not measured or probe.fingerprint in measured:
+        return []
+    return [
+        f"--probe is {probe.fingerprint}, but the values are of {', '.join(sorted(map(str, measured)))}: "
+        "the samples shown are not those that were measured"
+    ]

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons: against SciPy's tests, on simulated curves whose noise is known, and with what cannot be compared."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from mir_callback import PlateauRule
+from mir_callback.analysis import noise
+from mir_callback.analysis.axes import curves_over, value_at
+from mir_callback.analysis.compare import Recipe, compare
+from mir_callback.analysis.noise import assumed_sd
+from mir_callback.analysis.ranking import Difference, ProbeNoise, holm, ranks
+from mir_callback.analysis.runs import Run
+from mir_callback.analysis.savings import stop_of
+from mir_callback.errors import ConfigError, HistoryError
+
+# What benchmarks/seeds.py has trained: recipes with several runs that differ in the seed only.
+REAL_SEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "seeds.json"
+HOW = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact", "num_samples": 50}
+PSI = np.random.default_rng(7).normal(size=(9, 50))
+
+
+def make_run(name, values, steps=None, **fields):
+    """A run; a field that is a function is called with the number of the evaluation."""
+    steps = range(0, 10 * len(values), 10) if steps is None else steps
+    records = []
+    for number, (step, mir) in enumerate(zip(steps, values, strict=True)):
+        extra = {key: value(number) if callable(value) else value for key, value in fields.items()}
+        records.append({"step": step, "mir": mir, **HOW, **extra})
+    return Run(name, Path(name), "history", Path(name), tuple(records))
+
+
+def falling(end, jitter=0.0, rng=None, count=30):
+    at = np.arange(count) / (count - 1)
+    noise = 0 if rng is None else rng.normal(0, jitter, count)
+    return [float(v) for v in end + 1.5 * np.exp(-at / 0.15) + noise]
+
+
+def seeds(name, ends, **fields):
+    return Recipe(name, tuple(make_run(f"{name}{i}", falling(end), **fields) for i, end in enumerate(ends)))
+
+
+def test_replicates_give_welchs_test_when_nothing_is_assumed_and_the_probe_adds_nothing(monkeypatch):
+    monkeypatch.setattr(noise, "ASSUMED_FREEDOM", 0.0)
+    one, other = [3.0, 3.1, 3.05], [3.3, 3.2, 3.45, 3.26]
+    result = compare([seeds("a", one), seeds("b", other)]).ranking
+    expected = stats.ttest_ind(one, other, equal_var=False)
+    (pair,) = result.pairs
+    assert pair.value == pytest.approx(np.mean(one) - np.mean(other))
+    assert pair.p == pytest.approx(expected.pvalue)
+    assert (pair.differs, result.noise.kind, pair.probe.kind) == (True, "replicates", "unknown")
+
+
+def test_replicates_that_agree_by_chance_do_not_promise_too_little_noise():
+    near = [0.001 * number for number in range(8)]
+    few, many = (
+        compare([seeds("a", [3.0 + d for d in near[:n]]), seeds("b", [3.15 + d for d in near[:n]])]).ranking
+        for n in (2, 8)
+    )
+    assert 0.05 < few.noise.sds[0] < 0.1
+    assert (few.pairs[0].differs, many.pairs[0].differs) == (False, True)
+    wide = compare([seeds("a", [2.0, 4.0, 3.0, 2.5]), seeds("b", [3.0, 3.1])]).ranking
+    assert wide.noise.sds[0] == pytest.approx(np.std([2.0, 4.0, 3.0, 2.5], ddof=1), rel=0.01)
+    assert wide.noise.freedom == pytest.approx((3.05, 1.05))
+
+
+def test_the_probes_error_is_that_of_paired_samples_when_influences_are_known():
+    runs = [make_run(n, falling(3.0), influences=PSI[i].tolist(), mir_se=1.0) for i, n in enumerate("ab")]
+    runs[1] = make_run("b", falling(3.3), influences=PSI[1].tolist(), mir_se=1.0)
+    (pair,) = compare(runs).ranking.pairs
+    paired = stats.ttest_rel(PSI[0], PSI[1])
+    assert pair.probe.kind == "paired"
+    assert pair.probe.se == pytest.approx(abs(np.mean(PSI[0] - PSI[1]) / paired.statistic))
+    assert pair.se == pytest.approx(math.hypot(pair.probe.se, pair.runs_se))
+
+
+def test_unpaired_errors_are_used_and_told_when_influences_are_missing():
+    result = compare([make_run("a", falling(3.0), mir_se=0.03), make_run("b", falling(3.5), mir_se=0.04)]).ranking
+    assert (result.pairs[0].probe.kind, result.pairs[0].probe.se) == ("unpaired", pytest.approx(0.05))
+    assert any("unpaired" in sentence for sentence in result.told)
+
+
+def test_the_noise_used_is_said_for_each_kind():
+    single = [make_run("a", falling(3.0)), make_run("b", falling(3.05))]
+    assert "ASSUMED" in compare(single).ranking.noise.told
+    assert "as given" in compare(single, seed_sd=0.001).ranking.noise.told
+    assert compare(single).ranking.ranks == (1, 1)
+    assert compare(single, seed_sd=0.001).ranking.ranks == (1, 2)
+    assert "replicates" in compare([seeds("a", [3.0, 3.1]), single[1]]).ranking.noise.told
+
+
+def test_a_difference_says_which_noise_it_bears():
+    runs = [make_run(n, falling(3.0), mir_se=0.03) for n in "a"] + [make_run("b", falling(3.4), mir_se=0.03)]
+    (pair,) = compare(runs).ranking.pairs
+    assert not pair.differs
+    for factor, differs in ((0.99, True), (1.01, False)):
+        assert compare(runs, seed_sd=factor * pair.bearable_sd).ranking.pairs[0].differs is differs
+
+
+def test_what_is_assumed_grows_with_scatter_and_slope():
+    smooth = make_run("a", [3.0] * 20)
+    rough = make_run("b", [3.0 + 0.2 * (-1) ** i for i in range(20)])
+    steep = make_run("c", [5.0 - 0.2 * i for i in range(20)])
+    found = {c.run.name: assumed_sd(c, c.places[-1]) for c in curves_over("step", [smooth, rough, steep])}
+    assert found["a"] == pytest.approx(0.35)
+    assert found["b"] > 0.5
+    assert found["c"] == pytest.approx(math.hypot(0.35, 0.1 * 0.2 * 19))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_no_difference_is_found_in_nine_of_ten_when_only_the_seed_differs(count):
+    rng = np.random.default_rng(count)
+    found = []
+    for _ in range(100):
+        sd = rng.choice([0.01, 0.1, 0.3])
+        ends = 3 + rng.normal(0, sd, (2, count))
+        groups = [
+            Recipe(name, tuple(make_run(f"{name}{i}", falling(end, 0.005, rng)) for i, end in enumerate(row)))
+            for name, row in zip("ab", ends, strict=True)
+        ]
+        found.append(compare(groups).ranking.pairs[0].differs)
+    assert np.mean(found) <= 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_difference_is_found_in_nine_of_ten_of_real_trainings(size):
+    rng = np.random.default_rng(0)
+    found = []
+    for name, kept in json.loads(REAL_SEEDS.read_text()).items():
+        runs = [make_run(f"{name}{i}", mir, kept["steps"]) for i, mir in enumerate(kept["mir"])]
+        for _ in range(25 if len(runs) >= 2 * size else 0):
+            drawn = rng.permutation(len(runs))[: 2 * size]
+            halves = [Recipe(n, tuple(runs[i] for i in part)) for n, part in zip("ab", np.split(drawn, 2), strict=True)]
+            found.append(compare(halves).ranking.pairs[0].differs)
+    assert len(found) >= 75
+    assert np.mean(found) <= 0.1
+
+
+def test_a_real_difference_is_found_when_it_is_beyond_the_noise():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(50):
+        ends = np.array([[3.0], [3.3]]) + rng.normal(0, 0.03, (2, 3))
+        found.append(compare([seeds("a", ends[0]), seeds("b", ends[1])]).ranking.ranks == (1, 2))
+    assert np.mean(found) >= 0.9
+
+
+def test_many_recipes_of_one_kind_are_all_equal_when_judged_together():
+    rng = np.random.default_rng(5)
+    wrong = 0
+    for _ in range(20):
+        groups = [seeds(str(k), 3 + rng.normal(0, 0.05, 4)) for k in range(6)]
+        wrong += set(compare(groups).ranking.ranks) != {1}
+    assert wrong <= 2
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_adjusted_p_keeps_order_and_never_falls(p_values):
+    adjusted = holm(p_values)
+    assert all(p <= a <= 1 for p, a in zip(p_values, adjusted, strict=True))
+    for (p, a), (q, b) in itertools.combinations(zip(p_values, adjusted, strict=True), 2):
+        assert (p - q) * (a - b) >= 0
+    assert min(adjusted) == min(1, len(p_values) * min(p_values))
+
+
+def test_adjusted_p_is_as_holm_has_it():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_ranks_are_tied_where_noise_forbids_a_difference():
+    def pair(one, other, value, differs):
+        return Difference(one, other, value, 1.0, ProbeNoise("unknown", 0.0), 1.0, 0.5, 0.5, differs, 0.1)
+
+    found = [pair(0, 1, -1.0, False), pair(0, 2, -2.0, True), pair(1, 2, -1.0, False)]
+    assert ranks(3, found) == [1, 1, 2]
+    assert ranks(3, [pair(0, 1, 1.0, True), pair(0, 2, -2.0, True), pair(1, 2, -3.0, True)]) == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "word"), [("probe_fingerprint", "probe"), ("tokens_fingerprint", "token ids"), ("root", "root")]
+)
+def test_values_of_other_definitions_are_refused_unless_told_to(field, word):
+    runs = [make_run("a", falling(3.0)), make_run("b", falling(5.0), **{field: "another"})]
+    with pytest.raises(HistoryError, match=rf"{field} \({word}.*must be the same.*in a; another in b.*--anyway"):
+        compare(runs)
+    found = compare(runs, anyway=True)
+    assert field in found.mismatch
+    assert found.ranking.ranks == (1, 2)
+    assert compare([runs[0], runs[0]]).mismatch is None
+
+
+def test_influences_of_another_probe_are_not_paired():
+    runs = [make_run(n, falling(3.0), influences=PSI[0].tolist(), mir_se=0.1) for n in "ab"]
+    other = make_run("c", falling(3.2), influences=PSI[0].tolist(), mir_se=0.1, probe_fingerprint="q")
+    kinds = [pair.probe.kind for pair in compare([runs[0], other], anyway=True).ranking.pairs]
+    assert kinds == ["unpaired"]
+
+
+def test_an_unknown_definition_is_refused():
+    nothing = Run("b", Path("b"), "wandb", Path("b"), ({"step": 0, "mir": 3.0}, {"step": 10, "mir": 2.0}))
+    with pytest.raises(HistoryError, match="probe_fingerprint must be known of every run.*got none for b"):
+        compare([make_run("a", falling(3.0)), nothing])
+
+
+def test_other_circumstances_are_said():
+    found = compare([make_run("a", falling(3.0), dtype="float32"), make_run("b", falling(3.0), dtype="bfloat16")])
+    assert any("float32 in a; bfloat16 in b" in remark for remark in found.remarks)
+
+
+def test_records_of_an_earlier_definition_are_left_out_and_told():
+    mixed = make_run("a", falling(3.0), probe_fingerprint=lambda number: "old" if number < 4 else "p")
+    found = compare([mixed, make_run("b", falling(3.0, count=31))])
+    assert len(found.recipes[0].runs[0].records) == 26
+    assert any("4 of its 30 evaluations are left out" in remark for remark in found.remarks)
+
+
+def test_runs_without_common_steps_are_described_and_not_ranked():
+    runs = [make_run("a", falling(3.0)), make_run("b", falling(2.0), steps=range(1000, 1300, 10))]
+    found = compare(runs)
+    assert found.ranking is None
+    assert len(found.stops) == 2
+    assert any("no step in common: a from 0 to 290; b from 1000 to 1290" in told for told in found.axes[0].told)
+
+
+def test_one_run_is_described():
+    found = compare([make_run("a", falling(3.0))])
+    assert found.ranking is None
+    assert found.stops[0][0].end == 290
+
+
+def test_runs_without_values_are_left_out_and_none_at_all_is_refused():
+    failed = make_run("b", [None, None])
+    found = compare([make_run("a", falling(3.0)), failed])
+    assert [recipe.name for recipe in found.recipes] == ["a"]
+    assert "b is left out" in found.remarks
+    with pytest.raises(HistoryError, match="at least one run with a value"):
+        compare([failed])
+
+
+def test_a_copy_of_a_run_is_no_replicate():
+    twins = Recipe("a", (make_run("a1", falling(3.0)), make_run("a2", falling(3.0))))
+    found = compare([twins, make_run("b", falling(3.4))])
+    assert found.ranking.noise.kind == "assumed"
+    assert any("a2 is left out, it has the values of a1" in remark for remark in found.remarks)
+
+
+def test_each_axis_compares_at_its_own_last_common_place():
+    small = make_run("a", falling(3.0), tokens_seen=lambda n: 100 * n, samples_seen=lambda n: 40 * n)
+    large = make_run("b", falling(3.0, count=40), samples_seen=lambda n: 80 * n, train_seconds=lambda n: 3.0 * n)
+    small = Run(**{**vars(small), "tokens": tuple((10 * n, 100.0 * n) for n in range(30))})
+    large = Run(**{**vars(large), "tokens": tuple((10 * n, 200.0 * n) for n in range(40))})
+    found = {result.axis: result for result in compare([small, large], by="tokens").axes}
+    assert set(found) == {"step", "tokens", "samples"}  # only one knows its time
+    assert (found["step"].place, found["tokens"].place, found["samples"].place) == (290, 2900, 1160)
+    (ours,), (theirs,) = found["tokens"].points
+    assert (ours.measured, theirs.measured) == (True, False)
+    assert theirs.mir == pytest.approx((large.records[14]["mir"] + large.records[15]["mir"]) / 2)
+    assert theirs.step == pytest.approx(145)
+
+
+def test_time_is_that_of_training_where_all_know_it_and_else_what_has_passed():
+    clocks = {"train_seconds": lambda n: 2.0 * n, "elapsed": lambda n: 3.0 * n}
+    both = [make_run("a", falling(3.0), **clocks), make_run("b", falling(3.1), **clocks)]
+    mixed = [both[0], make_run("c", falling(3.1), elapsed=clocks["elapsed"])]
+    assert [(r.clock, r.place) for r in compare(both).axes if r.axis == "time"] == [("train_seconds", 58)]
+    assert [(r.clock, r.place) for r in compare(mixed).axes if r.axis == "time"] == [("elapsed", 87)]
+
+
+@given(st.floats(0, 290))
+def test_a_point_between_evaluations_lies_between_them_with_its_influences(place):
+    influences = {number: PSI[number % 9] for number in range(30)}
+    run = make_run("a", falling(3.0), influences=lambda n: influences[n].tolist(), mir_se=0.2)
+    point = value_at(curves_over("step", [run])[0], place)
+    left, right = math.floor(place / 10), math.ceil(place / 10)
+    ends = [run.records[left]["mir"], run.records[right]["mir"]]
+    assert min(ends) - 1e-12 <= point.mir <= max(ends) + 1e-12
+    share = place / 10 - left
+    assert np.allclose(point.influences, (1 - share) * influences[left] + share * influences[right])
+    assert point.se == pytest.approx(0.2)
+
+
+def test_the_stop_is_where_the_rule_stops_in_training():
+    run = make_run("a", [*falling(3.0), None, *[3.0] * 9], train_seconds=lambda n: 4.0 * n)
+    rule = PlateauRule()
+    first = next(n for n in range(1, 41) if rule.verdict(run.records[:n]).stop)
+    stop = stop_of(run.records, rule)
+    assert stop.step == run.records[first - 1]["step"]
+    assert (stop.end, stop.saved_steps, stop.saved_seconds) == (390, 390 - stop.step, 4.0 * (40 - first))
+    assert stop.saved_share == pytest.approx(stop.saved_steps / 390)
+    assert stop.given_away == pytest.approx(run.records[first - 1]["mir"] - 3.0)
+    never = stop_of(make_run("b", [5 - 0.1 * n for n in range(30)]).records, rule)
+    assert (never.step, never.saved_steps) == (None, 0)
+    assert never.reason.startswith("going on: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"by": "epoch"}, "by must be one of"),
+        ({"at": -1.0}, "at must be a place"),
+        ({"at": math.nan}, "at must be a place"),
+        ({"at": 300.0}, "at must lie where all runs were measured, step 0 to 290, got 300"),
+        ({"level": 0.0}, "level must be"),
+        ({"seed_sd": 0.0}, "seed_sd must be"),
+    ],
+)
+def test_options_are_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        compare([make_run("a", falling(3.0)), make_run("b", falling(3.1))], **options)

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of runs: what is on it is what was measured, nothing on it comes from elsewhere, nothing in it can run."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from matplotlib import colormaps
+from PIL import Image
+
+from mir_callback import Probe
+from mir_callback.analysis import page
+from mir_callback.analysis.page.facts import paired_error
+from mir_callback.analysis.page.heat import edges_between
+from mir_callback.analysis.page.scales import scale_of, short
+from mir_callback.analysis.page.views import RunView
+from mir_callback.errors import HistoryError
+from tests.analysis.pages import COMPANIONS, page_of, parse, records
+from tests.samples import pairs
+
+PARTS = Path(page.__file__).parent
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='alert(3)' & {{ 7 * 7 }}"
+
+
+def points(path):
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path.attributes["d"])]
+
+
+def picture(element):
+    kind, _, code = element.attributes["src"].partition(",")
+    assert kind.startswith("data:image/"), kind
+    return Image.open(io.BytesIO(base64.b64decode(code)))
+
+
+def timeline(tree, axis="step"):
+    return tree.one("figure", "timeline", data_axis=axis)
+
+
+def test_curves_stand_where_the_values_are():
+    history = records(9)
+    losses = [(step, 5.0 / step) for step in range(1, 80, 3)]
+    figure = timeline(parse(page_of(RunView("run", history, losses))))
+    curve, loss = figure.one("path", "line run-0 loss"), figure.one("div", "panel tall").one("path", "line")
+    mir_points, loss_points = points(loss), points(curve)
+    assert len(mir_points) == len(history)
+    assert len(loss_points) == len(losses)
+    for expected, values, drawn in (
+        ([(r["step"], r["mir"]) for r in history], None, mir_points),
+        ([(step, math.log(loss)) for step, loss in losses], None, loss_points),
+    ):
+        for axis, sign in ((0, 1), (1, -1)):  # upwards is towards zero in SVG
+            values, places = ([point[axis] for point in list_] for list_ in (expected, drawn))
+            slope, start = np.polyfit(values, places, 1)
+            assert slope * sign > 0
+            np.testing.assert_allclose(places, slope * np.array(values) + start, atol=0.11)
+        assert all(0 <= place <= 1000 for point in drawn for place in point)
+
+
+def test_band_is_95_percent_around_the_curve():
+    history = records(5)
+    panel = timeline(parse(page_of(RunView("run", history)))).one("div", "panel tall")
+    curve, outline = points(panel.one("path", "line")), points(panel.one("path", "band"))
+    values = [record["mir"] for record in history]
+    slope, _ = np.polyfit(values, [y for _, y in curve], 1)
+    upper, lower = outline[: len(history)], outline[len(history) :][::-1]
+    for record, (_, high), (_, low) in zip(history, upper, lower, strict=True):
+        assert low - high == pytest.approx(-2 * 1.96 * record["mir_se"] * slope, abs=0.5)
+
+
+def test_heat_map_has_the_colour_of_each_value():
+    history = records(4, layers=3, every=1)
+    tree = parse(page_of(RunView("run", history)))
+    panels = timeline(tree).all("div", "layers")
+    assert [panel.attributes["data-quantity"] for panel in panels] == ["per_layer", *COMPANIONS]
+    image = np.asarray(picture(panels[0].one("img", "heat")).convert("RGBA")).astype(int)
+    assert image.shape[0] == 3
+    values = np.array([record["per_layer"] for record in history]).T
+    dots = points(timeline(tree).one("div", "panel tall").one("path", "line"))
+    low, high = np.log(values.min()), np.log(values.max())
+    for (layer, evaluation), value in np.ndenumerate(values):
+        column = round(dots[evaluation][0] / 1000 * image.shape[1])
+        found = image[2 - layer, column]
+        expected = np.array(colormaps["viridis"]((np.log(value) - low) / (high - low))) * 255
+        assert found[3] == 255
+        np.testing.assert_allclose(found[:3], expected[:3], atol=4)
+
+
+def test_values_that_are_read_out_are_those_of_the_records():
+    history = records(6)
+    losses = [(0, 9.0), (25, 4.5), (50, 1.25)]
+    data = json.loads(parse(page_of(RunView("run", history, losses))).one("script", id="data").text)
+    (run,) = data["runs"]
+    assert run["steps"] == [record["step"] for record in history]
+    assert run["mir"] == [f"{record['mir']:.3f} ± {record['mir_se']:.3f}" for record in history]
+    assert run["loss"] == ["9", "9", "9", "4.5", "4.5", "1.25"]
+    assert run["reason"] == [record["reason"] for record in history]
+    for name in ("per_layer", *COMPANIONS):
+        kept = [record[name] if name == "per_layer" else record["companions"][name] for record in history]
+        np.testing.assert_allclose(np.array(run["layers"][name], dtype=float), kept, rtol=1e-3)
+
+
+def test_overview_says_best_last_verdict_and_paired_difference():
+    history = records(7, samples=20, seed=3)
+    best = min(history[1:], key=lambda record: record["mir"])
+    text = parse(page_of(RunView("run", history))).all("dl", "cards")[0].words
+    assert f"{best['mir']:.3f} ± {best['mir_se']:.3f} step {best['step']}" in text
+    assert "plateau reason at 60" in text
+    differences = np.array(history[-1]["influences"]) - np.array(best["influences"])
+    n = len(differences)
+    error = np.sqrt(((differences - differences.mean()) ** 2).sum() / (n * (n - 1)))
+    assert best is not history[-1]
+    assert f"+{history[-1]['mir'] - best['mir']:.3f} ± {error:.3f} from the best" in text
+    assert paired_error(history[-1], best) == pytest.approx(error)
+    assert paired_error({**best, "probe_fingerprint": "other"}, history[-1]) is None
+    assert paired_error({**best, "influences": best["influences"][1:]}, history[-1]) is None
+
+
+def test_nothing_is_loaded_and_no_script_but_the_own_may_run():
+    text = page_of(RunView("run", records(5)), probe=Probe.from_pairs(pairs(3)))
+    tree = parse(text)
+    for element in tree.all():
+        for name in ("src", "href", "action", "srcset", "data", "poster", "background"):
+            assert element.attributes.get(name, "data:").startswith("data:"), element
+        assert not [name for name in element.attributes if name.startswith("on")], element
+    styles = tree.one("style").text
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = tree.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    scripts = [script for script in tree.all("script") if "type" not in script.attributes]
+    hashed = base64.b64encode(hashlib.sha256(scripts[0].text.encode()).digest()).decode()
+    assert len(scripts) == 1
+    assert f"script-src 'sha256-{hashed}'" in policy
+
+
+def test_everything_from_outside_is_text_when_it_looks_like_html():
+    history = records(3)
+    for record in history:
+        record.update(reason=HOSTILE, verdict=HOSTILE, dtype=HOSTILE, root=HOSTILE, probe_fingerprint=HOSTILE)
+        record["companions"][HOSTILE] = [1.0, 2.0, 3.0, 4.0]
+        record[HOSTILE] = HOSTILE
+    history.append({"step": 90, "mir": None, "error": HOSTILE, "verdict": HOSTILE})
+    samples = Probe.from_pairs([(image, HOSTILE) for image, _ in pairs(2)])
+    plain = parse(page_of(RunView("run", records(3)), RunView("b", records(3)), probe=samples))
+    views = [RunView(HOSTILE, history, settings={HOSTILE: HOSTILE}, notes=[HOSTILE]), RunView("b", records(3))]
+    tree = parse(page_of(*views, probe=samples, notes=[HOSTILE]))
+    assert {element.tag for element in tree.all()} <= {element.tag for element in plain.all()} | {
+        "aside",
+        "strong",
+        "ul",
+        "li",
+    }
+    assert len(tree.all("script")) == 2
+    assert all(name.isidentifier() or "-" in name for e in tree.all() for name in e.attributes)
+    assert not [name for e in tree.all() for name in e.attributes if name.startswith("on")]
+    assert tree.one("main").text.count(HOSTILE) > 10
+    assert json.loads(tree.one("script", id="data").text)["runs"][0]["name"] == HOSTILE
+    assert "49" not in tree.one("header").text
+
+
+def test_runs_that_were_not_measured_alike_are_said_not_to_compare():
+    def warning(*runs):
+        return parse(page_of(*runs)).all("aside", "warning")
+
+    other = [{**record, "root": "paper_fast"} for record in records(3)]
+    (told,) = warning(RunView("a", records(3)), RunView("b", other))
+    assert "do not compare" in told.text
+    assert "root: exact, paper_fast" in told.text
+    assert "probe" not in told.text
+    assert not warning(RunView("a", records(3)), RunView("b", records(4, seed=1)))
+    assert not warning(RunView("a", records(3)))
+    mixed = [*records(3), {**records(4)[3], "probe_fingerprint": "another"}]
+    assert "probe: another, d3d069cd243898ce" in warning(RunView("a", mixed))[0].text
+    rows = parse(page_of(RunView("a", records(3)), RunView("b", other))).all("tr", "differs")
+    assert [row.one("th").text for row in rows] == ["root"]
+
+
+def test_fields_of_other_versions_are_shown_when_they_do_not_change():
+    history = [{**record, "solver": "new", "speed": record["step"] / 7} for record in records(3)]
+    table = parse(page_of(RunView("run", history))).one("section", aria_labelledby="definition").words
+    assert "solver new" in table
+    assert "speed" not in table
+    mixed = [{**record, "dtype": "float32" if record["step"] else "bfloat16"} for record in records(3)]
+    table = parse(page_of(RunView("run", mixed))).one("section", aria_labelledby="definition").words
+    assert "dtype of the hidden states bfloat16, then float32" in table
+
+
+def test_several_runs_keep_their_numbers_when_one_has_no_value():
+    failed = [{"step": 0, "mir": None, "error": "CUDA out of memory"}]
+    tree = parse(page_of(RunView("empty", []), RunView("good", records(3)), RunView("failed", failed)))
+    table = tree.all("table")[0]
+    assert [row.one("th").text for row in table.one("tbody").all("tr")] == ["good", "empty", "failed"]
+    assert [line.classes & {"run-0", "run-1"} for line in timeline(tree).all("path", "dot best-outer")] == [{"run-0"}]
+    assert "CUDA out of memory" in tree.one("section", aria_labelledby="evaluations").text
+
+
+def test_samples_are_shown_with_what_they_add():
+    samples = pairs(5)
+    probe = Probe.from_pairs(samples)
+    history = [{**record, "probe_fingerprint": probe.fingerprint} for record in records(3, samples=5)]
+    cards = parse(page_of(RunView("run", history), probe=probe)).one("ol", "samples").all("li")
+    assert len(cards) == 5
+    for card, (image, text), influence in zip(cards, samples, history[-1]["influences"], strict=True):
+        assert text in card.one("p", "text").text
+        assert card.one("span", "effect").text == f"{influence / 5:+.4f}"
+        shown = picture(card.one("img")).convert("RGB")
+        assert shown.width / shown.height == pytest.approx(image.width / image.height, rel=0.02)
+        small = [np.asarray(i.resize((4, 4), Image.Resampling.BOX)).astype(int) for i in (image.convert("RGB"), shown)]
+        assert np.abs(small[0] - small[1]).mean() < 6
+    foreign = parse(page_of(RunView("run", records(3, samples=5)), probe=probe)).one("ol", "samples")
+    assert not foreign.all("span", "effect"), "influences of another probe's samples"
+    bare = parse(page_of(RunView("run", history))).one("ol", "samples")
+    assert len(bare.all("span", "effect")) == 5
+    assert not bare.all("img")
+
+
+def test_axes_are_those_that_all_runs_have():
+    def axes(*runs):
+        return [figure.attributes["data-axis"] for figure in parse(page_of(*runs)).all("figure", "timeline")]
+
+    bare = [{name: record[name] for name in ("step", "mir", "per_layer")} for record in records(3)]
+    resumed = [{**record, "elapsed": 1.0 if record["step"] == 20 else record["elapsed"]} for record in records(4)]
+    assert axes(RunView("a", records(4))) == ["step", "log", "time", "samples", "tokens", "epoch"]
+    assert axes(RunView("a", records(4)), RunView("b", bare)) == ["step", "log"]
+    assert "time" not in axes(RunView("a", resumed))
+
+
+def test_failed_evaluations_and_verdicts_are_marked():
+    history = records(6)
+    history[2] = {"step": 20, "mir": None, "error": "RuntimeError: broken", "verdict": "no data"}
+    history[3]["verdict"] = "rising"
+    tree = parse(page_of(RunView("run", history)))
+    mark = timeline(tree).one("span", "cross-mark")
+    assert mark.attributes["title"] == "step 20: RuntimeError: broken"
+    kinds = [(bar.classes - {"bar", "verdict"}).pop() for bar in timeline(tree).one("div", "ribbon").all("rect")]
+    assert kinds == ["going-on", "failed", "rising", "going-on", "plateau"]
+    assert len(timeline(tree).all("path", "stop")) == 1
+    assert "5 and 1 failed" in tree.one("section", aria_labelledby="cost").text
+
+
+def test_rules_that_only_observe_and_new_stages_are_marked():
+    history = [{**record, "verdict": "going on", "stage": "projector"} for record in records(8)]
+    for record in history[4:]:
+        record.update(would_stop=True, reason="only observing, would stop: flat", stage="all")
+    tree = parse(page_of(RunView("run", history)))
+    panel = timeline(tree).one("div", "panel tall")
+    assert [note.text for note in panel.all("span", "note top")] == [
+        "would stop, step 40",
+        "other parameters train, step 40",
+    ]
+    assert len(panel.all("path", "stop")) == len(panel.all("path", "stage")) == 1
+    assert "would stop" in tree.all("dl", "cards")[0].words
+    kinds = [bar.classes - {"bar", "verdict"} for bar in timeline(tree).one("div", "ribbon").all("rect")]
+    assert kinds == [{"going-on"}, {"plateau"}]
+
+
+def test_loss_on_the_probe_and_value_without_bias_are_shown_when_they_were_measured():
+    history = [{**r, "probe_loss": 2 - 0.1 * i, "mir_extrapolated": r["mir"] - 0.25} for i, r in enumerate(records(4))]
+    tree = parse(page_of(RunView("run", history)))
+    lines = timeline(tree).all("path", "line loss")
+    assert [len(points(line)) for line in lines] == [4, 4]
+    assert [("on-probe" in line.classes) for line in lines] == [False, True]
+    table = tree.one("details").words
+    assert all(f"{record['mir'] - 0.25:.5g}" in table for record in history)
+    assert "extrapolated" not in parse(page_of(RunView("run", records(2)))).one("details").words
+
+
+def test_page_that_is_written_again_reloads_itself():
+    run = RunView("run", records(3))
+    assert parse(page_of(run, reload_seconds=30.0)).one("body").attributes["data-reload"] == "30.0"
+    assert "data-reload" not in parse(page_of(run)).one("body").attributes
+    assert page_of(run) == page_of(run)
+
+
+def test_parts_of_the_page_are_installed_with_the_package(tmp_path):
+    root = Path(__file__).parents[2]
+    for name in ("setup.py", "README.md"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "mir_callback", tmp_path / "mir_callback", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    built = {path.name for path in (tmp_path / "built" / "mir_callback" / "analysis" / "page").iterdir()}
+    assert built == {path.name for path in PARTS.iterdir()} - {"__pycache__"}
+
+
+def test_error_when_there_are_no_runs():
+    with pytest.raises(HistoryError, match="at least one run"):
+        page_of()
+
+
+NUMBERS = st.floats(-1e12, 1e12)
+AMOUNTS = st.floats(0, 1e12)
+LAYERS = st.lists(AMOUNTS, min_size=1, max_size=5)
+RECORDS = st.fixed_dictionaries(
+    {"step": st.integers(0, 10**9), "mir": st.none() | NUMBERS},
+    optional={
+        "per_layer": st.none() | LAYERS,
+        "per_layer_se": LAYERS,
+        "mir_se": st.none() | AMOUNTS,
+        "influences": st.lists(NUMBERS, min_size=1, max_size=4),
+        "companions": st.dictionaries(
+            st.sampled_from(COMPANIONS) | st.text(), st.lists(NUMBERS, min_size=1, max_size=5)
+        ),
+        "loss": st.none() | NUMBERS,
+        "seconds": AMOUNTS,
+        "elapsed": AMOUNTS,
+        "epoch": AMOUNTS,
+        "samples_seen": AMOUNTS,
+        "tokens_seen": AMOUNTS,
+        "train_seconds": AMOUNTS,
+        "eval_seconds": AMOUNTS,
+        "peak_memory_bytes": st.none() | AMOUNTS,
+        "verdict": st.none() | st.sampled_from(["no data", "going on", "plateau", "rising", "too noisy"]) | st.text(),
+        "reason": st.none() | st.text(),
+        "error": st.text(),
+        "would_stop": st.booleans(),
+        "stage": st.none() | st.text(max_size=2),
+        "probe_loss": st.none() | AMOUNTS,
+        "mir_extrapolated": st.none() | NUMBERS,
+        "probe_fingerprint": st.none() | st.text(max_size=3),
+        "root": st.sampled_from(["exact", "paper_fast"]),
+        "num_samples": st.none() | st.integers(0, 10**6),
+    },
+)
+HISTORIES = st.lists(RECORDS, max_size=7, unique_by=lambda record: record["step"]).map(
+    lambda found: sorted(found, key=lambda record: record["step"])
+)
+RUNS = st.builds(
+    RunView, name=st.text(), records=HISTORIES, losses=st.lists(st.tuples(st.integers(0, 10**9), NUMBERS)).map(sorted)
+)
+
+
+@settings(max_examples=60, deadline=None, phases=set(settings().phases) - {Phase.shrink})
+@given(st.lists(RUNS, min_size=1, max_size=3))
+def test_page_is_whole_whatever_the_records_hold(runs):
+    tree = parse(page_of(*runs))
+    assert "nan" not in "".join(path.attributes["d"] for path in tree.all("path")).lower()
+    assert len(tree.all("details")) == len(runs)
+    data = json.loads(tree.one("script", id="data").text, parse_constant=lambda name: pytest.fail(name))
+    assert len(data["runs"]) == sum(bool(run.moments) for run in runs)
+
+
+def test_columns_of_a_heat_map_end_half_way_between_evaluations():
+    np.testing.assert_allclose(edges_between([0.1, 0.3, 0.7]), [0.0, 0.2, 0.5, 0.9])
+    np.testing.assert_allclose(edges_between([0.2, 0.4, 0.9]), [0.1, 0.3, 0.65, 1.0])
+    np.testing.assert_allclose(edges_between([0.4]), [0.0, 1.0])
+
+
+@given(
+    st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=6),
+    st.sampled_from(["linear", "log", "log1p"]),
+    st.integers(2, 8),
+)
+def test_scale_shows_all_values_in_order_with_ticks_inside(values, kind, count):
+    values = sorted(abs(value) for value in values) if kind == "log1p" else sorted(values)
+    scale = scale_of(values, kind)
+    visible = [value for value in values if value > 1e-299] if scale.kind == "log" else values
+    places = scale(visible)
+    assert np.all((places >= -1e-9) & (places <= 1 + 1e-9))
+    assert np.all(np.diff(places) >= -1e-9)
+    ticks = [place for place, _ in scale.ticks(count)]
+    assert all(-1e-6 <= place <= 1 + 1e-6 for place in ticks)
+    assert ticks == sorted(ticks)
+    assert len(ticks) <= 3 * count + 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.05, "0.05"), (1200, "1200"), (25_000, "25k"), (-3_000_000, "\u22123M"), (2e9, "2B")],
+)
+def test_tick_labels_are_short(value, text):
+    assert short(value) == text

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir compare`, from real runs on disk to the files and the tables it leaves."""
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mir_callback import MIRCallback, Probe
+from mir_callback.cli import main
+from tests.samples import pairs
+from tests.training.runs import make_trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Real runs: two seeds of one recipe, one of another, and one on another probe."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed, rate, count in [("a1", 1, 3e-3, 8), ("a2", 2, 3e-3, 8), ("b1", 1, 1e-2, 8), ("other", 1, 3e-3, 6)]:
+        trainer = make_trainer(
+            folder / name, steps=6, seed=seed, learning_rate=rate, include_num_input_tokens_seen=True, dropout=0.1
+        )
+        MIRCallback(Probe.from_pairs(pairs(count)), every=1, batch_size=8).attach(trainer)
+        trainer.train()
+        trainer.save_state()
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    copy = shutil.copytree(trained, tmp_path / "runs")
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def mir(capsys, *arguments):
+    status = main(["compare", *map(str, arguments)])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def records_of(path):
+    return [json.loads(line) for line in (path / "mir_history.jsonl").read_text().splitlines()]
+
+
+def test_two_seeds_of_one_recipe_do_not_differ(runs, capsys):
+    status, told, _ = mir(capsys, "a1", "a2")
+    assert status == 0
+    assert "No difference beyond noise at step 6: a1, a2." in told
+    assert "ASSUMED" in told
+
+
+def test_recipes_are_ranked_with_tables_and_files_that_agree(runs, capsys):
+    status, told, _ = mir(capsys, "a=a1,a2", "b=b1", "--json", "c.json", "--csv", "c.csv", "--markdown", "c.md")
+    assert status == 0
+    found = json.loads((runs / "c.json").read_text())
+    last = {name: records_of(runs / name)[-1] for name in ("a1", "a2", "b1")}
+    by_step = found["axes"]["step"]
+    means = {standing["recipe"]: standing["mir"] for standing in by_step["recipes"]}
+    assert means["a"] == pytest.approx((last["a1"]["mir"] + last["a2"]["mir"]) / 2)
+    assert means["b"] == last["b1"]["mir"]
+    assert by_step["run_noise"]["kind"] == "replicates"
+    assert [pair["probe"]["kind"] for pair in by_step["differences"]] == ["paired"]
+    of_each = math.hypot(last["a1"]["mir_se"], last["b1"]["mir_se"])
+    assert 0 < by_step["differences"][0]["probe"]["se"] < of_each
+    assert set(found["axes"]) == {"step", "tokens", "samples", "time"}
+    assert found["axes"]["samples"]["place"] == last["a1"]["samples_seen"] == 24
+    lines = list(csv.DictReader(io.StringIO((runs / "c.csv").read_text())))
+    assert [(line["recipe"], line["run"]) for line in lines] == [("a", "a1"), ("a", "a2"), ("b", "b1")]
+    assert [float(line["mir_at_equal_step"]) for line in lines] == [last[line["run"]]["mir"] for line in lines]
+    page = (runs / "c.md").read_text()
+    for text in (found["verdict"], "| a - b |", f"{means['a']:.4f}", f"{means['b']:.4f}"):
+        assert text in page
+    for text in (found["verdict"], "a - b", f"{means['a']:.4f}", f"{means['b']:.4f}"):
+        assert text in told
+
+
+def test_a_pattern_names_the_runs_of_a_recipe(runs, capsys):
+    _, told, _ = mir(capsys, "a=a*", "b1", "--json", "-")
+    found = json.loads(told)
+    assert [[run["name"] for run in recipe["runs"]] for recipe in found["recipes"]] == [["a1", "a2"], ["b1"]]
+
+
+def test_checkpoints_are_compared_as_far_as_they_go(runs, capsys):
+    (runs / "a1" / "checkpoint-3").mkdir()
+    _, told, _ = mir(capsys, "a1/checkpoint-3", "b1", "--json", "-")
+    found = json.loads(told)
+    assert found["axes"]["step"]["place"] == 3
+    assert [s["mir"] for s in found["axes"]["step"]["recipes"]] == [
+        records_of(runs / n)[3]["mir"] for n in ("a1", "b1")
+    ]
+
+
+def test_another_probe_is_refused_unless_told_to_and_then_marked(runs, capsys):
+    status, told, error = mir(capsys, "a1", "other")
+    assert (status, told) == (2, "")
+    assert error.startswith("mir compare: error: probe_fingerprint (probe) must be the same in all runs")
+    assert error.count("\n") == 1
+    status, told, _ = mir(capsys, "a1", "other", "--anyway", "--markdown", "c.md", "--csv", "c.csv")
+    assert status == 0
+    assert "NOT ALIKE, compared anyway" in told
+    assert "NOT ALIKE, compared anyway" in (runs / "c.md").read_text()
+    assert {line["alike"] for line in csv.DictReader(io.StringIO((runs / "c.csv").read_text()))} == {"no"}
+
+
+def test_what_cannot_be_read_is_left_out_and_told(runs, capsys):
+    lines = (runs / "a2" / "mir_history.jsonl").read_text().splitlines()
+    lines[2] = lines[2][:50]
+    (runs / "a2" / "mir_history.jsonl").write_text("\n".join(lines))
+    (runs / "empty").mkdir()
+    (runs / "empty" / "mir_history.jsonl").touch()
+    status, told, error = mir(capsys, "a1", "a2", "gone", "empty")
+    assert status == 0
+    assert "left out: RUN must be" in error
+    assert "got gone: there is no such file" in error
+    assert "a2: line 3 is left out" in told
+    assert "empty is left out" in told
+    assert "No difference beyond noise at step 6: a1, a2." in told
+
+
+def test_one_run_is_described(runs, capsys):
+    status, told, _ = mir(capsys, "a1")
+    assert status == 0
+    assert "a1" in told
+    assert "7   " in told
+    assert "Lowest" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gone", "nothing"], "got gone: there is no such file"),
+        (["empty.jsonl"], "at least one run with a value"),
+        (["a="], "must be a path or NAME=RUN"),
+        (["=a1"], "must be a path or NAME=RUN"),
+        (["x=a1", "x=a2"], "names of their own, got x twice"),
+        (["a1", "a2", "--rule", "speed=1"], "--rule takes window"),
+        (["a1", "a2", "--rule", "window=soon"], "window of --rule must be a number"),
+        (["a1", "a2", "--rule", "log_steps=3"], "log_steps must be"),
+        (["a1", "a2", "--rule", "window=1"], "window must be an integer of at least 4"),
+        (["a1", "a2", "--at", "99"], "at must lie where all runs were measured"),
+        (["a1", "--json", "-", "--csv", "-"], "'-' can be given for one of"),
+        (["a1", "--json", "no/such/folder.json"], "must be a file that can be written"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(runs, capsys, arguments, words):
+    (runs / "empty.jsonl").touch()
+    status, _, error = mir(capsys, *arguments)
+    assert status == 2
+    assert words in error.splitlines()[-1]
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(runs, capsys):
+    (runs / "a1").rename(runs / "[bold]a|1")
+    _, told, _ = mir(capsys, "[bold]a|1", "a2", "--markdown", "c.md")
+    assert "[bold]a|1" in told
+    assert "\\[bold]a\\|1 |" in (runs / "c.md").read_text()
+
+
+def test_the_command_runs_by_itself(runs):
+    command = [
+        sys.executable,
+        "-m",
+        "mir_callback",
+        "compare",
+        "a1",
+        "b1",
+        "--rule",
+        "window=4,min_delta=5,warmup=1,horizon=None",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "window=4, min_delta=5" in done.stdout
+    assert "step 4" in done.stdout
+    assert "2 steps, 33%" in done.stdout

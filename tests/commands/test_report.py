@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir report`, from real runs on disk to the page."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mir_callback import MIRCallback, PlateauRule, Probe
+from mir_callback.cli import main
+from tests.analysis.pages import parse, records
+from tests.samples import pairs
+from tests.training.runs import make_trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two real runs that differ in their learning rate, with the Trainer's checkpoints, and the probe."""
+    root = tmp_path_factory.mktemp("report")
+    probe = Probe.from_pairs(pairs(6, seed=3))
+    for name, rate in (("slow", 1e-3), ("fast", 1e-2)):
+        trainer = make_trainer(root / name, steps=6, learning_rate=rate, save_strategy="steps", save_steps=6)
+        MIRCallback(probe, every=1, stop=PlateauRule(window=4, warmup=1, min_delta=1e-9)).attach(trainer)
+        trainer.train()
+        for file in (root / name / "checkpoint-6").iterdir():
+            if file.name != "trainer_state.json":
+                file.unlink()
+    return root
+
+
+@pytest.fixture
+def runs(trained, tmp_path, monkeypatch):
+    for name in ("slow", "fast"):
+        shutil.copytree(trained / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mir(capsys, *arguments):
+    status = main(["report", *map(str, arguments)])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def page(path="slow/mir_report.html"):
+    with open(path, encoding="utf-8") as file:
+        return parse(file.read())
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "mir_history.jsonl").read_text().splitlines()]
+
+
+def data(tree):
+    return json.loads(tree.one("script", id="data").text)
+
+
+def test_page_of_a_run_lies_in_its_folder(runs, capsys):
+    status, told, error = mir(capsys, "slow")
+    assert (status, error) == (0, "")
+    assert told.strip() == f"report in {os.path.join('slow', 'mir_report.html')}"
+    (run,) = data(page())["runs"]
+    expected = history(runs / "slow")
+    assert run["name"] == "slow"
+    assert run["steps"] == [record["step"] for record in expected] == list(range(7))
+    assert [value.split()[0] for value in run["mir"]] == [f"{record['mir']:.3f}" for record in expected]
+    state = json.loads((runs / "slow" / "checkpoint-6" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert [float(loss) for loss in run["loss"][1:]] == pytest.approx(losses, rel=1e-3)
+    assert "planned steps 6" in page().one("section", aria_labelledby="definition").words
+
+
+def test_runs_are_laid_over_each_other_when_several_are_given(runs, capsys):
+    status, _, error = mir(capsys, "slow", "fast", "-o", "out/both.html")
+    assert (status, error) == (0, "")
+    tree = page("out/both.html")
+    assert [run["name"] for run in data(tree)["runs"]] == ["slow", "fast"]
+    assert not tree.all("aside", "warning")
+    first = tree.one("figure", "timeline", data_axis="step")
+    assert len(first.all("path", "line loss")) == 2
+    assert len(first.one("div", "layers", data_quantity="per_layer").all("img", "heat")) == 2
+
+
+def test_page_is_made_while_a_run_is_training(runs, capsys):
+    """A last line half written, no Trainer's state yet."""
+    shutil.rmtree(runs / "slow" / "checkpoint-6")
+    file = runs / "slow" / "mir_history.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    status, _, told = mir(capsys, "slow")
+    assert status == 0
+    assert data(page())["runs"][0]["steps"] == list(range(6))
+    assert "slow" in told
+    (notes,) = page().all("aside", "notes")
+    assert "left out" in notes.text
+    file.write_bytes(b"")
+    assert mir(capsys, "slow")[0] == 0
+    assert "no value yet" in page().text
+
+
+def test_a_run_that_cannot_be_read_is_told_and_the_others_are_shown(runs, capsys):
+    status, _, error = mir(capsys, "slow", "nowhere")
+    assert status == 0
+    assert "nowhere" in error
+    tree = page("mir_report.html")
+    assert "nowhere" in tree.one("aside", "notes").text
+    assert [run["name"] for run in data(tree)["runs"]] == ["slow"]
+
+
+def test_samples_come_from_a_probe_in_the_folder_when_it_is_the_one_measured(runs, capsys):
+    probe = Probe.from_pairs(pairs(6, seed=3))
+    Probe.from_pairs(pairs(6, seed=4)).save(runs / "slow" / "a_other.zip")
+    (runs / "slow" / "b_broken.zip").write_bytes(b"PK no archive")
+    assert mir(capsys, "slow") == (0, f"report in {os.path.join('slow', 'mir_report.html')}\n", "")
+    assert not [e for e in page().all("section") if e.attributes["aria-labelledby"] == "samples" and e.all("img")]
+    probe.save(runs / "slow" / "probe")
+    mir(capsys, "slow")
+    assert len(page().one("section", aria_labelledby="samples").all("img")) == 6
+    mir(capsys, "slow", "--no-probe")
+    assert not page().all("ol", "samples") or not page().one("ol", "samples").all("img")
+    status, _, error = mir(capsys, "slow", "--probe", "slow/a_other.zip")
+    assert status == 0
+    assert f"the values are of {probe.fingerprint}" in error
+    assert "not those that were measured" in page().one("aside", "notes").text
+
+
+def test_folder_names_are_text_when_they_look_like_html(runs, capsys):
+    name = "<img src=x onerror=alert(1)>"
+    (runs / "slow").rename(runs / name)
+    assert mir(capsys, name)[0] == 0
+    tree = page(f"{name}/mir_report.html")
+    assert tree.one("h1").text == name
+    assert tree.one("head").one("title").text == f"MIR of {name}"
+    assert all(image.attributes["src"].startswith("data:") for image in tree.all("img"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["slow", "--probe", "nothing.zip"], "nothing.zip, which does not exist"),
+        (["slow", "--probe", "p.zip", "--no-probe"], "exclude each other"),
+        (["slow", "--watch", "0"], "--watch must be at least 1 second, got 0"),
+        (["slow", "--watch", "nan"], "--watch must be at least 1 second, got nan"),
+        (["slow", "-o", ""], "--output must not be empty"),
+        (["slow", "-o", "fast"], "--output must be a file to write, got fast, which is a folder"),
+        (["slow", "-o", "slow/mir_history.jsonl/page.html"], "--output must be a place to write to"),
+    ],
+)
+def test_error_names_what_is_wrong(runs, capsys, arguments, message):
+    before = sorted(path.relative_to(runs) for path in runs.rglob("*"))
+    status, _, error = mir(capsys, *arguments)
+    assert status == 2
+    assert error.startswith("mir report: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(path.relative_to(runs) for path in runs.rglob("*")) == before
+
+
+def test_page_follows_a_run_until_it_is_interrupted(tmp_path):
+    lines = [json.dumps(record) + "\n" for record in records(3)]
+    (tmp_path / "run").mkdir()
+    file, made = tmp_path / "run" / "mir_history.jsonl", tmp_path / "run" / "mir_report.html"
+    file.write_text(lines[0])
+    errors = tmp_path / "errors"
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "mir_callback", "report", "run", "--watch", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=errors.open("wb"),
+    )
+    try:
+        for count in (1, 2, 3):
+            wait_for(lambda count=count: made.exists() and len(data(page(made))["runs"][0]["steps"]) == count, watching)
+            assert page(made).one("body").attributes["data-reload"] == "1.0"
+            with file.open("a") as appended:
+                appended.writelines(lines[count : count + 1])
+        file.rename(file.with_suffix(".aside"))
+        wait_for(lambda: b"no mir_history.jsonl" in errors.read_bytes(), watching)
+        file.write_text("".join(lines) + '{"step": 30, "mi')
+        watching.send_signal(signal.SIGINT)
+        out, _ = watching.communicate(timeout=60)
+    finally:
+        watching.kill()
+        watching.wait()
+    assert watching.returncode == 0
+    assert b"written again every 1 s until Ctrl-C" in out
+    assert "data-reload" not in page(made).one("body").attributes
+    assert sorted(path.name for path in made.parent.iterdir()) == [
+        "mir_history.aside",
+        "mir_history.jsonl",
+        "mir_report.html",
+    ]
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
