@@ -17,8 +17,8 @@ than the text tokens, and MIR rises and levels off. With it they begin longer; t
 constant, then learns to drop it, and MIR rises, falls and settles. The values themselves are measured, on scans and
 prose that neither backbone was trained with, and so is the step at which the plateau is found.
 
-Training stops when MIR is confidently level: when a line through the last 8 evaluations (70 steps) moves by less than
-0.04, on a curve that spans more than one.
+Training stops when MIR is confidently level: when by a line through the last evaluations (13 or more) the next tenth of
+the run would change it by less than 0.04, on a curve that spans more than one.
 
 What is not like a large run: 100 probe samples every 160 training samples watch very closely. That is a good part of
 this demo's time, and next to nothing in a run with thousands of samples between evaluations.

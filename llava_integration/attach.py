@@ -52,7 +52,8 @@ def attach_mir(
         seed: of the draw, 0 if not given.
         conversation: template of LLaVA, LLaVA-NeXT or TinyLLaVA Factory; by default the run's own, see
             :class:`OriginalLlavaAdapter` and :class:`TinyLlavaAdapter`.
-        stop: a stop rule, None to watch only, or as the flags have it "plateau" (``PlateauRule()``) or "none".
+        stop: a stop rule, None to watch only, or as the flags have it "plateau" (``PlateauRule()``),
+            "observe" (``PlateauRule(observe_only=True)``) or "none".
         **callback_options: of :class:`MIRCallback`, such as ``batch_size=8``.
 
     Returns:
@@ -98,7 +99,7 @@ def _stop_rule(stop: PlateauRule | str | None) -> PlateauRule | None:
         return stop
     if stop not in STOP_RULES:
         raise ConfigError(f"stop must be one of {', '.join(STOP_RULES)}, a rule or None, got {stop!r}")
-    return PlateauRule() if stop == "plateau" else None
+    return None if stop == "none" else PlateauRule(observe_only=stop == "observe")
 
 
 def recognise(trainer: Any, conversation: str | None = None) -> Adapter:

@@ -65,3 +65,8 @@ def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         batch[row, : len(tokens)] = tokens
         attention[row, : len(tokens)] = True
     return batch, attention
+
+
+def after_image(ids: Sequence[Tensor]) -> list[Tensor]:
+    """Of each sample's token ids those after its last image, whose placeholder is negative. Ranks: pure."""
+    return [row[int((row < 0).nonzero()[-1]) + 1 :] for row in ids]

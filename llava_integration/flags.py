@@ -27,7 +27,10 @@ EXAMPLE = f"""example:
 GROUPS = {
     "the probe": ("mir_images", "mir_texts", "mir_probe", "mir_num_samples", "mir_seed"),
     "failures": ("mir_on_error", "mir_max_failures", "mir_watchdog_seconds", "mir_abort_on_hang"),
-    "stopping": ("mir_stop", "mir_stop_window", "mir_stop_min_delta", "mir_stop_warmup", "mir_continue_after_stop"),
+    "stopping": (
+        *("mir_stop", "mir_stop_window", "mir_stop_min_delta", "mir_stop_warmup", "mir_stop_horizon"),
+        *("mir_stop_patience", "mir_stop_patience_steps", "mir_stop_log_steps", "mir_continue_after_stop"),
+    ),
 }
 OTHERS = "the evaluations"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
-from llava_integration.encoding import pad_right, plain_text, require_tokenizer
+from llava_integration.encoding import after_image, pad_right, plain_text, require_tokenizer
 from llava_integration.saving import ProjectorSaver, projector_saver
 from llava_integration.splicing import spliced_masks
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
@@ -59,7 +59,7 @@ class OriginalLlavaAdapter:
         pictures = [sample.open_image() for sample in samples]
         pixels = [self._pixels(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
         inputs = {"input_ids": input_ids, "attention_mask": attention, **self._image_inputs(pixels, pictures)}
-        return AdaptedBatch(inputs, None, ids)
+        return AdaptedBatch(inputs, None, ids, after_image(ids))
 
     @contextmanager
     def live_masks(self, model: nn.Module) -> Iterator[LiveMasks | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.encoding import pad_right, plain_text, require_tokenizer
+from llava_integration.encoding import after_image, pad_right, plain_text, require_tokenizer
 from llava_integration.splicing import METHOD, spliced_masks
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
@@ -56,7 +56,8 @@ class TinyLlavaAdapter:
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
         input_ids, attention = pad_right(ids)
         images = torch.stack([self._preprocess_image(sample.open_image()) for sample in samples])  # (B, 3, H, W)
-        return AdaptedBatch({"input_ids": input_ids, "attention_mask": attention, "images": images}, None, ids)
+        inputs = {"input_ids": input_ids, "attention_mask": attention, "images": images}
+        return AdaptedBatch(inputs, None, ids, after_image(ids))
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
         """See :func:`spliced_masks`."""

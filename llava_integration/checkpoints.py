@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the package `llava` for `mir eval`: the projector alone with its base model, or the whole model.
+
+A model is put together as LLaVA's train.py does it, so that the value is the one the run measured itself; LLaVA's own
+`load_pretrained_model` casts everything to float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llava_integration.compatibility import is_llava_next, require_observable, surroundings
+from llava_integration.next import LlavaNextAdapter
+from llava_integration.original import OriginalLlavaAdapter
+from mir_callback.checkpoints.folders import (
+    ADAPTER_CONFIG,
+    PROJECTOR,
+    PROJECTOR_FILE,
+    SHARDS,
+    Checkpoint,
+    read_json,
+    storage_of,
+)
+from mir_callback.checkpoints.hub import base_of, folder_of
+from mir_callback.checkpoints.loading import DTYPES, LoadOptions, Opened, require_complete
+from mir_callback.checkpoints.shards import weights_of_shards
+from mir_callback.checkpoints.stored import stored_weights
+from mir_callback.errors import ConfigError
+
+# Fields that only LLaVA's own configurations have.
+_FIELDS = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
+# Stage 1's template; the code base's own default is one of stage 2.
+_PROJECTOR_CONVERSATION = "plain"
+_TOWER = "vision_tower."
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+
+
+def opens(config: Mapping[str, Any]) -> bool:
+    """Models of the package `llava`: the original LLaVA, LLaVA-NeXT."""
+    return any(field in config for field in _FIELDS)
+
+
+def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
+    """See :class:`mir_callback.checkpoints.loading.Family`."""
+    folder, storage = checkpoint.folder, storage_of(checkpoint)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{folder} must hold whole weights or a projector of LLaVA, got a PEFT adapter, whose checkpoints lack "
+            "the projector; merge it with LLaVA's scripts/merge_lora_weights.py and name the merged model"
+        )
+    config = _configuration(folder)
+    places = [folder, checkpoint.run]
+    if storage == PROJECTOR:
+        named = read_json(folder / "config.json").get("_name_or_path")
+        places.append(base_of(folder, options.base, named, "_name_or_path in config.json"))
+    tokenizer = _tokenizer(options.processor, places, config)
+    if storage == PROJECTOR:
+        model = _with_projector(checkpoint, config, options, places[-1], tokenizer)
+    else:
+        model = _whole(checkpoint, config, options, sharded=storage == SHARDS)
+    tower = model.get_vision_tower()
+    vision_dtype = DTYPES.get(options.vision_dtype) or _dtype_of_tower(model.dtype)
+    tower.to(dtype=vision_dtype)
+    require_observable(model)
+    conversation = options.conversation or (_PROJECTOR_CONVERSATION if storage == PROJECTOR else None)
+    adapter = LlavaNextAdapter if is_llava_next(model) else OriginalLlavaAdapter
+    return Opened(model, adapter(model, tokenizer, conversation=conversation))
+
+
+def _configuration(folder: Path) -> Any:
+    try:
+        import llava.model  # noqa: F401  # registers its configurations
+    except ImportError as error:
+        raise ConfigError(
+            f"the package llava must be installed to open {folder}, got {type(error).__name__}: {error}; run mir eval "
+            "in the environment the model was trained in"
+        ) from error
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder))
+    except ValueError as error:  # llava.model swallows its own import errors, and then nothing is registered
+        kind = read_json(folder / "config.json").get("model_type")
+        raise ConfigError(
+            f"model_type in {folder / 'config.json'} must be one that llava registers, got {kind!r}; {surroundings()}"
+        ) from error
+
+
+def _with_projector(checkpoint: Checkpoint, config: Any, options: LoadOptions, base: Path, tokenizer: Any) -> Any:
+    """The base model with a trained projector, and with new tokens' embeddings where those were trained too."""
+    file = checkpoint.folder / PROJECTOR_FILE
+    weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    dtype = DTYPES.get(options.dtype) or next(iter(weights.values())).dtype  # config.json tells the base model's
+    config.vocab_size = transformers.AutoConfig.from_pretrained(str(base)).vocab_size
+    model, found = _class_of(config).from_pretrained(
+        str(base), config=config, torch_dtype=dtype, output_loading_info=True
+    )
+    if len(tokenizer) > config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    result = model.load_state_dict(weights, strict=False)
+    missing = {name for name in found["missing_keys"] if _TOWER not in name} - weights.keys()
+    unexpected = {name for name in found["unexpected_keys"] if _TOWER not in name} | set(result.unexpected_keys)
+    require_complete(checkpoint, model, missing, unexpected, found["mismatched_keys"])
+    model.get_vision_tower().load_model()
+    return model
+
+
+def _whole(checkpoint: Checkpoint, config: Any, options: LoadOptions, *, sharded: bool) -> Any:
+    """All weights from the checkpoint, the tower's too, which LLaVA by itself takes from where it first had them."""
+    given: dict[str, Any] = {"torch_dtype": DTYPES.get(options.dtype, "auto")}
+    if sharded:
+        stored = weights_of_shards(checkpoint)
+        given |= {"state_dict": stored, "torch_dtype": DTYPES.get(options.dtype) or config.torch_dtype}
+    else:
+        stored = stored_weights(checkpoint.folder, _TOWER)
+    source = None if sharded else str(checkpoint.folder)
+    model, found = _class_of(config).from_pretrained(source, config=config, output_loading_info=True, **given)
+    model.get_vision_tower().load_model()
+    of_tower = {name: tensor for name, tensor in stored.items() if _TOWER in name}
+    model.load_state_dict(of_tower, strict=False)
+    known = model.state_dict().keys()
+    unexpected = [name for name in found["unexpected_keys"] if name not in of_tower or name not in known]
+    missing = [name for name in found["missing_keys"] if _TOWER not in name]
+    if of_tower:
+        missing += [name for name in known if _TOWER in name and name not in of_tower]
+    require_complete(checkpoint, model, missing, unexpected, found["mismatched_keys"])
+    return model
+
+
+def _class_of(config: Any) -> Any:
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _dtype_of_tower(dtype: torch.dtype) -> torch.dtype:
+    """What train.py casts the tower to."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:
+    """The tokenizer as train.py makes it, with the tokens it adds."""
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+    if given is not None:
+        places = [folder_of(given, weights=False, what="--processor")]
+    folder = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
+    if folder is None:
+        listed = ", ".join(str(place) for place in dict.fromkeys(places))
+        raise ConfigError(f"a tokenizer must be found, got none in {listed}; give --processor a folder or hub name")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False)
+    if getattr(config, "mm_use_im_patch_token", False):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    return tokenizer

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run as their headers say, at the size of their `--rehearse`."""
+
+import json
+import re
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb.sdk.lib import config_util
+
+from mir_callback.training.history import read_history
+from tests.distributed.launch import ROOT, run_process
+from tests.training import wandb_file
+
+pytestmark = pytest.mark.slow
+SWEEP = yaml.safe_load((ROOT / "examples" / "sweeps" / "wandb_sweep.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Backbones, made by the first example and found by the others."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_example(script, folder, cache, *arguments, environment=None):
+    places = ["--rehearse", "--output", str(folder), "--cache", str(cache)]
+    done = run_process([str(ROOT / "examples" / script), *places, *arguments], environment=environment, timeout=580)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+def last_of(folder):
+    return read_history(folder / "mir_history.jsonl")[-1]
+
+
+def test_learning_rate_with_the_lowest_mir_is_chosen_among_those_not_given_up(tmp_path, cache):
+    output = run_example("choose_learning_rate.py", tmp_path, cache)
+    lasts = {float(folder.name.removeprefix("rate_")): last_of(folder) for folder in tmp_path.glob("rate_*")}
+    assert sorted(lasts) == [1e-3, 3e-3, 1e-2, 3e-2]
+    lines = re.findall(r"^ +(\S+) +(\S+) \+- (\S+) +(\S+) +(\d+)( +given up)?$", output, re.MULTILINE)
+    assert [float(rate) for rate, *_ in lines] == sorted(lasts)
+    for rate, mir, se, loss, step, given_up in lines:
+        last = lasts[float(rate)]
+        assert (mir, se) == (f"{last['mir']:.3f}", f"{last['mir_se']:.3f}")
+        assert (loss, int(step)) == (f"{last['loss']:.3f}", last["step"])
+        assert last["step"] == (2 if given_up else 4)
+    finished = {float(rate): lasts[float(rate)]["mir"] for rate, *_, given_up in lines if not given_up}
+    assert len(finished) >= 2
+    best = min(finished, key=lambda rate: finished[rate])
+    assert f"Chosen: {best:g}, MIR {finished[best]:.3f}\n" in output
+    assert "Differences" in output.split("$ mir compare")[1]
+
+
+def test_captions_are_compared_with_the_noise_of_their_seeds(tmp_path, cache):
+    output = run_example("compare_captions.py", tmp_path, cache, "--seeds", "2")
+    shown = re.findall(r"^(short|long) +(\d) +(\S+) \+- (\S+)$", output, re.MULTILINE)
+    assert [(name, int(seed)) for name, seed, *_ in shown] == [("short", 1), ("long", 1), ("short", 2), ("long", 2)]
+    lasts = {(name, seed): last_of(tmp_path / name / f"seed_{seed}") for name, seed, *_ in shown}
+    for name, seed, mir, se in shown:
+        assert (mir, se) == (f"{lasts[name, seed]['mir']:.3f}", f"{lasts[name, seed]['mir_se']:.3f}")
+    compared = output.split("$ mir compare")[1]
+    assert "measured on the replicates" in compared
+    difference = sum((1 if name == "short" else -1) * last["mir"] / 2 for (name, _), last in lasts.items())
+    shown = re.search(r"(short - long|long - short) +([+-][\d.]+) ", compared)
+    assert float(shown[2]) == pytest.approx(difference if shown[1] == "short - long" else -difference, abs=6e-5)
+    # The same projector and order of data for either mix: it is the captions that differ.
+    for seed in "12":
+        short, long = (
+            read_history(tmp_path / name / f"seed_{seed}" / "mir_history.jsonl") for name in ("short", "long")
+        )
+        assert short[0]["mir"] == long[0]["mir"]
+        assert short[-1]["mir"] != long[-1]["mir"]
+
+
+def test_program_of_the_wandb_sweep_logs_its_metric_when_started_as_the_agent_does(tmp_path, cache):
+    values = {"learning_rate": {"value": 0.0021}, "captions": {"value": SWEEP["parameters"]["captions"]["values"][1]}}
+    assert sorted(values) == sorted(SWEEP["parameters"])
+    parts = create_sweep_command_args({"args": values})
+    parts |= {"env": [], "interpreter": [], "program": [SWEEP["program"]]}
+    command = [word for part in create_sweep_command(SWEEP.get("command")) for word in parts[part[2:-1]]]
+    config_util.save_config_file_from_dict(str(tmp_path / "config.yaml"), values)
+    environment = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_RUN_ID": "fromagent",
+        "WANDB_SWEEP_ID": "sweepid",
+        "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "config.yaml"),
+    }
+    assert command[0] == "examples/sweeps/train.py"
+    run_example("sweeps/train.py", tmp_path / "runs", cache, *command[1:], environment=environment)
+    rows = wandb_file.rows(tmp_path)
+    (opened,) = (record.run for record in wandb_file.finished(tmp_path) if record.WhichOneof("record_type") == "run")
+    assert json.loads(next(item for item in opened.config.update if item.key == "learning_rate").value_json) == 0.0021
+    records = read_history(tmp_path / "runs" / "fromagent" / "mir_history.jsonl")
+    metric = SWEEP["metric"]["name"]
+    assert [row[metric] for row in rows if metric in row] == [record["mir"] for record in records]
+    assert SWEEP["metric"]["goal"] == "minimize"
+    summary = wandb_file.summary(tmp_path)
+    assert summary[metric] == records[-1]["mir"]
+    assert summary["mir_best"] == min(record["mir"] for record in records[1:])
