@@ -20,7 +20,8 @@ export HF_HUB_OFFLINE := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: llava-left-out help install demo test test-all test-gpu test-faults checks bench clean distclean preflight
+.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu clean distclean preflight \
+  llava-left-out browser-left-out
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=/path/to/python3.10-or-newer]'
@@ -45,11 +46,20 @@ LLAVA_READY := llava-left-out
 LLAVA_LEFT_OUT := --ignore tests/llava
 endif
 
-test: checks $(EXTENSION) $(LLAVA_READY) ## the checks, then the fast tests
-	$(ON_CPU) $(PY) -m pytest -m 'not slow and not gpu and not faults' $(LLAVA_LEFT_OUT)
+# One from a snap sees neither the tests' folders nor our pipes.
+ifneq ($(filter-out /snap/%,$(shell command -v chromium) $(shell command -v google-chrome)),)
+BROWSER_READY :=
+BROWSER_LEFT_OUT :=
+else
+BROWSER_READY := browser-left-out
+BROWSER_LEFT_OUT := and not browser
+endif
 
-test-all: checks $(EXTENSION) $(LLAVA_READY) ## the checks, then all tests, the slow ones too
-	$(ON_CPU) $(PY) -m pytest -m 'not gpu and not faults' $(LLAVA_LEFT_OUT)
+test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
+	$(ON_CPU) $(PY) -m pytest -m 'not slow and not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
+
+test-all: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then all tests, the slow ones too
+	$(ON_CPU) $(PY) -m pytest -m 'not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
@@ -60,14 +70,31 @@ test-faults: $(EXTENSION) ## break things in real runs: killed ranks, full disks
 llava-left-out:
 	@echo 'NOTE: the tests with the original LLaVA are left out: its transformers 4.37.2 needs Python 3.12 or older'
 
+browser-left-out:
+	@echo 'NOTE: the tests that open a page in a browser are left out: no Chromium was found; on Debian: apt install chromium'
+
 checks: $(STAMP) ## style, formatting, types, spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(SOURCES)
 	$(PY) -m codespell_lib
 
-bench: $(STAMP) ## time the exact solver against scipy's
-	$(PY) benchmarks/solver.py
+RESULTS := benchmarks/results
+bench: $(STAMP) ## measure solver, evaluation, ranks, memory, sizes on this CPU; tables in benchmarks/results/ (a quarter of an hour)
+	$(ON_CPU) $(PY) benchmarks/solver.py --output $(RESULTS)/solver.md
+	$(ON_CPU) $(PY) benchmarks/evaluation.py --output $(RESULTS)/evaluation.md
+	$(ON_CPU) $(PY) benchmarks/ranks.py --output $(RESULTS)/ranks.md
+	$(ON_CPU) $(PY) benchmarks/memory.py --output $(RESULTS)/memory.md
+	$(ON_CPU) $(PY) benchmarks/scaling.py --output $(RESULTS)/scaling.md
+	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
+	$(PY) benchmarks/quote.py
+
+bench-gpu: $(STAMP) ## on a GPU: a whole evaluation of a 7B model, and the parts of one layer
+	$(PY) benchmarks/evaluation.py --repeats 3 --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --samples 100 --text 900 \
+	  --output $(RESULTS)/gpu_evaluation.md
+	$(PY) benchmarks/parts.py --output $(RESULTS)/gpu_parts.md
+	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
+	$(PY) benchmarks/quote.py
 
 clean: ## remove caches and build products; .venv/ and runs/ stay
 	rm -rf .cache build dist *.egg-info .hypothesis
@@ -109,7 +136,7 @@ $(LLAVA_STAMP): constraints-llava.txt
 	@$(LLAVA_PIP) 'pip>=22.3' torch
 	@$(LLAVA_PIP) setuptools wheel ninja numpy
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(LLAVA_PIP) --no-build-isolation deepspeed
-	@$(LLAVA_PIP) transformers accelerate tokenizers sentencepiece einops pillow matplotlib scipy tqdm requests
+	@$(LLAVA_PIP) transformers accelerate tokenizers sentencepiece einops pillow matplotlib scipy tqdm psutil requests
 	@$(LLAVA_PIP) --no-deps llava-torch
 	@touch $@
 

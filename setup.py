@@ -23,6 +23,7 @@ WANDB = ["wandb"]
 DATASETS = ["datasets"]
 TENSORBOARD = ["tensorboard"]
 TRAINER = ["accelerate"]
+OPTUNA = ["optuna"]
 
 setup(
     name="mir-callback",
@@ -33,17 +34,21 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["mir_callback", "mir_callback.*", "llava_integration", "llava_integration.*"]),
-    package_data={"": ["py.typed"]},
-    install_requires=["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "matplotlib"],
+    package_data={"": ["py.typed"], "mir_callback.analysis.page": ["page.*"]},
+    install_requires=[
+        *["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "psutil"],
+        *["matplotlib", "rich", "scipy", "jinja2"],  # the `mir` command: pictures, tables, Student's t, pages
+    ],
     entry_points={"console_scripts": ["mir = mir_callback.cli:main"]},
     extras_require={
         "deepspeed": DEEPSPEED,
         "wandb": WANDB,
         "datasets": DATASETS,
+        "optuna": OPTUNA,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
         "test": [
-            *["pytest", "hypothesis", "scipy", "scikit-learn", "peft", "schedulefree"],
-            *[*DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER],
+            *["pytest", "hypothesis", "mpmath", "scikit-learn", "peft", "schedulefree"],
+            *[*DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
         ],
         "checks": ["ruff", "mypy", "codespell"],
     },
