@@ -101,14 +101,15 @@ def replace_outliers(layers: list[LayerClouds]) -> None:
             cloud.rows[cloud.outliers] = median
 
 
-@dataclass(frozen=True)
+@dataclass
 class CloudParts:
     """What the moments of one cloud are made of: the scatter about the mean, or the centred rows of all ranks.
 
     Attributes:
         count: rows on all ranks.
         mean: (d,) float64 of them.
-        scatter: (d, d) float64, complete on the layer's owner; None where there are fewer rows than dimensions.
+        scatter: (d, d) float64, complete on the layer's owner, until it is taken; None where there are fewer rows than
+            dimensions.
         columns: else every rank's centred rows, as columns (d, n_r).
     """
 
@@ -117,10 +118,11 @@ class CloudParts:
     scatter: Tensor | None
     columns: list[Tensor]
 
-    def moments(self, scale: float) -> Moments:
-        """The moments of the scaled rows. Ranks: the owner."""
+    def take_moments(self, scale: float) -> Moments:
+        """The moments of the scaled rows; the scatter becomes theirs, so that it is there once. Ranks: the owner."""
         if self.scatter is not None:
-            return moments_from_scatter(self.count, self.mean, self.scatter, scale)
+            scatter, self.scatter = self.scatter, None
+            return moments_from_scatter(self.count, self.mean, scatter, scale)
         return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T).scaled(scale)
 
 

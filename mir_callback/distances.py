@@ -8,7 +8,7 @@ done at once or beside training, by the same lines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,8 +19,10 @@ from mir_callback import collectives
 from mir_callback.clouds import CloudParts, LayerClouds, share_parts
 from mir_callback.metric.companions import companions_of
 from mir_callback.metric.coupling import couple
-from mir_callback.metric.frechet import frechet_from_moments, warn_if_clipped
+from mir_callback.metric.factors import Factored, factored
+from mir_callback.metric.frechet import Frechet, frechet_from_coupling, frechet_from_moments, warn_if_clipped
 from mir_callback.metric.influence import Map, SampleSums, influences, sums_over_samples, transport_maps
+from mir_callback.metric.moments import Moments
 from mir_callback.progress import Tell
 from mir_callback.sample_rows import TEXT, VISION, SampleRows
 from mir_callback.work import Steps
@@ -99,6 +101,7 @@ def distances(
             means[index] = parts[0].mean, parts[1].mean
             if _owner(index) == collectives.rank():
                 owned[index] = parts
+            del parts
         tell(f"distances of {named}")
         solved: dict[int, _Solution] = yield partial(_solve_all, owned, layers, samples, how)
         found |= {index: (solution.distance, solution.companions) for index, solution in solved.items()}
@@ -143,23 +146,33 @@ def _solve_all(
 def _solve(
     index: int, parts: tuple[CloudParts, CloudParts], layer: LayerClouds, samples: SampleRows, how: Solving
 ) -> _Solution:
-    vision, text = (part.moments(layer.scale) for part in parts)
-    coupling = couple(vision, text) if how.root == "exact" else None
-    if coupling is not None and how.errors and not coupling.cross.is_cuda:
+    if how.root != "exact":
+        vision, text = (part.take_moments(layer.scale) for part in parts)
+        return _solution(index, vision, text, frechet_from_moments(vision, text, how.root), layer, how)
+    # One after the other, as each covariance is let go of once it is factored.
+    coupling = couple(*[factored(part.take_moments(layer.scale)) for part in parts])
+    if how.errors and not coupling.on_gpu:
         coupling.find_vectors()  # first, as the distance then comes from the same solve
-    result = frechet_from_moments(vision, text, how.root, coupling)
-    warn_if_clipped(result, how.first + index + 1, how.root)
-    companions = companions_of(vision, text, result.distance, layer.vision_norm, 1.0 / layer.scale)
+    found = _solution(index, coupling.vision, coupling.text, frechet_from_coupling(coupling), layer, how)
     if not how.errors:
-        return _Solution(result.distance, companions)
-    maps = transport_maps(vision, text, coupling)
+        return found
+    maps = transport_maps(coupling)
     gap = parts[0].mean - parts[1].mean
     sums = {
         modality: _sums_of_columns(part, sign * gap, form, samples, modality)
         for modality, part, sign, form in zip((VISION, TEXT), parts, (1.0, -1.0), maps, strict=True)
         if form.of_rows is not None
     }
-    return _Solution(result.distance, companions, maps, sums)
+    return replace(found, maps=maps, sums=sums)
+
+
+def _solution(
+    index: int, vision: Moments | Factored, text: Moments | Factored, result: Frechet, layer: LayerClouds, how: Solving
+) -> _Solution:
+    """A layer's distance, with what else its moments tell."""
+    warn_if_clipped(result, how.first + index + 1, how.root)
+    companions = companions_of(vision, text, result.distance, layer.vision_norm, 1.0 / layer.scale)
+    return _Solution(result.distance, companions)
 
 
 def _sums_of_columns(part: CloudParts, gap: Tensor, form: Map, samples: SampleRows, modality: int) -> Tensor:

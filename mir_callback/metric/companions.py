@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from mir_callback.metric.factors import Factored
 from mir_callback.metric.moments import Moments
 
 # Names of the values, as reports and logs have them.
@@ -10,7 +11,7 @@ COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_ra
 
 
 def companions_of(
-    vision: Moments, text: Moments, distance: float, vision_norm: float, text_norm: float
+    vision: Moments | Factored, text: Moments | Factored, distance: float, vision_norm: float, text_norm: float
 ) -> dict[str, float]:
     """Companions of one layer's distance.
 
@@ -40,7 +41,7 @@ def companions_of(
     }
 
 
-def effective_rank(moments: Moments) -> float:
+def effective_rank(moments: Moments | Factored) -> float:
     """(tr S)^2 / tr S^2, the number of equally strong directions that would look alike. Ranks: pure."""
     size = moments.size.item()
     return (moments.trace.item() / size) ** 2 if size > 0.0 else 0.0

@@ -23,8 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mir_callback.metric.blas import cholesky, eigh, eigvalsh, product, singular_values, svd
-from mir_callback.metric.moments import Moments
+from mir_callback.metric.blas import eigh, eigvalsh, product, singular_values, svd
+from mir_callback.metric.factors import Factored
 from mir_callback.metric.polar import near_polar_factor, nuclear_norm
 
 _EPS = torch.finfo(torch.float64).eps
@@ -34,33 +34,50 @@ _TOLERANCE = 2e-6
 
 @dataclass(frozen=True)
 class Coupling:
-    """Factors of the covariances of two clouds, and their product.
+    """Two clouds by the factors of their covariances.
+
+    Their product C is found anew where it is needed: in most solves once, and memory is dearer.
 
     Attributes:
-        vision: moments of one cloud.
-        text: moments of the other.
-        first: A (m, d) with A^T A the covariance of one of them, m <= n.
-        second: B (n, d) of the other.
-        cross: A B^T (m, n).
-        turned: whether ``first`` belongs to the text.
+        vision: one cloud.
+        text: the other.
+        turned: whether the first factor belongs to the text.
     """
 
-    vision: Moments
-    text: Moments
-    first: Tensor
-    second: Tensor
-    cross: Tensor
+    vision: Factored
+    text: Factored
     turned: bool
+
+    @property
+    def first(self) -> Tensor:
+        """A (m, d) of one of the clouds, m <= n."""
+        return (self.text if self.turned else self.vision).factor
+
+    @property
+    def second(self) -> Tensor:
+        """B (n, d) of the other."""
+        return (self.vision if self.turned else self.text).factor
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether products and Cholesky factors are what is cheap."""
+        return self.first.is_cuda
+
+    def cross(self) -> Tensor:
+        """C = A B^T (m, n)."""
+        return product(self.first, self.second.T)
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (m,), ascending, and eigenvectors (m, m), in columns, of C C^T."""
-        return eigh(product(self.cross, self.cross.T))
+        return eigh(self._square())
 
     @cached_property
-    def near_polar(self) -> Tensor | None:
-        """What is near the polar factor of C (m, n); None if it could not be found."""
-        return near_polar_factor(self.cross)
+    def polar(self) -> Polar:
+        """What comes from near the polar factor of C."""
+        cross = self.cross()
+        near = near_polar_factor(cross)
+        return Polar(near, None if near is None else nuclear_norm(cross, near))
 
     @property
     def knows_vectors(self) -> bool:
@@ -74,34 +91,29 @@ class Coupling:
     @cached_property
     def eigenvalues(self) -> Tensor:
         """Those eigenvalues alone, which take a third of the time where the vectors are not wanted too."""
-        return self.spectrum[0] if self.knows_vectors else eigvalsh(product(self.cross, self.cross.T))
+        return self.spectrum[0] if self.knows_vectors else eigvalsh(self._square())
+
+    def _square(self) -> Tensor:
+        cross = self.cross()
+        return product(cross, cross.T)
 
 
-def couple(vision: Moments, text: Moments) -> Coupling:
-    """Factor two clouds' covariances, (d, d) or (n, d) each on the same device. Ranks: pure."""
-    first, second = factor_of(vision), factor_of(text)
-    turned = len(first) > len(second)
-    if turned:
-        first, second = second, first
-    return Coupling(vision, text, first, second, product(first, second.T), turned)
+@dataclass(frozen=True)
+class Polar:
+    """What products and Cholesky factors tell of C.
 
-
-def factor_of(moments: Moments) -> Tensor:
-    """Some A with A^T A = S: the stored factor, Cholesky's, or for a singular S that of its eigenvectors.
-
-    Directions whose variance is below the rounding of the covariance itself carry no information and are dropped.
-
-    Ranks: pure.
+    Attributes:
+        near: what is near its polar factor, (m, n); None if it could not be found.
+        norm: its nuclear norm and a bound of the error; None if there is none.
     """
-    if moments.factor is not None:
-        return moments.factor
-    assert moments.covariance is not None
-    lower = cholesky(moments.covariance)
-    if lower is not None:
-        return lower.T
-    values, vectors = eigh(moments.covariance)
-    kept = values > len(values) * _EPS * values[-1].clamp_min(0.0)
-    return vectors[:, kept].T * values[kept].sqrt()[:, None]
+
+    near: Tensor | None
+    norm: tuple[float, float] | None
+
+
+def couple(vision: Factored, text: Factored) -> Coupling:
+    """Two clouds on the same device. Ranks: pure."""
+    return Coupling(vision, text, turned=len(vision.factor) > len(text.factor))
 
 
 def covariance_part(coupling: Coupling, gap: float) -> tuple[float, float]:
@@ -126,20 +138,17 @@ def covariance_part(coupling: Coupling, gap: float) -> tuple[float, float]:
 
 def _nuclear_norms(coupling: Coupling) -> Iterator[tuple[float, float]]:
     """The nuclear norm of C and an estimate of its error, from the cheapest way to the most precise."""
-    cross = coupling.cross
-    if cross.numel() == 0:
+    if len(coupling.first) == 0:
         yield 0.0, 0.0
         return
     # Of C itself: each singular value moves by at most the rounding of the product.
-    rounding = 8.0 * _EPS * len(cross) * (coupling.vision.size * coupling.text.size).sqrt().item()
-    if cross.is_cuda and not coupling.knows_vectors:
-        near = coupling.near_polar
-        found = None if near is None else nuclear_norm(cross, near)
-        if found is not None:
-            yield found[0], found[1] + rounding
+    rounding = 8.0 * _EPS * len(coupling.first) * (coupling.vision.size * coupling.text.size).sqrt().item()
+    if coupling.on_gpu and not coupling.knows_vectors and coupling.polar.norm is not None:
+        norm, bound = coupling.polar.norm
+        yield norm, bound + rounding
     term, error = _by_eigenvalues(coupling.eigenvalues)
     yield term, error + rounding
-    yield singular_values(cross).sum().item(), rounding
+    yield singular_values(coupling.cross()).sum().item(), rounding
 
 
 def _by_eigenvalues(values: Tensor) -> tuple[float, float]:
@@ -157,7 +166,7 @@ def _by_alignment(coupling: Coupling) -> tuple[float, float]:
     of the square, which is a metric between covariances, by no more than their own distance from the exact factors.
     """
     vision, text, first, second = coupling.vision, coupling.text, coupling.first, coupling.second
-    left, values, right = svd(coupling.cross)
+    left, values, right = svd(coupling.cross())
     turned = product(right, second)
     part = (product(left.T, first) - turned[: len(first)]).square().sum() + turned[len(first) :].square().sum()
     off = sum(_squared_error_of_factor(each) for each in (vision, text)) + 64.0 * _EPS**2 * (vision.trace + text.trace)
@@ -165,12 +174,14 @@ def _by_alignment(coupling: Coupling) -> tuple[float, float]:
     return part.item(), (2.0 * (part * off).sqrt() + off + moved).item()
 
 
-def _squared_error_of_factor(moments: Moments) -> Tensor:
+def _squared_error_of_factor(cloud: Factored) -> Tensor:
     """Square of how far a factor is, but for a rotation, from an exact one of the exact covariance; 0-d."""
-    centring = 64.0 * _EPS**2 * moments.mean.square().sum()
-    if moments.covariance is None:
-        return centring + 64.0 * _EPS**2 * moments.trace
-    return centring + _to_second_order(8.0 * _EPS * moments.size, 2.0 * eigvalsh(moments.covariance))
+    centring = 64.0 * _EPS**2 * cloud.mean.square().sum()
+    if cloud.kind == "rows":
+        return centring + 64.0 * _EPS**2 * cloud.trace
+    variances = cloud.mean.new_zeros(len(cloud.mean))  # of the directions that were dropped
+    variances[: len(cloud.factor)] = eigvalsh(product(cloud.factor, cloud.factor.T))
+    return centring + _to_second_order(8.0 * _EPS * cloud.size, 2.0 * variances)
 
 
 def _to_second_order(error: Tensor, values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ How the exact one is found, and how precisely, stands in coupling.py.
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,6 +21,7 @@ from torch import Tensor
 from mir_callback.errors import ConfigError, NumericsError
 from mir_callback.metric.blas import product
 from mir_callback.metric.coupling import Coupling, couple, covariance_part
+from mir_callback.metric.factors import Factored, factored, require_finite
 from mir_callback.metric.moments import Moments, moments_of
 
 Root = Literal["exact", "paper_fast"]
@@ -56,16 +56,13 @@ def check_root(root: str) -> None:
         raise ConfigError(f"root must be one of {', '.join(ROOTS)}, got {root!r}; use root='exact' for the paper's MIR")
 
 
-def frechet_from_moments(
-    vision: Moments, text: Moments, root: str = "exact", coupling: Coupling | None = None
-) -> Frechet:
+def frechet_from_moments(vision: Moments, text: Moments, root: str = "exact") -> Frechet:
     """Frechet distance of two clouds given by their moments.
 
     Args:
         vision: moments of the vision rows, dimension d.
         text: moments of the text rows, same d, same device.
         root: "exact" or "paper_fast".
-        coupling: of the two, where it is known already; for the exact root.
 
     Returns:
         The distance with its rounding bound; unitless when the rows were scaled to a mean text norm of one.
@@ -78,16 +75,28 @@ def frechet_from_moments(
     Source: arXiv:2410.07167, equation of FD in section 3.
     """
     check_root(root)
-    mean_gap = (vision.mean - text.mean).square().sum()
-    base = (mean_gap + vision.trace + text.trace).item()
-    if not math.isfinite(base):
-        raise NumericsError(f"moments must be finite, got a trace and mean gap of {base}; look for NaN or infinity")
-    gap = mean_gap.item()
-    if root == "paper_fast":
-        term = _trace_of_product(vision, text)
-        part, error = base - gap - 2.0 * term, 16.0 * _EPS * (base + 2.0 * abs(term))
-    else:
-        part, error = covariance_part(coupling or couple(vision, text), gap)
+    if root == "exact":
+        return frechet_from_coupling(couple(factored(vision), factored(text)))
+    gap = _squared_gap(vision, text)
+    traces = (vision.trace + text.trace).item()
+    term = _trace_of_product(vision, text)
+    return _frechet(vision, text, gap, traces - 2.0 * term, 16.0 * _EPS * (gap + traces + 2.0 * abs(term)))
+
+
+def frechet_from_coupling(coupling: Coupling) -> Frechet:
+    """:func:`frechet_from_moments` with the exact root, of clouds whose covariances are factored. Ranks: pure."""
+    gap = _squared_gap(coupling.vision, coupling.text)
+    return _frechet(coupling.vision, coupling.text, gap, *covariance_part(coupling, gap))
+
+
+def _squared_gap(vision: Moments | Factored, text: Moments | Factored) -> float:
+    gap = (vision.mean - text.mean).square().sum().item()
+    require_finite(gap + (vision.trace + text.trace).item())
+    return gap
+
+
+def _frechet(vision: Moments | Factored, text: Moments | Factored, gap: float, part: float, error: float) -> Frechet:
+    """From the part that the means make, and that of the covariances with its error."""
     # The means themselves are rounded, which counts where large ones are all but equal.
     off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
     raw = gap + part

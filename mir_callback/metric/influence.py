@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mir_callback.metric.blas import cholesky, product
-from mir_callback.metric.coupling import Coupling, couple
-from mir_callback.metric.moments import Moments
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.factors import Factored
 from mir_callback.metric.tokens import double_chunks
 
 _EPS = torch.finfo(torch.float64).eps
@@ -44,41 +44,34 @@ class Map:
     of_rows: Tensor | None = None
 
 
-def transport_maps(vision: Moments, text: Moments, coupling: Coupling | None = None) -> tuple[Map, Map]:
+def transport_maps(coupling: Coupling) -> tuple[Map, Map]:
     """The maps A_v and A_t of two clouds; scaling both clouds alike does not change them.
 
     Directions in which the two clouds together have less variance than rounding are left out.
-
-    Args:
-        vision: moments of the vision rows.
-        text: moments of the text rows, on the same device.
-        coupling: of the two, where it is known already.
 
     Returns:
         The maps of vision and text.
 
     Ranks: pure.
     """
-    coupling = coupling or couple(vision, text)
-    if coupling.cross.is_cuda:  # where eigenvectors are what takes longest
+    if coupling.on_gpu:  # where eigenvectors are what takes longest
         maps = maps_by_polar_factor(coupling)
         if maps is not None:
             return maps
-    left, right = (text, vision) if coupling.turned else (vision, text)
-    factor, cross = coupling.first, coupling.cross
+    left, right = (coupling.text, coupling.vision) if coupling.turned else (coupling.vision, coupling.text)
     values, vectors = coupling.spectrum
     tiny = 8.0 * _EPS * left.size * right.size
     fourth = values.clamp_min(0.0).pow(0.25)
     inverse_fourth = torch.where(values > tiny, values.clamp_min(1e-300).pow(-0.25), 0.0)
-    if right.factor is not None:
-        spread = (inverse_fourth[:, None] * product(vectors.T, cross)).square().sum(dim=0)
+    if right.kind == "rows":
+        spread = product(vectors.T, coupling.cross()).mul_(inverse_fourth[:, None]).square_().sum(dim=0)
         right_map = Map(of_rows=(right.count - 1) * spread)
     else:
-        right_map = Map(root=_filled(inverse_fourth[:, None] * product(vectors.T, factor), coupling))
-    if left.factor is not None:
-        left_map = Map(of_rows=(left.count - 1) * (vectors * fourth).square().sum(dim=1))
+        right_map = Map(root=_filled(product(vectors.T, left.factor).mul_(inverse_fourth[:, None]), coupling))
+    if left.kind == "rows":
+        left_map = Map(of_rows=(left.count - 1) * (vectors * fourth).square_().sum(dim=1))
     else:
-        left_map = Map(root=_filled(fourth[:, None] * _by_inverse(factor, vectors).T, coupling))
+        left_map = Map(root=_filled(_by_inverse(left, vectors).mul_(fourth).T, coupling))
     return (right_map, left_map) if coupling.turned else (left_map, right_map)
 
 
@@ -92,20 +85,20 @@ def maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
 
     Ranks: pure.
     """
-    first, second = coupling.first, coupling.second
-    if coupling.vision.factor is not None or coupling.text.factor is not None:
+    if not coupling.vision.kind == coupling.text.kind == "triangle" or coupling.polar.near is None:
         return None
-    if not (_is_triangular(first) and _is_triangular(second)) or coupling.near_polar is None:
-        return None
-    near = coupling.near_polar
-    polar = 1.5 * near - 0.5 * product(near, product(near.T, near))
-    roots = []
+    near = coupling.polar.near
+    polar = product(near, product(near.T, near)).mul_(-0.5).add_(near, alpha=1.5)
+    first, second, roots = coupling.first, coupling.second, []
     for own, other, turn in ((first, second, polar.T), (second, first, polar)):
-        form = torch.linalg.solve_triangular(own.T, product(other.T, turn), upper=False, left=False)
-        lower = cholesky(0.5 * (form + form.T))
+        form = product(other.T, turn)
+        torch.linalg.solve_triangular(own.T, form, upper=False, left=False, out=form)
+        form = form.add(form.T).mul_(0.5)
+        lower = cholesky(form)
         if lower is None:
             return None
         roots.append(Map(root=lower.T.float()))
+        del form, lower  # which would outlive the next product
     return (roots[1], roots[0]) if coupling.turned else (roots[0], roots[1])
 
 
@@ -201,16 +194,12 @@ def standard_error(influence: Tensor) -> Tensor:
     return (influence.var(dim=-1) / influence.shape[-1]).sqrt()
 
 
-def _by_inverse(factor: Tensor, matrix: Tensor) -> Tensor:
+def _by_inverse(cloud: Factored, matrix: Tensor) -> Tensor:
     """F^-1 matrix for a covariance's own factor F, triangular or of its eigenvectors (then the pseudo inverse)."""
-    if _is_triangular(factor):
-        solved: Tensor = torch.linalg.solve_triangular(factor, matrix, upper=True)
+    if cloud.kind == "triangle":
+        solved: Tensor = torch.linalg.solve_triangular(cloud.factor, matrix, upper=True)
         return solved
-    return product(factor.T, matrix / factor.square().sum(dim=1)[:, None])
-
-
-def _is_triangular(factor: Tensor) -> bool:
-    return factor.shape[0] == factor.shape[1] and torch.equal(factor, factor.triu())
+    return product(cloud.factor.T, matrix / cloud.factor.square().sum(dim=1)[:, None])
 
 
 def _filled(root: Tensor, coupling: Coupling) -> Tensor:

@@ -94,8 +94,11 @@ def scatter_about(rows: Tensor, mean: Tensor) -> Tensor:
 
 
 def moments_from_scatter(count: int, mean: Tensor, scatter: Tensor, scale: float = 1.0) -> Moments:
-    """Moments of ``scale`` times ``count`` rows from their mean and their scatter (d, d) about it. Ranks: pure."""
-    return Moments(count=count, mean=mean * scale, covariance=scatter * (scale**2 / (count - 1)))
+    """Moments of ``scale`` times ``count`` rows from their mean and their scatter (d, d) about it.
+
+    The scatter is overwritten, as it may be large. Ranks: pure.
+    """
+    return Moments(count=count, mean=mean * scale, covariance=scatter.mul_(scale**2 / (count - 1)))
 
 
 def moments_from_centred(mean: Tensor, centred: Tensor) -> Moments:

@@ -70,7 +70,10 @@ def _towards_polar_factor(c: Tensor) -> Tensor | None:
         lower, info = torch.linalg.cholesky_ex(shifted)
         if info.item():
             return None
-        x = (a - b / w) * torch.cholesky_solve(x.T, lower).T + (b / w) * x
+        del gram, shifted
+        solved = torch.cholesky_solve(x.T, lower).T
+        x = x.mul_(b / w).add_(solved, alpha=a - b / w)
+        del lower, solved
         least = least * (a + b * least**2) / (1.0 + w * least**2)
     return x
 
@@ -99,8 +102,11 @@ def _bounds(c: Tensor, x: Tensor) -> tuple[float, float] | None:
     polish = gram.mul_(-0.5)
     polish.diagonal().add_(1.5)
     k = polish @ (x.T @ c)
-    k = 0.5 * (k + k.T)
-    rest = math.sqrt(n) * torch.linalg.matrix_norm(torch.addmm(c, x, polish @ k, alpha=-1.0)).item()
+    k = k.add(k.T).mul_(0.5)
+    polished = polish @ k
+    del gram, polish
+    rest = math.sqrt(n) * torch.linalg.matrix_norm(torch.addmm(c, x, polished, alpha=-1.0)).item()
+    del polished
     lower = k.trace().item()
     size = torch.linalg.matrix_norm(c).item()
     shift = _ROUNDING * _EPS * size

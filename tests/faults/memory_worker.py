@@ -30,7 +30,9 @@ CASES: dict[str, tuple[str, int, str]] = {
     "centred rows": ("_own_part", 1, "few rows"),
     "gathering centred rows": ("_room_for", 4, "few rows"),
     "moments from centred rows": ("moments_from_centred", 1, "few rows"),
-    "solve": ("frechet_from_moments", 1, "many rows"),
+    "factors": ("factored", 1, "many rows"),
+    "solve": ("find_vectors", 1, "many rows"),
+    "transport maps": ("transport_maps", 1, "many rows"),
 }
 
 # What is made good: a forward by smaller batches, a layer that cannot be kept by another pass.

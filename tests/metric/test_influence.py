@@ -7,6 +7,7 @@ import scipy.linalg
 import torch
 
 from mir_callback.metric.coupling import couple
+from mir_callback.metric.factors import factored
 from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import (
     SampleSums,
@@ -30,13 +31,17 @@ def sample_of_rows(count):
     return torch.from_numpy(np.searchsorted(bounds[1:-1], np.arange(count), side="right"))
 
 
+def coupled(vision, text):
+    return couple(factored(vision), factored(text))
+
+
 def evaluate(vision, text, vision_samples, text_samples, samples):
     """Distance and influences of one layer."""
     norms = row_norms(text)
     scale = text_centric_scale(norms)
     of_vision, of_text = moments_of(vision), moments_of(text)
     distance = frechet_from_moments(of_vision.scaled(scale), of_text.scaled(scale)).distance
-    maps = transport_maps(of_vision, of_text)
+    maps = transport_maps(coupled(of_vision, of_text))
     gap = of_vision.mean - of_text.mean
     counts = [torch.bincount(of, minlength=samples) for of in (vision_samples, text_samples)]
     sums = SampleSums(
@@ -92,7 +97,7 @@ def test_influences_are_finite_and_add_up_to_zero(case):
 def test_maps_of_either_side_agree_when_modalities_change_places():
     vision, text = clouds.CASES["offset"](clouds.generator(5))
     of_vision, of_text = moments_of(vision), moments_of(text)
-    there, back = transport_maps(of_vision, of_text), transport_maps(of_text, of_vision)
+    there, back = (transport_maps(coupled(*pair)) for pair in ((of_vision, of_text), (of_text, of_vision)))
     for one, other in zip(there, reversed(back), strict=True):
         found, expected = ((root.T @ root).numpy() for root in (one.root, other.root))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max()))
@@ -102,9 +107,9 @@ def test_maps_of_either_side_agree_when_modalities_change_places():
 def test_maps_by_polar_factor_give_every_row_the_same(case):
     vision, text = clouds.CASES[case](clouds.generator(6))
     of_vision, of_text = moments_of(vision), moments_of(text)
-    found = maps_by_polar_factor(couple(of_vision, of_text))
+    found = maps_by_polar_factor(coupled(of_vision, of_text))
     assert found is not None
-    expected = transport_maps(of_vision, of_text)
+    expected = transport_maps(coupled(of_vision, of_text))
     for rows, moments, one, other in zip((vision, text), (of_vision, of_text), found, expected, strict=True):
         values = [((rows - moments.mean) @ form.root.double().T).square().sum(dim=1) for form in (one, other)]
         assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
@@ -113,7 +118,7 @@ def test_maps_by_polar_factor_give_every_row_the_same(case):
 def test_maps_by_polar_factor_are_declined_when_a_cloud_has_no_cholesky_factor():
     for case in ("few_rows", "few_vision_rows", "few_text_rows", "rank_deficient"):
         vision, text = (moments_of(rows) for rows in clouds.CASES[case](clouds.generator(6)))
-        assert maps_by_polar_factor(couple(vision, text)) is None
+        assert maps_by_polar_factor(coupled(vision, text)) is None
 
 
 def draw(rng, samples, dim, vision_scale, turned):

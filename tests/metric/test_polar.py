@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.metric.coupling import factor_of
+from mir_callback.metric.factors import factored
 from mir_callback.metric.moments import moments_of
 from mir_callback.metric.polar import nuclear_norm
 from tests.clouds import CASES, generator
@@ -23,8 +23,8 @@ def with_singular_values(values, seed=0, rows=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_singular_values_on_every_cloud_and_is_certain_enough_to_be_used(case):
-    vision, text = (moments_of(rows) for rows in CASES[case](generator(0)))
-    matrix = factor_of(vision) @ factor_of(text).T
+    vision, text = (factored(moments_of(rows)).factor for rows in CASES[case](generator(0)))
+    matrix = vision @ text.T
     expected = torch.linalg.svdvals(matrix).sum().item()
     found, bound = nuclear_norm(matrix)
     assert abs(found - expected) <= bound

@@ -11,7 +11,8 @@ import torch
 
 from mir_callback import frechet_distance, modality_integration_rate
 from mir_callback.metric import coupling
-from mir_callback.metric.frechet import frechet_from_moments
+from mir_callback.metric.factors import factored
+from mir_callback.metric.frechet import frechet_from_coupling, frechet_from_moments
 from mir_callback.metric.moments import moments_of
 from mir_callback.metric.tokens import OutlierRule, row_norms
 from tests import reference
@@ -201,15 +202,14 @@ def test_alignment_is_only_asked_where_traces_cancel(monkeypatch):
 
 
 def test_eigenvectors_that_are_known_serve_the_distance_too():
-    moments = [moments_of(rows) for rows in CASES["benign"](generator(0))]
-    known = coupling.couple(*moments)
+    clouds = [factored(moments_of(rows)) for rows in CASES["benign"](generator(0))]
+    known = coupling.couple(*clouds)
     known.find_vectors()
-    plain = coupling.couple(*moments).eigenvalues
+    plain = coupling.couple(*clouds).eigenvalues
     assert torch.equal(known.spectrum[0], known.eigenvalues)
     assert torch.allclose(known.eigenvalues, plain, rtol=1e-10)
-    assert frechet_from_moments(*moments, coupling=known).distance == pytest.approx(
-        frechet_from_moments(*moments).distance, rel=1e-12
-    )
+    without = frechet_from_coupling(coupling.couple(*clouds))
+    assert frechet_from_coupling(known).distance == pytest.approx(without.distance, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that are kept within a limit are complete, the right ones, and never more than allowed."""
 
-import multiprocessing
 import resource
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,13 +79,6 @@ def test_only_layers_asked_for_are_kept(case, start):
     for layer in stash.kept:
         assert all(map(torch.equal, stash.take(layer), expected_rows(batches, layer)))
     assert stash.held_bytes == 0
-
-
-@pytest.fixture(scope="module")
-def fresh_process():
-    """One whose allocator has nothing in store yet from other tests, which would count as room."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices that a solve holds at a time: they decide whether an evaluation fits beside training."""
+
+import ctypes
+
+import pytest
+import torch
+
+from mir_callback.metric.coupling import couple
+from mir_callback.metric.factors import factored
+from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.influence import maps_by_polar_factor, transport_maps
+from mir_callback.metric.moments import moments_from_scatter
+from mir_callback.peak import peak_memory
+
+DIM = 1024
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def scatter(dim, seed):
+    rng = torch.Generator().manual_seed(seed)
+    parts = (torch.randn(dim, dim, generator=rng, dtype=torch.float64) for _ in range(2))
+    return sum((rows.T @ rows for rows in parts), torch.zeros(dim, dim, dtype=torch.float64))
+
+
+def solve(scatters, way):
+    dim = len(scatters[0])
+    mean = torch.zeros(dim, dtype=torch.float64)
+    coupling = couple(*[factored(moments_from_scatter(2 * dim, mean, scatters.pop())) for _ in range(2)])
+    if way == "polar factor":
+        assert coupling.polar.norm is not None
+        assert maps_by_polar_factor(coupling) is not None
+        return
+    if way == "eigenvectors":
+        coupling.find_vectors()
+    assert frechet_from_coupling(coupling).distance > 0.0
+    if way == "eigenvectors":
+        transport_maps(coupling)
+
+
+def matrices_held(way):
+    """Most matrices (d, d) in float64 at a time, the two scatters that it begins with among them."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)  # what is let go of goes back to the system
+    solve([scatter(DIM // 4, 1), scatter(DIM // 4, 2)], way)  # after which the libraries have room of their own
+    scatters = [scatter(DIM, 1), scatter(DIM, 2)]
+    with peak_memory(torch.device("cpu")) as peak:
+        solve(scatters, way)
+    return 2.0 + peak.extra_bytes / (DIM * DIM * 8)
+
+
+@pytest.mark.parametrize(("way", "most"), [("eigenvalues", 4), ("eigenvectors", 7), ("polar factor", 8)])
+def test_a_solve_holds_no_more_matrices_than_the_documents_say(way, most, fresh_process):
+    # Half a matrix is left for what is not square, and for the allocator's pages.
+    assert fresh_process.submit(matrices_held, way).result(300) < most + 0.5
