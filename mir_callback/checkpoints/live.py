@@ -9,10 +9,9 @@ from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.probe.samples import Probe
+from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.training.history import FILE_NAME, Record, read_history
 
-# Where a probe is looked for that nobody names: in a run's folder.
-PROBE_NAME = "mir_probe.zip"
 # What must be the same for a live value to be that of its checkpoint, and what to do where it is not.
 _REMEDIES = {
     "probe_fingerprint": "give --probe the run's own",
@@ -74,7 +73,7 @@ def probe_of_run(run: Path) -> Probe:
         ConfigError: there is none.
         ProbeError: it is damaged.
     """
-    path = run / PROBE_NAME
+    path = run / RUN_PROBE
     if not path.exists():
         raise ConfigError(
             f"a probe must be given, got none, and {path} is not there; give --probe FILE (mir probe --save writes "

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from mir_callback import collectives
 from mir_callback.checkpoints.folders import Checkpoint, checkpoints_in, select
 from mir_callback.checkpoints.hub import folder_of, is_local, one_line
-from mir_callback.checkpoints.live import PROBE_NAME, LiveValues, probe_of_run
+from mir_callback.checkpoints.live import LiveValues, probe_of_run
 from mir_callback.checkpoints.loading import AUTO, DTYPES, LoadOptions, release
 from mir_callback.checkpoints.measuring import MeasureOptions, known_record, measure
 from mir_callback.checkpoints.results import RESULTS_NAME, Results
@@ -28,6 +28,7 @@ from mir_callback.evaluation import DEFAULT_BATCH_SIZE
 from mir_callback.metric.frechet import ROOTS
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.samples import Probe
+from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.training.history import Record
 
 HELP = "measure finished models, or every checkpoint of a run"
@@ -51,7 +52,7 @@ def add_flags(parser: ArgumentParser) -> None:
     which.add_argument("--every", type=int, metavar="N", help="only those of steps that are multiples of N")
     which.add_argument("--again", action="store_true", help="measure also what has been measured already")
     probe = parser.add_argument_group("the probe")
-    probe.add_argument("--probe", metavar="PATH", help=f"a saved probe (default: {PROBE_NAME} in the run's folder)")
+    probe.add_argument("--probe", metavar="PATH", help=f"a saved probe (default: {RUN_PROBE} in the run's folder)")
     probe.add_argument("--images", metavar="DIR", help="or draw it from this folder of images")
     probe.add_argument("--texts", metavar="DIR", help="and this folder of texts")
     probe.add_argument("--num-samples", type=int, metavar="N", help="of the draw (default: 100)")

@@ -16,6 +16,8 @@ from PIL import Image
 
 from mir_callback.errors import ProbeError
 
+# Where a run keeps its probe, in its output folder.
+RUN_PROBE = "mir_probe.zip"
 _MANIFEST = "probe.json"
 _FORMAT = "mir-callback probe"
 _VERSION = 1

@@ -73,6 +73,7 @@ class MIRArguments:
         default=None,
         metadata={"help": "GB of token rows to keep on each rank's device (default: half of what is free)."},
     )
+    mir_save_probe: bool = field(default=True, metadata={"help": "Keep the probe as OUTPUT_DIR/mir_probe.zip."})
     mir_keep_best: bool = field(
         default=False, metadata={"help": "Keep the weights with the lowest MIR in OUTPUT_DIR/mir_best."}
     )
@@ -184,6 +185,7 @@ class MIRArguments:
             "max_failures": self.mir_max_failures or None,
             "watchdog_seconds": self.mir_watchdog_seconds or None,
             "abort_on_hang": self.mir_abort_on_hang,
+            "save_probe": self.mir_save_probe,
             "keep_best": self.mir_keep_best,
             "continue_after_stop": self.mir_continue_after_stop,
         }

@@ -28,6 +28,7 @@ from mir_callback.training.events import DEFAULT_EVENTS, check_events, is_due_at
 from mir_callback.training.failures import FailurePolicy
 from mir_callback.training.history import Record, run_folder, stopped
 from mir_callback.training.judge import Judge
+from mir_callback.training.kept_probe import keep_probe
 from mir_callback.training.pending import check_solve
 from mir_callback.training.plateau import PlateauRule
 from mir_callback.training.rehearsal import DryRunDone, epochs_of, rehearse
@@ -83,6 +84,7 @@ class MIRCallback(TrainerCallback):
         watchdog_seconds: a phase of an evaluation that lasts longer is reported by every rank with where it is stuck;
             None for no watchdog.
         abort_on_hang: end the process after such a report, with exit code 86.
+        save_probe: keep the probe as `<output_dir>/mir_probe.zip`, where `mir eval` and `mir report` look for it.
         keep_best: keep the weights with the lowest MIR in `<output_dir>/mir_best/`; needs :meth:`attach`.
         continue_after_stop: let a run go on that its rule has stopped and that is resumed there; the rule then judges
             the evaluations after that stop. By default it stays stopped.
@@ -114,6 +116,7 @@ class MIRCallback(TrainerCallback):
         max_failures: int | None = 3,
         watchdog_seconds: float | None = DEFAULT_SECONDS,
         abort_on_hang: bool = False,
+        save_probe: bool = True,
         keep_best: bool = False,
         continue_after_stop: bool = False,
     ) -> None:
@@ -127,6 +130,7 @@ class MIRCallback(TrainerCallback):
         judge = Judge(stop)
         switches = {"dry_run": dry_run, "keep_best": keep_best, "continue_after_stop": continue_after_stop}
         switches |= {"standard_error": standard_error, "bias_gauge": bias_gauge, "probe_loss": probe_loss}
+        switches |= {"save_probe": save_probe}
         for name, value in switches.items():
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} must be True or False, got {value!r}")
@@ -140,6 +144,7 @@ class MIRCallback(TrainerCallback):
         self._solve = solve
         self._budget = capture_budget_gb
         self._dry_run = dry_run
+        self._save_probe = save_probe
         self._keep_best = keep_best
         self._continue_after_stop = continue_after_stop
         self._given_adapter = adapter
@@ -203,7 +208,10 @@ class MIRCallback(TrainerCallback):
                 tell("dry run")
                 self._rehearse(args, state, kwargs)
             tell("opening the history")
-            self._run.open(self._folder(args), args, state)
+            folder = self._folder(args)
+            self._run.open(folder, args, state)
+            if self._save_probe and collectives.is_main():
+                keep_probe(self.probe, folder)
             self._before, self._training = self._moment(state), True
         self._run.held = self.stop is not None and not self._continue_after_stop and stopped(self.history)
         if self._run.held:

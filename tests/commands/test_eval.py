@@ -182,13 +182,13 @@ def test_a_probe_is_drawn_or_found_in_the_runs_folder(run, tmp_path, capsys):
     assert Probe.from_folders(images, texts, 6, seed=1).fingerprint in told
     assert "live" not in told.replace("values", "")
     assert "the run measured itself with probe_fingerprint" in told
-    status, _, error = mir(capsys, "run", "--steps", 2)
-    assert status == 2
-    assert "a probe must be given, got none" in error
-    shutil.copy("probe.zip", "run/mir_probe.zip")
     status, _, error = mir(capsys, "run", "--steps", 2, "--history", "other.jsonl")
     assert status == 0, error
     assert results("other.jsonl")[0]["mir"] == pytest.approx(run[1]["mir"], abs=1e-6)
+    (tmp_path / "run" / "mir_probe.zip").unlink()
+    status, _, error = mir(capsys, "run", "--steps", 2)
+    assert status == 2
+    assert "a probe must be given, got none" in error
 
 
 def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, own, tmp_path, capsys):

@@ -116,6 +116,9 @@ def test_samples_come_from_a_probe_in_the_folder_when_it_is_the_one_measured(run
     Probe.from_pairs(pairs(6, seed=4)).save(runs / "slow" / "a_other.zip")
     (runs / "slow" / "b_broken.zip").write_bytes(b"PK no archive")
     assert mir(capsys, "slow") == (0, f"report in {os.path.join('slow', 'mir_report.html')}\n", "")
+    assert len(page().one("section", aria_labelledby="samples").all("img")) == 6  # the run's own
+    (runs / "slow" / "mir_probe.zip").unlink()
+    assert mir(capsys, "slow") == (0, f"report in {os.path.join('slow', 'mir_report.html')}\n", "")
     assert not [e for e in page().all("section") if e.attributes["aria-labelledby"] == "samples" and e.all("img")]
     probe.save(runs / "slow" / "probe")
     mir(capsys, "slow")

@@ -39,6 +39,25 @@ def test_evaluates_at_start_every_n_steps_and_at_the_end(tmp_path, probe):
         assert record["seconds"] > 0
 
 
+def test_the_probe_is_kept_beside_the_history_unless_that_is_switched_off(tmp_path, probe):
+    for keep in (True, False):
+        trainer = make_trainer(tmp_path / str(keep), steps=1)
+        MIRCallback(probe, save_probe=keep).attach(trainer)
+        trainer.train()
+    assert Probe.load(tmp_path / "True/mir_probe.zip").fingerprint == probe.fingerprint
+    assert not (tmp_path / "False/mir_probe.zip").exists()
+
+
+def test_a_probe_that_cannot_be_kept_is_reported_and_training_goes_on(tmp_path, probe):
+    (tmp_path / "mir_probe.zip").write_text("mine")
+    trainer = make_trainer(tmp_path, steps=1)
+    callback = MIRCallback(probe).attach(trainer)
+    with pytest.warns(UserWarning, match="the probe is not kept beside the run: path must be free or hold a probe"):
+        trainer.train()
+    assert len(callback.history) == 2
+    assert (tmp_path / "mir_probe.zip").read_text() == "mine"
+
+
 def test_values_are_those_of_the_weights_at_that_step(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=2)
     before = evaluate_mir(trainer.model, probe, processor=trainer.processing_class)
