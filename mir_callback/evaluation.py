@@ -17,24 +17,24 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.capacity import check_budget, device_of
-from mir_callback.distances import Solving
+from mir_callback.engine.capacity import check_budget, device_of
+from mir_callback.engine.distances import Solving
+from mir_callback.engine.observation import observe
+from mir_callback.engine.parts import Part, mean_loss, measured, report_of
+from mir_callback.engine.peak import PeakMeter, peak_memory
+from mir_callback.engine.sample_rows import SampleRows
+from mir_callback.engine.work import Background, Steps, run_now
 from mir_callback.errors import ConfigError
-from mir_callback.memory import check_capture_budget, this_machine
 from mir_callback.metric.frechet import check_root
 from mir_callback.model.decoder import find_decoder
+from mir_callback.model.memory import check_capture_budget, this_machine
 from mir_callback.model.text_loss import TextLoss
-from mir_callback.observation import observe
-from mir_callback.parts import Part, mean_loss, measured, report_of
-from mir_callback.peak import PeakMeter, peak_memory
 from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.batches import EncodedProbe, encode_probe
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.probe.samples import Probe
 from mir_callback.progress import Tell, nobody, progress_bar
 from mir_callback.report import MIRReport, Wanted
-from mir_callback.sample_rows import SampleRows
-from mir_callback.work import Background, Steps, run_now
 
 DEFAULT_BATCH_SIZE = 4
 _DEFAULTS = Wanted()
@@ -207,7 +207,7 @@ def _steps(
     tell: Tell,
     peak: PeakMeter,
 ) -> Steps[MIRReport]:
-    """One evaluation, see :mod:`mir_callback.work`; ``groups`` as :class:`Solving` has them."""
+    """One evaluation, see :mod:`mir_callback.engine.work`; ``groups`` as :class:`Solving` has them."""
     started = time.perf_counter()
     parts: list[Part] = []
     made: dict[str, Any] = {}

@@ -48,7 +48,7 @@ class MIRReport:
         per_layer_se: of each FD; None with it.
         influences: per sample of the probe, in its order, how much it moves ``mir``, to first order and in its units;
             None with it. What two values on the same probe differ by has the standard error of the differences.
-        mir_extrapolated: MIR with most of the bias of a finite probe removed, see :mod:`mir_callback.halves`; None
+        mir_extrapolated: MIR with most of the bias of a finite probe removed (:mod:`mir_callback.engine.halves`); None
             where it was not asked for, or the probe has too few samples or tokens for halves.
         probe_loss: mean negative log-likelihood of the probe's text tokens given image and text before them, in nats;
             None where it was not asked for. Its exponential is the perplexity.

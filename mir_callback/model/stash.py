@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mir_callback.memory import is_out_of_memory, let_go, pinned_bytes, rows_bytes
+from mir_callback.model.memory import is_out_of_memory, let_go, pinned_bytes, rows_bytes
 
 
 @dataclass

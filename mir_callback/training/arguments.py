@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mir_callback.errors import ConfigError
-from mir_callback.memory import check_capture_budget
 from mir_callback.metric.frechet import check_root
+from mir_callback.model.memory import check_capture_budget
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.samples import check_draw
 from mir_callback.training.events import DEFAULT_EVENTS, check_events

@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mir_callback import collectives
 from mir_callback.errors import ConfigError
 from mir_callback.evaluation import DEFAULT_BATCH_SIZE, adapter_for, encode_for, evaluate_encoded
-from mir_callback.memory import check_capture_budget
 from mir_callback.metric.frechet import check_root
+from mir_callback.model.memory import check_capture_budget
 from mir_callback.probe.adapter import Adapter
 from mir_callback.probe.batches import check_batch_size
 from mir_callback.probe.huggingface import require_processor

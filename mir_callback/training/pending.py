@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+from mir_callback.engine.work import Background
 from mir_callback.errors import ConfigError
 from mir_callback.report import MIRReport
-from mir_callback.work import Background
 
 Solve = Literal["now", "background"]
 SOLVES: tuple[str, ...] = get_args(Solve)

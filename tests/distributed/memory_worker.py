@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mir_callback import Probe, capacity
+from mir_callback import Probe
 from mir_callback.collectives import gather_objects
+from mir_callback.engine import capacity
 from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
-from mir_callback.memory import GB, Budgets
+from mir_callback.model.memory import GB, Budgets
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs

@@ -6,12 +6,12 @@ import ctypes
 import pytest
 import torch
 
+from mir_callback.engine.peak import peak_memory
 from mir_callback.metric.coupling import couple
 from mir_callback.metric.factors import factored
 from mir_callback.metric.frechet import frechet_from_coupling
 from mir_callback.metric.influence import maps_by_polar_factor, transport_maps
 from mir_callback.metric.moments import moments_from_scatter
-from mir_callback.peak import peak_memory
 
 DIM = 1024
 M_MMAP_THRESHOLD = -3  # of malloc.h

@@ -6,7 +6,8 @@ import threading
 import pytest
 from transformers import TrainerCallback
 
-from mir_callback import MIRCallback, PlateauRule, Probe, distances
+from mir_callback import MIRCallback, PlateauRule, Probe
+from mir_callback.engine import distances
 from mir_callback.errors import ConfigError, NumericsError
 from mir_callback.training.history import read_history
 from tests.samples import pairs

@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.clouds import CloudParts, LayerClouds, share_parts
+from mir_callback.engine.clouds import CloudParts, LayerClouds, share_parts
+from mir_callback.engine.sample_rows import TEXT, VISION, SampleRows
+from mir_callback.engine.work import Steps
 from mir_callback.metric.companions import companions_of
 from mir_callback.metric.coupling import couple
 from mir_callback.metric.factors import Factored, factored
@@ -24,8 +26,6 @@ from mir_callback.metric.frechet import Frechet, frechet_from_coupling, frechet_
 from mir_callback.metric.influence import Map, SampleSums, influences, sums_over_samples, transport_maps
 from mir_callback.metric.moments import Moments
 from mir_callback.progress import Tell
-from mir_callback.sample_rows import TEXT, VISION, SampleRows
-from mir_callback.work import Steps
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Budgets, plans, and what counts as a shortage of memory."""
 
-import os
-import subprocess
-import sys
-
 import psutil
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mir_callback import memory
 from mir_callback.errors import ConfigError
-from mir_callback.memory import Budgets, Plan, check_capture_budget, is_out_of_memory, pinned_bytes, plan_pass
-from mir_callback.peak import peak_memory
+from mir_callback.model import memory
+from mir_callback.model.memory import Budgets, Plan, check_capture_budget, is_out_of_memory, pinned_bytes, plan_pass
 
 LAYERS = st.integers(1, 100)
 NEED = st.integers(0, 10**12)
@@ -168,38 +163,3 @@ def test_what_a_failure_held_is_freed_when_it_is_let_go_of():
     assert not torch.UntypedStorage._expired(holders[0])
     memory.let_go(kept, torch.device("cpu"))
     assert torch.UntypedStorage._expired(holders[0])
-
-
-def test_peak_is_seen_below_and_above_the_highest_use_so_far():
-    # A process of its own: whether a use is the highest so far depends on everything before it.
-    code = """
-import time, torch
-from mir_callback.peak import peak_memory
-MB = 2**20
-def use(megabytes, seconds=0.0):
-    block = torch.ones(megabytes * MB, dtype=torch.uint8)
-    time.sleep(seconds)
-    return len(block)
-cpu = torch.device("cpu")
-with peak_memory(cpu) as first:
-    use(300)
-held = torch.ones(100 * MB, dtype=torch.uint8)
-with peak_memory(cpu) as second:
-    use(100, seconds=0.1)
-with peak_memory(cpu) as third:
-    pass
-print(*(round(meter.extra_bytes / MB) for meter in (first, second, third)))
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert [int(word) for word in done.stdout.split()] == pytest.approx([300, 100, 0], abs=12)
-
-
-def test_the_thread_that_samples_is_gone_afterwards_also_after_an_error():
-    import threading
-
-    before = threading.active_count()
-    with pytest.raises(KeyError), peak_memory(torch.device("cpu")):  # noqa: PT012 - it lives only inside
-        assert threading.active_count() == before + 1
-        raise KeyError
-    assert threading.active_count() == before

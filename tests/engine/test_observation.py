@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mir_callback import Probe, capacity, evaluate_mir
+from mir_callback import Probe, evaluate_mir
+from mir_callback.engine import capacity
 from mir_callback.errors import ConfigError
 from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
-from mir_callback.memory import GB, Budgets, pinned_bytes
+from mir_callback.model.memory import GB, Budgets, pinned_bytes
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapter import AdaptedBatch
 from mir_callback.probe.huggingface import HuggingFaceAdapter

@@ -14,8 +14,8 @@ from statistics import fmean
 from torch import Tensor
 
 from mir_callback import collectives
-from mir_callback.clouds import Cloud, LayerClouds
-from mir_callback.sample_rows import TEXT, VISION, SampleRows
+from mir_callback.engine.clouds import Cloud, LayerClouds
+from mir_callback.engine.sample_rows import TEXT, VISION, SampleRows
 
 LEAST_SAMPLES = 4  # of a probe that has halves
 

@@ -12,16 +12,16 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mir_callback.clouds import LayerClouds, replace_outliers, share_norms
-from mir_callback.distances import Distances, Solving, distances, joined
-from mir_callback.halves import LEAST_SAMPLES, extrapolated, half_of
+from mir_callback.engine.clouds import LayerClouds, replace_outliers, share_norms
+from mir_callback.engine.distances import Distances, Solving, distances, joined
+from mir_callback.engine.halves import LEAST_SAMPLES, extrapolated, half_of
+from mir_callback.engine.sample_rows import SampleRows
+from mir_callback.engine.work import Steps
 from mir_callback.metric.companions import COMPANIONS
 from mir_callback.metric.influence import rate_influences, standard_error
 from mir_callback.metric.rate import rate_of
 from mir_callback.progress import Tell
 from mir_callback.report import MIRReport
-from mir_callback.sample_rows import SampleRows
-from mir_callback.work import Steps
 
 
 @dataclass(frozen=True)

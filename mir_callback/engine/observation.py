@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mir_callback import collectives
-from mir_callback.capacity import device_of, need_of, prepared, spare_of
-from mir_callback.memory import Place, is_out_of_memory, let_go, too_small
+from mir_callback.engine.capacity import device_of, need_of, prepared, spare_of
 from mir_callback.model.averaging import evaluation_weights
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder, unwrap
+from mir_callback.model.memory import Place, is_out_of_memory, let_go, too_small
 from mir_callback.model.observer import release_leftovers, undisturbed
 from mir_callback.model.stash import Stash
 from mir_callback.model.text_loss import TextLoss

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from mir_callback.engine.work import Background, run_now
 from mir_callback.errors import NumericsError
-from mir_callback.work import Background, run_now
 
 
 def counting(log, pieces=3, fails=None):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mir_callback import collectives
-from mir_callback.memory import GB, Plan, budgets_of, pinned_bytes, plan_pass, rows_bytes, too_small
 from mir_callback.model.decoder import Decoder, find_decoder
+from mir_callback.model.memory import GB, Plan, budgets_of, pinned_bytes, plan_pass, rows_bytes, too_small
 from mir_callback.model.stash import Stash
 from mir_callback.probe.batches import EncodedProbe, Share
 
