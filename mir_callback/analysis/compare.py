@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from mir_callback.analysis.axes import AXES, Axis, Curve, Point, common_range, curves_over, value_at
 from mir_callback.analysis.definitions import comparable_records, mismatch, other_circumstances
@@ -14,9 +15,14 @@ from mir_callback.analysis.ranking import Difference, differences, ranks
 from mir_callback.analysis.runs import Run
 from mir_callback.analysis.savings import Stop, StopRule, stop_of
 from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.training.history import Record, stopped
 from mir_callback.training.plateau import PlateauRule
 
 DEFAULT_LEVEL = 0.05
+_MOST_SD = 1e6
+_SAME_VALUE = 2e-6  # what lies between a live value and that of its checkpoint
+# Runs of one recipe take the same work a step; where their times differ more, time says something of the machine.
+_UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,12 @@ class Recipe:
 
     name: str
     runs: tuple[Run, ...]
+
+    def label(self, run: Run) -> str:
+        """What to call one of its runs among those of other recipes."""
+        if len(self.runs) == 1 and run.name == self.name:
+            return self.name
+        return f"{self.name}: {run.name.removeprefix(self.name + '/')}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class AxisResult:
         pairs: the differences between members, judged together; their indices are those of ``members``.
         ranks: for each member; ties where the noise forbids a difference.
         told: what to know about it, in sentences.
+        doubt: why something else than the recipes may decide places on it, as a busy machine does over time; or None.
     """
 
     axis: Axis
@@ -57,6 +70,7 @@ class AxisResult:
     pairs: tuple[Difference, ...] = ()
     ranks: tuple[int, ...] = ()
     told: tuple[str, ...] = ()
+    doubt: str | None = None
 
     def mean(self, member: int) -> float:
         """MIR of a member, the mean over its runs."""
@@ -137,8 +151,11 @@ def compare(
             "some out, or say --anyway"
         )
     remarks += other_circumstances(runs)
+    ended = [(run.name, run.records[-1]["step"]) for run in runs if stopped(run.records)]
+    remarks += [f"{name} was stopped at step {step} by its own rule" for name, step in ended]
     results = [_on_axis(axis, kept, at if axis == by else None, level, seed_sd) for axis in AXES]
-    stops = tuple(tuple(stop_of(run.records, rule) for run in recipe.runs) for recipe in kept)
+    remarks += _same_in_several(kept)
+    stops = tuple(tuple(stop_of(_with_plan(run, remarks), rule) for run in recipe.runs) for recipe in kept)
     known = tuple(result for result in results if result is not None)
     if by not in {result.axis for result in known}:
         remarks.append(f"not ranked: fewer than two runs know their place by {by}; choose another axis")
@@ -154,8 +171,11 @@ def _check(by: str, at: float | None, level: float, seed_sd: float | None) -> No
         )
     if not 0 < level < 1:
         raise ConfigError(f"level must be a probability between 0 and 1, got {level}; use e.g. {DEFAULT_LEVEL}")
-    if seed_sd is not None and not (math.isfinite(seed_sd) and seed_sd > 0):
-        raise ConfigError(f"seed_sd must be a positive number of MIR, got {seed_sd}; leave it out to have it assumed")
+    if seed_sd is not None and not 0 < seed_sd <= _MOST_SD:
+        raise ConfigError(
+            f"seed_sd must be a number of MIR above 0, at most {_MOST_SD:g}, got {seed_sd}; leave it out to have it "
+            "assumed"
+        )
 
 
 def _with_values(recipes: Sequence[Recipe], remarks: list[str]) -> list[Recipe]:
@@ -170,11 +190,17 @@ def _with_values(recipes: Sequence[Recipe], remarks: list[str]) -> list[Recipe]:
                 continue
             records, told = comparable_records(run.records)
             remarks += [f"{run.name}: {sentence}" for sentence in told]
-            twin = next((other.name for other in runs if _values(other) == [r["mir"] for r in records]), None)
+            fuller = replace(run, records=tuple(records))
+            twin = next((other for other in runs if _are_twins(other, fuller)), None)
             if twin is not None:
-                remarks.append(f"{run.name} is left out, it has the values of {twin}: a copy, or the same seed again")
+                if len(twin.measured) < len(fuller.measured):
+                    runs[runs.index(twin)], fuller = fuller, twin
+                    twin = run
+                remarks.append(
+                    f"{fuller.name} is left out, it has the values of {twin.name}: a copy, or the same seed again"
+                )
                 continue
-            runs.append(replace(run, records=tuple(records)))
+            runs.append(fuller)
         if runs:
             kept.append(Recipe(recipe.name, tuple(runs)))
     if not kept:
@@ -184,8 +210,34 @@ def _with_values(recipes: Sequence[Recipe], remarks: list[str]) -> list[Recipe]:
     return kept
 
 
-def _values(run: Run) -> list[float | None]:
-    return [record["mir"] for record in run.records]
+def _are_twins(run: Run, other: Run) -> bool:
+    """Whether two runs are one: of one file, or with the same values wherever both were measured after step 0."""
+    if run.source.resolve() == other.source.resolve():
+        return True
+    values = {record["step"]: record["mir"] for record in run.measured if record["step"] > 0}
+    shared = [(values[r["step"]], r["mir"]) for r in other.measured if r["step"] in values]
+    return bool(shared) and all(abs(one - another) <= _SAME_VALUE for one, another in shared)
+
+
+def _same_in_several(recipes: Sequence[Recipe]) -> list[str]:
+    """Runs that two recipes share, in sentences: a difference between these says nothing."""
+    named = [(recipe, run) for recipe in recipes for run in recipe.runs]
+    return [
+        f"{run.name} and {other.name} are the same run, in {recipe.name} and in {another.name}"
+        for (recipe, run), (another, other) in combinations(named, 2)
+        if recipe is not another and run.source.resolve() == other.source.resolve()
+    ]
+
+
+def _with_plan(run: Run, remarks: list[str]) -> list[Record]:
+    """A run's records, with the planned length of the run, which a stop rule looks ahead by, where they lack it."""
+    if all(record.get("max_steps") is not None for record in run.records):
+        return list(run.records)
+    if run.max_steps is None:
+        remarks.append(f"{run.name}: its planned length is unknown, so that a rule looks ahead by its window only")
+        return list(run.records)
+    planned = {"max_steps": run.max_steps}
+    return [record if record.get("max_steps") is not None else {**record, **planned} for record in run.records]
 
 
 def _on_axis(
@@ -209,18 +261,32 @@ def _on_axis(
     result = AxisResult(axis, flat[0].clock, None, members, told=tuple(told))
     shared = common_range(flat)
     if shared is None:
-        reach = "; ".join(f"{c.run.name} from {c.places[0]:g} to {c.places[-1]:g}" for c in flat)
+        reach = "; ".join(f"{c.run.name} from {c.places[0]:.10g} to {c.places[-1]:.10g}" for c in flat)
         return replace(result, told=(*told, f"the runs have no {axis} in common: {reach}"))
     place = shared[1] if at is None else at
+    uneven = max(map(_spread_of_pace, groups.values())) if axis == "time" else 1.0
+    if uneven > _UNEVEN:
+        doubt = f"a step takes {uneven:.1f} times as long in one run as in another of the same recipe"
+        result = replace(result, doubt=doubt)
     shortest = min(flat, key=lambda curve: curve.places[-1])
     if at is None and shortest.places[-1] < 0.9 * max(curve.places[-1] for curve in flat):
         told.append(f"compared as far as {shortest.run.name} has come")
     if not shared[0] <= place <= shared[1]:
         raise ConfigError(
-            f"at must lie where all runs were measured, {axis} {shared[0]:g} to {shared[1]:g}, got {place:g}; "
+            f"at must lie where all runs were measured, {axis} {shared[0]:.10g} to {shared[1]:.10g}, got {place:.10g}; "
             "leave it out for the last common one"
         )
     return _judged(replace(result, told=tuple(told)), list(groups.values()), place, level, seed_sd)
+
+
+def _spread_of_pace(curves: Sequence[Curve]) -> float:
+    """How much longer a step takes in the slowest of some runs than in the fastest; by time."""
+    paces = []
+    for curve in curves:
+        steps = curve.records[-1]["step"] - curve.records[0]["step"]
+        if steps > 0:
+            paces.append((curve.places[-1] - curve.places[0]) / steps)
+    return max(paces) / min(paces) if paces else 1.0
 
 
 def _judged(

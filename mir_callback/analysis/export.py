@@ -88,6 +88,8 @@ def remarks_of(found: Comparison) -> list[str]:
     for result in found.axes:
         if result.axis == found.by or result.place is None:
             told += [f"by {result.axis}: {sentence}" for sentence in result.told]
+        if result.doubt is not None:
+            told.append(f"by {result.axis}: {result.doubt}; such places are in the tables with --by {result.axis} only")
     return told + list(found.remarks)
 
 
@@ -109,7 +111,7 @@ def _axis(found: Comparison, result: AxisResult) -> dict[str, Any]:
     ]
     pairs = [{**asdict(pair), "one": names[pair.one], "other": names[pair.other]} for pair in result.pairs]
     noise = None if result.noise is None or not result.pairs else asdict(result.noise)
-    place = {"clock": result.clock, "place": result.place}
+    place = {"clock": result.clock, "place": result.place, "doubt": result.doubt}
     return {**place, "recipes": standings, "differences": pairs, "run_noise": noise, "told": list(result.told)}
 
 
@@ -138,6 +140,7 @@ def _line(cells: tuple[str, ...]) -> str:
 
 def _escaped(text: str) -> str:
     """Names come from folders: nothing in them may become a cell, a heading or a tag."""
+    text = "".join(sign if sign.isprintable() or sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text)
     for sign in ("\\", "|", "*", "_", "`", "<", "["):
         text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())

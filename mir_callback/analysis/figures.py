@@ -13,6 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from mir_callback.analysis.page.quantities import DISTANCE, over_layers
+from mir_callback.analysis.records import noted_losses
 from mir_callback.analysis.runs import read_run
 from mir_callback.errors import HistoryError
 
@@ -45,7 +47,7 @@ def plot_run(
         run = read_run(history)
         history, found = run.records, run.losses
     else:
-        found = tuple((record["step"], record["loss"]) for record in history if record.get("loss") is not None)
+        found = noted_losses(history)
     losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry] or found
     measured = [record for record in history if record["mir"] is not None]
     if not measured:
@@ -88,10 +90,14 @@ def _draw_curve(axes: Axes, measured: Sequence[Mapping[str, Any]], losses: Seque
 
 def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
     steps = np.array([record["step"] for record in measured], dtype=float)
-    layers = np.array([record["per_layer"] for record in measured]).T
+    layers = over_layers(DISTANCE, [dict(record) for record in measured])
+    if not len(layers):
+        axes.set_xlabel("optimizer step")
+        axes.text(0.5, 0.5, "no distances of the layers in these records", transform=axes.transAxes, ha="center")
+        return
     visible = layers[layers > 0]
     norm = LogNorm(vmin=visible.min(), vmax=visible.max()) if visible.size and visible.min() < visible.max() else None
-    shown = np.ma.masked_less_equal(layers, 0.0) if norm else layers
+    shown = np.ma.masked_less_equal(np.ma.masked_invalid(layers), 0.0) if norm else np.ma.masked_invalid(layers)
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(layers) + 1) + 0.5, shown, norm=norm, cmap="viridis")
     # An inset, because a colour bar beside the axes would lie outside the labels of the loss, far from its picture.
     bar = figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0.0, 0.018, 1.0)), label="distance FD")

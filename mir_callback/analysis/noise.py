@@ -72,7 +72,7 @@ def run_noise(groups: Sequence[Sequence[Curve]], place: float, given_sd: float |
     Returns:
         With replicates: the standard deviation within each recipe, in which :data:`ASSUMED_SD` has a small weight. It
         is not pooled, as a recipe with a high learning rate can have ten times that of another; a recipe of one run
-        gets the largest one of the others. Without any: the assumed one of each run, see :func:`assumed_sd`.
+        gets the largest of those and of what :func:`assumed_sd` allows for. Without any: the latter for each run.
 
     Ranks: pure.
     """
@@ -83,13 +83,16 @@ def run_noise(groups: Sequence[Sequence[Curve]], place: float, given_sd: float |
     values = [[value_at(curve, place).mir for curve in curves] for curves in groups]
     measured = [_moderated_sd(found) for found in values if len(found) > 1]
     if measured:
-        each = [_moderated_sd(found) if len(found) > 1 else max(measured) for found in values]
+        each = [
+            _moderated_sd(found) if len(found) > 1 else _borrowed_sd(measured, assumed_sd(curves[0], place))
+            for found, curves in zip(values, groups, strict=True)
+        ]
         told = (
             f"run-to-run noise: standard deviation {_range([sd for sd, _ in each])} between runs of one recipe, "
             f"measured on the replicates (with a little of an assumed {ASSUMED_SD}, as few runs may agree by chance)"
         )
         if len(measured) < len(groups):
-            told += "; recipes of one run get the largest"
+            told += "; recipes of one run get the largest of these, at least what is assumed without replicates"
         return RunNoise("replicates", tuple(sd for sd, _ in each), tuple(freedom for _, freedom in each), told)
     sds = tuple(assumed_sd(curves[0], place) for curves in groups)
     told = (
@@ -138,6 +141,13 @@ def _moderated_sd(values: Sequence[float]) -> tuple[float, float]:
     """Standard deviation of replicates with the assumption's small weight, and its degrees of freedom."""
     squares, freedom = float(np.var(values)) * len(values), len(values) - 1 + ASSUMED_FREEDOM
     return math.sqrt((squares + ASSUMED_FREEDOM * ASSUMED_SD**2) / freedom), freedom
+
+
+def _borrowed_sd(measured: Sequence[tuple[float, float]], assumed: float) -> tuple[float, float]:
+    """For a recipe of one run, whose own noise nothing tells: a quiet recipe beside it makes it no quieter."""
+    sd, freedom = max(measured)
+    # Two recipes that borrow the same estimate must not count it twice.
+    return (sd, freedom / 2) if sd > assumed else (assumed, math.inf)
 
 
 def _range(sds: Sequence[float]) -> str:

@@ -27,7 +27,7 @@ class Difference:
         p_adjusted: the same for the whole family of differences (Holm), to be compared with the level.
         differs: whether the difference is beyond the noise.
         bearable_sd: the largest standard deviation between runs of one recipe, if it were known, at which it would
-            still be; 0 if it is not even beyond the probe's error.
+            still be, the others being what they are; 0 if it is not even beyond the probe's error.
     """
 
     one: int
@@ -62,18 +62,20 @@ def differences(
         value = _mean(points[one]) - _mean(points[other])
         se, freedom = _joined([*parts, (probe.se**2, probe.freedom)])
         found.append((one, other, value, se, probe, _joined(parts)[0], _two_sided(value, se, freedom)))
-    adjusted = holm([entry[-1] for entry in found])
+    p_values = [entry[-1] for entry in found]
+    adjusted, factors = holm(p_values), holm_factors(p_values)
     counts = [len(values) for values in points]
     return [
-        Difference(*entry, p, p < level, _bearable_sd(entry[2], entry[4], level / len(found), *entry[:2], counts))
-        for entry, p in zip(found, adjusted, strict=True)
+        Difference(*entry, p, p < level, _bearable_sd(entry[2], entry[4], level / factor, *entry[:2], counts))
+        for entry, p, factor in zip(found, adjusted, factors, strict=True)
     ]
 
 
 def ranks(count: int, found: Sequence[Difference]) -> list[int]:
     """For each recipe one more than how many are better beyond the noise; equal ranks are ties.
 
-    None is better beyond the noise than those of rank 1: the one with the lowest mean, and those it is not told from.
+    None is better beyond the noise than those of rank 1. A recipe that is not told from the one with the lowest mean
+    can have a higher rank all the same, if it is told from another one.
 
     Ranks: pure.
     """
@@ -83,12 +85,18 @@ def ranks(count: int, found: Sequence[Difference]) -> list[int]:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjustment: the level holds for the whole family, whichever differences are real. Ranks: pure."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    factors = holm_factors(p_values)
     adjusted, highest = [0.0] * len(p_values), 0.0
-    for position, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - position) * p_values[index]))
+    for index in sorted(range(len(p_values)), key=p_values.__getitem__):
+        highest = max(highest, min(1.0, factors[index] * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def holm_factors(p_values: Sequence[float]) -> list[int]:
+    """By what Holm multiplies each: their number for the smallest, one less for the next. Ranks: pure."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    return [len(order) - order.index(index) for index in range(len(order))]
 
 
 def _bearable_sd(value: float, probe: ProbeNoise, level: float, one: int, other: int, counts: Sequence[int]) -> float:

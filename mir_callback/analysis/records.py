@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mir_callback.errors import HistoryError
 from mir_callback.metric.frechet import ROOTS
 from mir_callback.training.history import Record, parse_record
 
+_MOST_STEPS = 2**53
 _LISTED = 3  # findings of one kind that are told one by one
 
 
@@ -61,12 +62,12 @@ def cleaned(record: Mapping[str, Any], told: list[str]) -> Record:
         A copy. Fields of other names are as they were.
 
     Raises:
-        ValueError: its step is negative.
+        ValueError: its step is negative, or no number of steps that anyone takes.
 
     Ranks: pure.
     """
-    if record["step"] < 0:
-        raise ValueError(f"its step is {record['step']}")
+    if not 0 <= record["step"] < _MOST_STEPS:
+        raise ValueError("its step is negative or beyond all runs")
     kept = dict(record)
     for field, value in record.items():
         rule = _RULES.get(field)
@@ -103,6 +104,16 @@ def in_order(records: list[Record]) -> tuple[list[Record], list[str]]:
     return [by_step[step] for step in sorted(by_step)], told
 
 
+def noted_losses(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
+    """Training losses that evaluations have noted, (step, loss), each at the step it was logged at. Ranks: pure."""
+    by_step = {
+        record["step"] if record.get("loss_step") is None else record["loss_step"]: float(record["loss"])
+        for record in records
+        if record.get("loss") is not None
+    }
+    return tuple((step, by_step[step]) for step in sorted(by_step))
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite number. Ranks: pure."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -119,6 +130,10 @@ def _is_amount(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_text(value: object) -> bool:
@@ -142,12 +157,14 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("mir", "time"), ("a finite number", is_number)),
     **dict.fromkeys(
         ("epoch", "seconds", "mir_se", "elapsed", "train_seconds", "eval_seconds", "tokens_seen", "samples_seen")
-        + ("peak_memory_bytes",),
+        + ("peak_memory_bytes", "probe_loss", "expected_gain_se", "max_steps"),
         ("a number of at least 0", _is_amount),
     ),
-    "loss": ("a finite number", is_number),
+    **dict.fromkeys(("loss", "mir_extrapolated", "expected_gain"), ("a finite number", is_number)),
+    "would_stop": ("true or false", _is_truth),
     **dict.fromkeys(
-        ("num_samples", "num_vision_tokens", "num_text_tokens", "world_size"), ("a whole number", _is_count)
+        ("loss_step", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size"),
+        ("a whole number", _is_count),
     ),
     **dict.fromkeys(("per_layer", "per_layer_se"), ("a list of numbers of at least 0", _are_amounts)),
     "influences": ("a list of numbers", _are_numbers),

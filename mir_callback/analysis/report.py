@@ -15,18 +15,23 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mir_callback.analysis.compare import Comparison
+from mir_callback.analysis.export import remarks_of
 from mir_callback.analysis.page import costs, facts, marks, profiles, samples, timeline
 from mir_callback.analysis.page.scales import precise
-from mir_callback.analysis.page.views import MOMENTS, RunView
+from mir_callback.analysis.page.views import MOMENTS, RunView, colours_of
+from mir_callback.analysis.tables import tables_of, verdict_of
 from mir_callback.errors import HistoryError
 from mir_callback.probe.samples import Probe
 
 _PARTS = Path(__file__).parent / "page"
+_NAMED = 4  # recipes that a title has room for
 
 
 def render_report(
     runs: Sequence[RunView],
     *,
+    comparison: Comparison | None = None,
     probe: Probe | None = None,
     notes: Sequence[str] = (),
     written: datetime,
@@ -36,6 +41,7 @@ def render_report(
 
     Args:
         runs: at least one; runs without a value yet are named on the page.
+        comparison: of the runs, to stand at the top; None leaves it out.
         probe: to show its samples; None leaves them out.
         notes: sentences about what could not be shown.
         written: the time that stands on the page.
@@ -60,12 +66,18 @@ def render_report(
             **_of_all(ordered),
             **_of_shown(shown),
             **_own_parts(),
+            comparison=None if comparison is None else _compared(comparison),
             sheet=samples.sheet_of(shown, probe),
             notes=[*notes, *_notes(ordered)],
             written=written,
             reload_seconds=reload_seconds,
         )
     )
+
+
+def _compared(found: Comparison) -> dict[str, Any]:
+    verdict = verdict_of(found) or f"Nothing is ranked by {found.by}."
+    return {"verdict": verdict, "tables": tables_of(found), "remarks": remarks_of(found)}
 
 
 def _own_parts() -> dict[str, Any]:
@@ -87,12 +99,20 @@ def _of_all(runs: Sequence[RunView]) -> dict[str, Any]:
     """What the page says of every run."""
     return {
         "runs": runs,
-        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        "title": _title(runs),
+        "colours": colours_of(runs),
         "summaries": [facts.summary_of(run) for run in runs],
         "costs": facts.costs_of(runs),
         "definition": facts.definition_table(runs),
         "incomparable": facts.incomparable(runs),
     }
+
+
+def _title(runs: Sequence[RunView]) -> str:
+    recipes = {run.recipe for run in runs}
+    if None not in recipes and len(recipes) <= _NAMED:
+        return ", ".join(dict.fromkeys(str(run.recipe) for run in runs))
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def _of_shown(runs: Sequence[RunView]) -> dict[str, Any]:
@@ -104,10 +124,16 @@ def _of_shown(runs: Sequence[RunView]) -> dict[str, Any]:
         "timelines": lines,
         "quantities": [curve.quantity for curve in curves],
         "profiles": curves,
+        "steps_at": {moment: _steps_at(runs, moment) for moment in MOMENTS},
         "cost_charts": costs.cost_charts(runs),
         "seen_verdicts": _seen_verdicts(runs),
         "data": _data(runs, lines, curves),
     }
+
+
+def _steps_at(runs: Sequence[RunView], moment: str) -> str:
+    steps = sorted({run.moments[moment]["step"] for run in runs})
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}" if steps else ""
 
 
 def _seen_verdicts(runs: Sequence[RunView]) -> list[str]:
@@ -141,6 +167,7 @@ def _data(
             }
             for run in runs
         ],
+        "moments": MOMENTS,
         "places": {line.axis.name: line.places for line in lines},
         "profiles": {
             curve.quantity.name: {"label": curve.quantity.label, "places": curve.places, "series": curve.series}

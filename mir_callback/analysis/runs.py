@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from mir_callback.analysis.records import read_records
+from mir_callback.analysis.records import noted_losses, read_records
 from mir_callback.analysis.trainer_log import CHECKPOINT, STATE, TrainerLog, json_object, log_of, log_of_wandb
 from mir_callback.analysis.wandb_file import read_wandb, records_of
-from mir_callback.errors import HistoryError
+from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.training.checkpoint import NOTE_NAME
 from mir_callback.training.history import FILE_NAME, Record
 
@@ -68,8 +69,10 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
 
     Ranks: any.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
+    if str(path) == "":
+        raise ConfigError("RUN must not be empty, got ''; is a shell variable unset?")
+    path = Path(os.path.expanduser(path))
+    if not os.path.exists(path):  # which says no to a name that is too long, where the method raises
         raise HistoryError(
             f"RUN must be a run's output folder, history file, checkpoint or wandb run, got {path}: "
             "there is no such file"
@@ -78,8 +81,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         run = _from_wandb(path, path) if path.suffix == ".wandb" else _from_history(path, path, "history")
     elif (path / FILE_NAME).is_file():
         run = _from_history(path, path / FILE_NAME, "folder")
-    elif (step := _checkpoint_step(path)) is not None and (path.resolve().parent / FILE_NAME).is_file():
-        run = _from_checkpoint(path, step)
+    elif (step := _checkpoint_step(path)) is not None and (folder := _folder_of(path)) is not None:
+        run = _from_checkpoint(path, folder, step)
     else:
         run = _from_wandb(path, _wandb_file(path))
     if not run.measured:
@@ -135,10 +138,16 @@ def _from_history(path: Path, source: Path, kind: Kind) -> Run:
     return _run(name, path, kind, source, records, log, problems)
 
 
-def _from_checkpoint(path: Path, step: int) -> Run:
+def _folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the checkpoint's run, where a history is; beside the name itself, or beside what it links to."""
+    beside = (Path(os.path.abspath(checkpoint)).parent, checkpoint.resolve().parent)
+    return next((folder for folder in beside if (folder / FILE_NAME).is_file()), None)
+
+
+def _from_checkpoint(path: Path, run: Path, step: int) -> Run:
     """The history of the checkpoint's run, up to the checkpoint."""
     folder = path.resolve()
-    source = folder.parent / FILE_NAME
+    source = run / FILE_NAME
     records, problems = read_records(source)
     kept = [record for record in records if record["step"] <= step]
     if not any(record["step"] == step and record["mir"] is not None for record in kept):
@@ -149,16 +158,15 @@ def _from_checkpoint(path: Path, step: int) -> Run:
         losses=tuple(point for point in log.losses if point[0] <= step),
         tokens=tuple(point for point in log.tokens if point[0] <= step),
     )
-    return _run(f"{folder.parent.name}/{folder.name}", path, "checkpoint", source, kept, log, problems)
+    name = f"{run.name}/{os.path.basename(os.path.abspath(path))}"
+    return _run(name, path, "checkpoint", source, kept, log, problems)
 
 
 def _run(
     name: str, path: Path, kind: Kind, source: Path, records: list[Record], log: TrainerLog, problems: Sequence[str]
 ) -> Run:
     """A run, with what the Trainer logged, or where that is missing with what the records know of it."""
-    losses = log.losses or tuple(
-        (record["step"], record["loss"]) for record in records if record.get("loss") is not None
-    )
+    losses = log.losses or noted_losses(records)
     counted = tuple(
         (record["step"], record["tokens_seen"]) for record in records if record.get("tokens_seen") is not None
     )
@@ -168,9 +176,9 @@ def _run(
 
 def _checkpoint_step(folder: Path) -> int | None:
     """The step of a checkpoint's weights, None if the folder is none."""
-    folder = folder.resolve()
-    if found := CHECKPOINT.fullmatch(folder.name):
-        return int(found[1])
+    for name in (os.path.basename(os.path.abspath(folder)), folder.resolve().name):
+        if found := CHECKPOINT.fullmatch(name):
+            return int(found[1])
     for name, field in ((NOTE_NAME, "step"), (STATE, "global_step")):
         note = json_object(folder / name)
         if note is not None and type(note.get(field)) is int:

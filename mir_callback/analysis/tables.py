@@ -35,7 +35,7 @@ def place_words(axis: Axis, place: float) -> str:
     """A place of an axis, such as "step 120" or "3.2 min". Ranks: pure."""
     match axis:
         case "step":
-            return f"step {place:g}"
+            return f"step {place:.10g}"
         case "time":
             return duration(place)
         case _:
@@ -68,19 +68,22 @@ def verdict_of(found: Comparison) -> str | None:
         return None
     names = [found.recipes[index].name for index in result.members]
     where = place_words(result.axis, result.place)
-    first = [name for name, rank in zip(names, result.ranks, strict=True) if rank == 1]
     mark = f"{NOT_ALIKE}. " if found.mismatch else ""
     if not any(pair.differs for pair in result.pairs):
         return f"{mark}No difference beyond noise at {where}: {', '.join(names)}."
-    best = names[min(range(len(names)), key=result.mean)]
-    tied = [name for name in first if name != best]
+    lowest = min(range(len(names)), key=result.mean)
+    best = names[lowest]
+    alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
+    tied = [name for index, name in enumerate(names) if {index, lowest} in alike]
     more = f"; not told apart from it by the noise: {', '.join(tied)}" if tied else ""
     return f"{mark}Lowest MIR at {where}: {best}{more}."
 
 
 def _ranking(found: Comparison, result: AxisResult, marked: str) -> TextTable:
     others = [
-        axis for axis in found.axes if axis.axis != result.axis and axis.place is not None and len(axis.members) > 1
+        axis
+        for axis in found.axes
+        if axis.axis != result.axis and axis.place is not None and len(axis.members) > 1 and axis.doubt is None
     ]
     headings = [f"at {place_words(axis.axis, axis.place)}" for axis in others if axis.place is not None]
     assert result.place is not None
@@ -136,10 +139,9 @@ def _runs(found: Comparison) -> TextTable:
     rows = []
     for recipe, stops in zip(found.recipes, found.stops, strict=True):
         for run, stop in zip(recipe.runs, stops, strict=True):
-            name = run.name if run.name == recipe.name else f"{recipe.name}: {run.name}"
-            rows.append((name, *_measured(run), *_saved(stop)))
+            rows.append((recipe.label(run), *_measured(run), *_saved(stop)))
     title = f"Runs, and where {found.rule} would have stopped them"
-    columns = ("run", "evaluations", "last MIR", "lowest MIR", "stop", "saves", "gives away")
+    columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "stop", "saves", "gives away")
     return TextTable(title, columns, tuple(rows))
 
 

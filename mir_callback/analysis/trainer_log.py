@@ -14,7 +14,7 @@ from mir_callback.analysis.records import is_number
 from mir_callback.analysis.wandb_file import WandbRun
 
 STATE = "trainer_state.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _TOKENS = "num_input_tokens_seen"
 
 Curve = tuple[tuple[int, float], ...]

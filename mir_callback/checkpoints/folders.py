@@ -139,8 +139,9 @@ def state_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the Trainer knew when it saved: fields of a record, for what its state holds."""
     state = read_json(checkpoint.folder / _TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
     log: list[Mapping[str, Any]] = state.get("log_history") or []
-    losses = [entry["loss"] for entry in log if "loss" in entry and entry.get("step", 0) <= checkpoint.step]
-    fields = {"epoch": state.get("epoch"), "loss": losses[-1] if losses else None}
+    logged = [entry for entry in log if "loss" in entry and entry.get("step", 0) <= checkpoint.step]
+    newest = logged[-1] if logged else {}
+    fields = {"epoch": state.get("epoch"), "loss": newest.get("loss"), "loss_step": newest.get("step")}
     return {**fields, "tokens_seen": state.get("num_input_tokens_seen") or None}
 
 

@@ -3,26 +3,23 @@
 
 from __future__ import annotations
 
-import glob
 import sys
 from argparse import ArgumentParser, Namespace
 from ast import literal_eval
-from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from mir_callback.analysis.axes import AXES
-from mir_callback.analysis.compare import DEFAULT_LEVEL, Comparison, Recipe, compare
+from mir_callback.analysis.compare import DEFAULT_LEVEL, Comparison, compare
 from mir_callback.analysis.export import as_csv, as_json, as_markdown, remarks_of
-from mir_callback.analysis.runs import Run, read_runs, with_names_of_their_own
 from mir_callback.analysis.tables import TextTable, tables_of, verdict_of
+from mir_callback.commands.outputs import output_path, write_output
+from mir_callback.commands.recipes import RUNS, recipes_from
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.training.plateau import PlateauRule
 
 HELP = "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped"
-EPILOG = """\
-A RUN is an output folder, a history file, a checkpoint in a run's folder, or a wandb run (folder or .wandb file).
-NAME=RUN,RUN,... is a recipe: runs that differ in nothing but the seed; patterns such as NAME='runs/a_seed*' will do.
+EPILOG = f"""\
+{RUNS}
 Without such replicates it is not known how far a seed alone moves MIR; it is then assumed, generously.
 
 examples:
@@ -72,6 +69,12 @@ def run(options: Namespace) -> None:
         raise HistoryError("; ".join(missing))
     for sentence in missing:
         print(f"mir compare: left out: {sentence}", file=sys.stderr)
+    runs = [run for recipe in recipes for run in recipe.runs]
+    targets = {
+        name: output_path(f"--{name}", words, runs)
+        for name in _WRITERS
+        if (words := getattr(options, name)) not in (None, "-")
+    }
     settings = {"by": options.by, "at": options.at, "level": options.level, "seed_sd": options.seed_sd}
     found = compare(recipes, rule=rule, anyway=options.anyway, **settings)
     shown = True
@@ -80,36 +83,9 @@ def run(options: Namespace) -> None:
             sys.stdout.write(write(found))
             shown = False
         elif target is not None:
-            _save(Path(target), write(found))
+            write_output(f"--{name}", targets[name], write(found))
     if shown:
         show(found)
-
-
-def recipes_from(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
-    """The recipes that words of the command line name; and what could not be read, in sentences.
-
-    Raises:
-        ConfigError: a recipe without a name or without runs.
-    """
-    named = [_split(word) for word in words]
-    runs: list[Run] = []
-    owners: list[int] = []
-    missing: list[str] = []
-    for index, (_, paths) in enumerate(named):
-        found, failed = read_runs(paths)
-        runs += found
-        owners += [index] * len(found)
-        missing += failed
-    distinct = with_names_of_their_own(runs)
-    recipes = []
-    for index, (name, _) in enumerate(named):
-        own = [run for run, owner in zip(distinct, owners, strict=True) if owner == index]
-        if own:
-            recipes.append(Recipe(name or own[0].name, tuple(own)))
-    names = [recipe.name for recipe in recipes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"recipes must have names of their own, got {', '.join(twice)} twice; call one otherwise")
-    return recipes, missing
 
 
 def rule_from(text: str | None) -> PlateauRule:
@@ -128,7 +104,8 @@ def rule_from(text: str | None) -> PlateauRule:
             )
         try:
             values[name] = literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+            float(values[name] or 0)
+        except (ValueError, SyntaxError, TypeError, OverflowError) as error:
             raise ConfigError(f"{name} of --rule must be a number, True, False or None, got {value!r}") from error
     return PlateauRule(**values)  # type: ignore[arg-type]
 
@@ -145,7 +122,8 @@ def show(found: Comparison) -> None:
         console.print()
     for remark in remarks_of(found):
         console.print(f"- {remark}", markup=False, style="dim", soft_wrap=True)
-    if verdict := verdict_of(found):
+    if len(found.recipes) > 1:
+        verdict = verdict_of(found) or f"Nothing is ranked by {found.by}; the sentences above say why."
         console.print(verdict, markup=False, style="bold", soft_wrap=True)
 
 
@@ -160,28 +138,3 @@ def _rich(table: TextTable) -> object:
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return drawn
-
-
-def _split(word: str) -> tuple[str | None, list[str]]:
-    """A recipe's name and the paths of its runs; no name for a plain run."""
-    if Path(word).expanduser().exists() or "=" not in word:
-        return None, [word]
-    name, _, rest = word.partition("=")
-    paths = [path for pattern in rest.split(",") if pattern for path in _matching(pattern)]
-    if not name or not paths:
-        raise ConfigError(
-            f"RUN must be a path or NAME=RUN,RUN,..., got {word!r}; write e.g. long=runs/long_1,runs/long_2"
-        )
-    return name, paths
-
-
-def _matching(pattern: str) -> list[str]:
-    """What a pattern stands for; a path that is none stays as it is, and is told if it does not exist."""
-    return sorted(glob.glob(str(Path(pattern).expanduser()))) or [pattern]
-
-
-def _save(path: Path, content: str) -> None:
-    try:
-        path.expanduser().write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} must be a file that can be written, got {error.strerror or error}") from error

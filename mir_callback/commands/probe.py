@@ -69,6 +69,8 @@ def run(options: Namespace) -> None:
     if options.show:
         check_sheet_path(options.show)
     probe = _opened(options) if options.probe else _built(options)
+    if options.save:  # before anything is said, as nobody may be listening
+        probe.save(options.save)
     print(f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens")
     sizes = [sample.open_image().size for sample in probe.samples]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
@@ -78,7 +80,7 @@ def run(options: Namespace) -> None:
         counts = _counted(probe, options.model)
         _print_counts(counts)
     if options.save:
-        print(f"saved to {probe.save(options.save)}")
+        print(f"saved to {options.save}")
     if options.show:
         print(f"contact sheet in {draw_sheet(probe, options.show, counts)}")
 

@@ -9,22 +9,29 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from mir_callback.analysis.page.views import RunView
+from mir_callback.analysis.compare import Comparison, Recipe, compare
+from mir_callback.analysis.page.views import PLANNED, RunView
 from mir_callback.analysis.report import render_report
-from mir_callback.analysis.runs import Run, read_run, read_runs
+from mir_callback.analysis.runs import Run, read_run
+from mir_callback.commands.outputs import output_path, write_output
+from mir_callback.commands.recipes import RUNS, recipes_from
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
 from mir_callback.probe.samples import Probe
 
 HELP = "make one HTML page of runs: MIR and loss, layers, cost, samples, how it was measured"
-EPILOG = """\
+EPILOG = f"""\
+{RUNS}
+
 examples:
   mir report runs/demo                               # writes runs/demo/mir_report.html
   mir report runs/demo --watch 30                    # again every 30 seconds, while it trains
-  mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # several runs in the same pictures
-  mir report runs/demo --probe probe.zip             # with the samples MIR was measured on
+  mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # several runs in the same pictures, and compared
+  mir report short='runs/short_seed*' long='runs/long_seed*' -o captions.html
+  mir report runs/demo --no-probe                    # without the samples MIR was measured on
 """
 FILE_NAME = "mir_report.html"
 _LEAST_WATCH = 1.0
@@ -33,7 +40,7 @@ _LEAST_WATCH = 1.0
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folder, history file, checkpoint or wandb run; may be training"
+        "runs", nargs="+", metavar="RUN", help="a run, which may be training, or NAME=RUN,RUN,... for a recipe"
     )
     parser.add_argument(
         "-o",
@@ -93,40 +100,40 @@ def _check(options: Namespace) -> None:
 
 def _write(page: Path, options: Namespace, probe: Probe | None, told: set[str]) -> None:
     """Read everything anew and replace the page; what has gone wrong is told once and stands on the page."""
-    runs, notes = read_runs(options.runs)
+    recipes, notes = recipes_from(options.runs)
+    runs = [run for recipe in recipes for run in recipe.runs]
     if not runs:
         raise HistoryError("; ".join(notes))
     if probe is not None:
         notes += _foreign(probe, runs)
     elif not options.no_probe:
         probe = _probe_beside(runs)
-    views = [view_of(run) for run in runs]
+    views = [_in_recipe(run, recipe) for recipe in recipes for run in recipe.runs]
     for sentence in [*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)]:
         _tell(sentence, told)
     now = datetime.now().astimezone()
-    _replace(page, render_report(views, probe=probe, notes=notes, written=now, reload_seconds=options.watch))
+    compared = _compared(recipes)
+    text = render_report(
+        views, comparison=compared, probe=probe, notes=notes, written=now, reload_seconds=options.watch
+    )
+    write_output("--output", output_path("--output", str(page), runs), text)
+
+
+def _compared(recipes: Sequence[Recipe]) -> Comparison | None:
+    """The comparison of several recipes; None where there is none, which the page itself explains."""
+    measured = [recipe for recipe in recipes if any(run.measured for run in recipe.runs)]
+    if len(measured) < 2:
+        return None
+    try:
+        return compare(measured)
+    except HistoryError:  # their values are not alike
+        return None
 
 
 def _tell(sentence: str, told: set[str]) -> None:
     if sentence not in told:
         told.add(sentence)
         print(f"mir report: {sentence}", file=sys.stderr)
-
-
-def _replace(page: Path, text: str) -> None:
-    """Write a file beside the page and rename it, so that a browser never sees half of it."""
-    beside = page.with_name(f".{page.name}.{os.getpid()}.new")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, page)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--output must be a place to write to, got {page}: {error.strerror or error}; choose another"
-        ) from error
 
 
 def view_of(run: Run) -> RunView:
@@ -137,21 +144,23 @@ def view_of(run: Run) -> RunView:
             losses = max(losses, read_run(run.path / "wandb").losses, key=len)
         except (HistoryError, ConfigError):  # none, several, or no wandb to read it with: then without
             pass
-    settings = {"planned steps": run.max_steps, "read from": str(run.source)}
+    settings = {PLANNED: run.max_steps, "read from": str(run.source)}
     known = {name: value for name, value in settings.items() if value is not None}
     return RunView(run.name, run.records, losses, known, run.problems)
 
 
+def _in_recipe(run: Run, recipe: Recipe) -> RunView:
+    label = recipe.label(run)
+    return replace(view_of(run), name=label, recipe=None if label == recipe.name else recipe.name)
+
+
 def _page(options: Namespace) -> Path:
     if options.output:
-        page = Path(options.output).expanduser()
-        if page.is_dir():
-            raise ConfigError(
-                f"--output must be a file to write, got {page}, which is a folder; add a name: {page / FILE_NAME}"
-            )
-        return page
-    only = Path(options.runs[0]).expanduser()
-    return (only if only.is_dir() else only.parent) / FILE_NAME if len(options.runs) == 1 else Path(FILE_NAME)
+        return output_path("--output", options.output)
+    only = Path(os.path.expanduser(options.runs[0]))
+    if len(options.runs) > 1 or not os.path.exists(only):  # several, or a recipe
+        return Path(FILE_NAME)
+    return (only if only.is_dir() else only.parent) / FILE_NAME
 
 
 def _probe_beside(runs: Sequence[Run]) -> Probe | None:

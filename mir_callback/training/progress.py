@@ -15,6 +15,7 @@ def progress_fields(args: TrainingArguments, state: TrainerState) -> Record:
 
     Returns:
         `loss`: the training loss the Trainer logged last, None before the first one or if it was not finite.
+        `loss_step`: the step it was logged at, as a rule before this record's: the Trainer logs after its callbacks.
         `tokens_seen`: input tokens so far on all ranks, None unless the Trainer counts them
         (`include_num_input_tokens_seen`).
         `samples_seen`: steps times the batch over all ranks, accumulation included; a batch that an epoch's end cuts
@@ -25,9 +26,11 @@ def progress_fields(args: TrainingArguments, state: TrainerState) -> Record:
     counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
     on_each = getattr(state, "train_batch_size", None) or args.train_batch_size  # lowered by auto_find_batch_size
     batch = on_each * args.gradient_accumulation_steps * args.world_size
-    loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+    newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    known = "loss" in newest and math.isfinite(newest["loss"])
     return {
-        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "loss": newest["loss"] if known else None,
+        "loss_step": newest.get("step") if known else None,
         "tokens_seen": int(state.num_input_tokens_seen) if counted else None,
         "samples_seen": state.global_step * batch,
     }

@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from mir_callback import PlateauRule
 from mir_callback.analysis import noise
 from mir_callback.analysis.axes import curves_over, value_at
 from mir_callback.analysis.compare import Recipe, compare
+from mir_callback.analysis.export import remarks_of
 from mir_callback.analysis.noise import assumed_sd
 from mir_callback.analysis.ranking import Difference, ProbeNoise, holm, ranks
 from mir_callback.analysis.runs import Run
 from mir_callback.analysis.savings import stop_of
+from mir_callback.analysis.tables import tables_of, verdict_of
 from mir_callback.errors import ConfigError, HistoryError
 
 # What benchmarks/seeds.py has trained: recipes with several runs that differ in the seed only.
@@ -250,6 +253,77 @@ def test_a_copy_of_a_run_is_no_replicate():
     found = compare([twins, make_run("b", falling(3.4))])
     assert found.ranking.noise.kind == "assumed"
     assert any("a2 is left out, it has the values of a1" in remark for remark in found.remarks)
+
+
+def test_part_of_a_run_is_no_replicate_and_the_fuller_one_is_kept():
+    values = falling(3.0)
+    part = make_run("part", values[:20])
+    whole = make_run("whole", values)
+    for order in ((part, whole), (whole, part)):
+        found = compare([Recipe("a", order), seeds("b", [3.2, 3.3])])
+        assert [run.name for run in found.recipes[0].runs] == ["whole"]
+        assert "part is left out, it has the values of whole: a copy, or the same seed again" in found.remarks
+    shared_start = [make_run("s1", [2.0, 5.0, 4.0]), make_run("s2", [2.0, 5.1, 4.1])]
+    assert len(compare([Recipe("a", tuple(shared_start))]).recipes[0].runs) == 2
+
+
+def test_one_run_in_two_recipes_is_told():
+    run = make_run("x", falling(3.0))
+    found = compare([Recipe("a", (run,)), Recipe("b", (run,))])
+    assert "x and x are the same run, in a and in b" in found.remarks
+
+
+def test_a_single_run_is_not_made_quieter_by_a_quiet_recipe_beside_it():
+    quiet = seeds("q", [3.0, 3.0005, 2.9995, 3.0002])
+    alone = [Recipe(name, (make_run(name, falling(end)),)) for name, end in (("b", 3.2), ("c", 3.5))]
+    with_quiet = compare([quiet, *alone]).ranking
+    without = compare(alone).ranking
+    assert with_quiet.noise.sds[1:] == without.noise.sds
+    assert with_quiet.noise.freedom[1:] == (math.inf, math.inf)
+    loud = seeds("l", [2.0, 4.0, 3.0, 2.5])
+    borrowed = compare([loud, *alone]).ranking.noise
+    assert borrowed.sds[1] == borrowed.sds[0]
+    assert borrowed.freedom[1] == borrowed.freedom[0] / 2  # of two that borrow it, together it counts once
+
+
+def test_every_recipe_that_is_not_told_from_the_lowest_is_named():
+    # A is uncertain; C is told from B and not from A.
+    a, b, c = seeds("A", [0.8, 1.5]), seeds("B", [1.31, 1.312, 1.314]), seeds("C", [1.61, 1.612, 1.614])
+    found = compare([a, b, c])
+    assert [pair.differs for pair in found.ranking.pairs] == [False, False, True]
+    assert verdict_of(found) == "Lowest MIR at step 290: A; not told apart from it by the noise: B, C."
+
+
+def test_time_is_left_out_of_the_tables_when_runs_of_one_recipe_were_not_equally_fast():
+    def timed(name, pace):
+        return make_run(name, falling(3.0 + pace / 100), train_seconds=lambda number: pace * number)
+
+    even, uneven = (Recipe("a", (timed("x", 1.0), timed("y", pace))) for pace in (1.2, 9.0))
+    other = Recipe("b", (timed("z", 3.0),))
+    for recipe, doubtful in ((even, False), (uneven, True)):
+        found = compare([recipe, other])
+        (time,) = (result for result in found.axes if result.axis == "time")
+        assert (time.doubt is not None) is doubtful
+        assert (" s" in "".join(tables_of(found)[0].columns[5:])) is not doubtful
+    assert any("a step takes 9.0 times as long" in remark for remark in remarks_of(found))
+
+
+def test_a_rule_looks_ahead_by_the_planned_length_that_the_trainer_saved():
+    values = falling(3.0, count=60)
+    told = make_run("told", values, max_steps=1000)
+    bare = replace(make_run("bare", values), max_steps=1000)
+    lost = make_run("lost", values)
+    found = compare([told, bare, lost])
+    stops = [stop.step for (stop,) in found.stops]
+    assert stops[0] == stops[1] is not None
+    assert any(remark.startswith("lost: its planned length is unknown") for remark in found.remarks)
+    assert not any(remark.startswith("bare: its planned length") for remark in found.remarks)
+
+
+def test_steps_are_written_in_full():
+    steps = [1_358_000, 1_358_030]
+    found = compare([make_run(name, [3.0, 2.0 + n], steps) for n, name in enumerate("ab")])
+    assert "at step 1358030" in verdict_of(found)
 
 
 def test_each_axis_compares_at_its_own_last_common_place():

@@ -48,6 +48,21 @@ def test_any_history_with_a_value_can_be_drawn(tmp_path, history):
     assert picture(plot_run(history, [], tmp_path / "run.png")).std() > 20
 
 
+@pytest.mark.parametrize("layers", [[None, None], [[2.0, 1.0], None], [[2.0, 1.0], [3.0]]])
+def test_a_history_whose_layers_are_missing_or_of_different_number_is_drawn(tmp_path, layers):
+    history = [{"step": step, "mir": 2.0 - step, "per_layer": values} for step, values in enumerate(layers)]
+    for records in (history, [{k: v for k, v in line.items() if v is not None} for line in history]):
+        assert picture(plot_run(records, [], tmp_path / "a.png")).std() > 0
+
+
+def test_a_loss_is_drawn_at_the_step_it_was_logged_at(tmp_path):
+    history = [record(step, [2.0], loss=4.0 / (1 + step), loss_step=step - 5) for step in (10, 20)]
+    logged = [{"step": line["loss_step"], "loss": line["loss"]} for line in history]
+    bare = [{k: v for k, v in line.items() if k != "loss"} for line in history]
+    one, other = plot_run(history, [], tmp_path / "a.png"), plot_run(bare, logged, tmp_path / "b.png")
+    assert (picture(one) == picture(other)).all()
+
+
 def test_runs_are_drawn_from_where_they_lie(tmp_path):
     """The same picture from records at hand, from the history file and from the run's folder with a Trainer's state."""
     losses = [{"step": step, "loss": 4.0 / step} for step in range(1, 60, 5)]

@@ -120,7 +120,7 @@ def test_overview_says_best_last_verdict_and_paired_difference():
     n = len(differences)
     error = np.sqrt(((differences - differences.mean()) ** 2).sum() / (n * (n - 1)))
     assert best is not history[-1]
-    assert f"+{history[-1]['mir'] - best['mir']:.3f} ± {error:.3f} from the best" in text
+    assert f"+{history[-1]['mir'] - best['mir']:.3f} ± {error:.3f} from the lowest, ± of the probe alone" in text
     assert paired_error(history[-1], best) == pytest.approx(error)
     assert paired_error({**best, "probe_fingerprint": "other"}, history[-1]) is None
     assert paired_error({**best, "influences": best["influences"][1:]}, history[-1]) is None
@@ -233,7 +233,34 @@ def test_axes_are_those_that_all_runs_have():
     resumed = [{**record, "elapsed": 1.0 if record["step"] == 20 else record["elapsed"]} for record in records(4)]
     assert axes(RunView("a", records(4))) == ["step", "log", "time", "samples", "tokens", "epoch"]
     assert axes(RunView("a", records(4)), RunView("b", bare)) == ["step", "log"]
-    assert "time" not in axes(RunView("a", resumed))
+    assert "time" in axes(RunView("a", resumed))  # by the time of training, which goes on
+    lost = [{**record, "train_seconds": None} for record in resumed]
+    assert "time" not in axes(RunView("a", lost))
+
+
+def test_time_is_that_of_training_where_it_is_known_and_else_named_otherwise():
+    known = page_of(RunView("a", records(4)))
+    lost = page_of(RunView("a", [{**record, "train_seconds": None} for record in records(4)]))
+    assert "training time, seconds" in known
+    assert "time since the start, seconds" not in known
+    assert "time since the start, seconds" in lost
+
+
+def test_a_run_of_unknown_definition_does_not_compare_with_others():
+    bare = [{**record, "probe_fingerprint": None} for record in records(4)]
+    tree = parse(page_of(RunView("a", records(4)), RunView("b", bare)))
+    assert "probe: d3d069cd243898ce, unknown" in tree.one("aside", "warning").words
+    assert not parse(page_of(RunView("b", bare))).all("aside", "warning")
+
+
+def test_an_untrained_start_that_is_lower_is_told_and_is_not_the_lowest():
+    history = records(5)
+    history[0]["mir"] = min(record["mir"] for record in history) - 1.0
+    text = parse(page_of(RunView("run", history, settings={"planned steps": 90}))).all("dl", "cards")[0].words
+    best = min(history[1:], key=lambda record: record["mir"])
+    assert f"lowest MIR {best['mir']:.3f}" in text
+    assert f"the untrained start, {history[0]['mir']:.3f}, does not count" in text
+    assert "step 40 of 90" in text
 
 
 def test_failed_evaluations_and_verdicts_are_marked():

@@ -145,7 +145,7 @@ def test_arrow_keys_go_through_the_evaluations(browser, pages):
     assert reading(browser, 1)[0] in ("30", "50"), "the run that failed there tells its nearest value"
     browser.run("document.querySelector('.profile').focus()")
     browser.press("ArrowRight")
-    assert browser.run("document.querySelector('.profile output').textContent").startswith("layer 1: first best ")
+    assert browser.run("document.querySelector('.profile output').textContent").startswith("layer 1: first last ")
     assert browser.complaints == []
 
 

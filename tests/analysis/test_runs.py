@@ -185,6 +185,21 @@ def test_runs_of_equal_names_are_told_apart(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("field", ["probe_loss", "mir_extrapolated", "expected_gain", "would_stop", "max_steps"])
+@pytest.mark.parametrize("value", ["much", [1.0], {"a": 1}])
+def test_fields_that_cannot_be_are_left_out_and_told(tmp_path, field, value):
+    (tmp_path / "h.jsonl").write_text(json.dumps({"step": 1, "mir": 2.0, field: value}) + "\n")
+    run = read_run(tmp_path / "h.jsonl")
+    assert field not in run.records[0]
+    assert field in run.problems[0]
+
+
+def test_a_step_beyond_all_runs_is_no_record(tmp_path):
+    (tmp_path / "h.jsonl").write_text('{"step": 1' + 400 * "0" + ', "mir": 2.0}\n{"step": 5, "mir": 2.0}\n')
+    run = read_run(tmp_path / "h.jsonl")
+    assert [record["step"] for record in run.records] == [5]
+
+
 def test_steps_are_put_in_order_and_the_last_of_each_counts(tmp_path):
     lines = [{"step": 2, "mir": 3.0}, {"step": 1, "mir": 4.0}, {"step": 2, "mir": 5.0}, {"step": 0, "mir": None}]
     path = tmp_path / "h.jsonl"

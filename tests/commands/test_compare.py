@@ -5,9 +5,12 @@ import csv
 import io
 import json
 import math
+import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -42,6 +45,17 @@ def mir(capsys, *arguments):
     status = main(["compare", *map(str, arguments)])
     told = capsys.readouterr()
     return status, told.out, told.err
+
+
+@contextmanager
+def no_room_for_files():
+    """Every write to a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def records_of(path):
@@ -145,7 +159,16 @@ def test_one_run_is_described(runs, capsys):
         (["a1", "a2", "--rule", "window=1"], "window must be an integer of at least 4"),
         (["a1", "a2", "--at", "99"], "at must lie where all runs were measured"),
         (["a1", "--json", "-", "--csv", "-"], "'-' can be given for one of"),
-        (["a1", "--json", "no/such/folder.json"], "must be a file that can be written"),
+        (["a1", "--json", "empty.jsonl/x.json"], "--json must be a place to write to"),
+        (["a1", "--csv", "a2/mir_history.jsonl"], "--csv must not be a file of measured values"),
+        (["a1", "--csv", "."], "which is a folder"),
+        (["a1", "--markdown", ""], "--markdown must be a file to write, got ''"),
+        (["a1", "--markdown", "/dev/null"], "--markdown must be a regular file"),
+        ([""], "RUN must not be empty"),
+        (["~nobody-of-this-name/run"], "there is no such file"),
+        (["long=" + ",".join(f"seed_{n}" for n in range(60)), "nowhere"], "there is no such file"),
+        (["a1", "a2", "--seed-sd", "1e300"], "seed_sd must be a number of MIR above 0"),
+        (["a1", "--rule", "min_delta=" + 400 * "9"], "min_delta of --rule must be a number"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(runs, capsys, arguments, words):
@@ -155,6 +178,72 @@ def test_mistakes_end_in_one_line_and_status_2(runs, capsys, arguments, words):
     assert words in error.splitlines()[-1]
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+def test_what_stood_in_an_output_stays_when_it_cannot_be_written(runs, capsys):
+    (runs / "kept.csv").write_text("mine")
+    with no_room_for_files():
+        status, _, error = mir(capsys, "a1", "--csv", "kept.csv")
+    assert status == 2
+    assert "--csv must be a place to write to" in error
+    assert (runs / "kept.csv").read_text() == "mine"
+    assert sorted(path.name for path in runs.glob(".kept*")) == []
+
+
+def test_links_are_followed_when_an_output_is_one(runs, capsys):
+    (runs / "link.md").symlink_to("real.md")
+    assert mir(capsys, "a1", "--markdown", "link.md")[0] == 0
+    assert (runs / "link.md").is_symlink()
+    assert "a1" in (runs / "real.md").read_text()
+
+
+def test_names_that_are_no_text_are_written_all_the_same(runs, capsys):
+    name = os.fsdecode(b"bad\xff\x1b[31m")
+    (runs / "a1").rename(runs / name)
+    assert mir(capsys, name, "--csv", "c.csv", "--markdown", "c.md")[0] == 0
+    assert "bad\\udcff" in (runs / "c.csv").read_text()
+    assert "\x1b" not in (runs / "c.md").read_text()
+
+
+def test_a_checkpoint_that_is_a_link_is_one_of_the_run_it_lies_in(runs, capsys):
+    (runs / "disk" / "elsewhere").mkdir(parents=True)
+    (runs / "a1" / "checkpoint-3").symlink_to(runs / "disk" / "elsewhere")
+    status, told, error = mir(capsys, "a1/checkpoint-3")
+    assert status == 0, error
+    assert "(step 3)" in told
+
+
+@pytest.mark.parametrize("command", ["compare a1 a2", "report a1"])
+def test_nobody_reading_on_is_no_error(runs, command):
+    script = f"{sys.executable} -m mir_callback {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1, 141)  # 1 is what rich makes of it
+    assert done.stderr == ""
+
+
+def test_signs_that_a_terminal_lacks_are_replaced(runs):
+    command = [sys.executable, "-m", "mir_callback", "compare", "a1", "a2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert "No difference beyond noise" in done.stdout
+
+
+def test_a_run_that_its_own_rule_ended_is_told(runs, capsys):
+    lines = records_of(runs / "a1")
+    lines[-1] |= {"verdict": "plateau", "reason": "level"}
+    (runs / "a1" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "a1 was stopped at step 6 by its own rule" in mir(capsys, "a1")[1]
+
+
+def test_an_axis_that_no_run_knows_ranks_nothing_and_says_so(runs, capsys):
+    for name in ("a1", "a2"):
+        lines = [{**line, "tokens_seen": None} for line in records_of(runs / name)]
+        (runs / name / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (runs / name / "trainer_state.json").unlink()
+    status, told, _ = mir(capsys, "a1", "a2", "--by", "tokens")
+    assert status == 0
+    assert told.splitlines()[-1] == "Nothing is ranked by tokens; the sentences above say why."
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(runs, capsys):

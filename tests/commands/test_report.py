@@ -86,6 +86,34 @@ def test_runs_are_laid_over_each_other_when_several_are_given(runs, capsys):
     assert len(first.one("div", "layers", data_quantity="per_layer").all("img", "heat")) == 2
 
 
+def test_recipes_are_compared_on_the_page_and_share_a_colour(runs, capsys):
+    for name in ("slow", "fast"):
+        shutil.copytree(runs / name, runs / f"{name}_2")
+        lines = [{**line, "mir": line["mir"] + 0.01 * (line["step"] > 0)} for line in history(runs / name)]
+        (runs / f"{name}_2" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, told, error = mir(capsys, "slow=slow,slow_2", "fast=fast*")
+    assert (status, told, error) == (0, "report in mir_report.html\n", "")
+    tree = page("mir_report.html")
+    assert tree.one("h1").text == "slow, fast"
+    names = ["slow: slow", "slow: slow_2", "fast: fast", "fast: fast_2"]
+    assert [run["name"] for run in data(tree)["runs"]] == names
+    comparison = tree.one("section", aria_labelledby="comparison")
+    assert comparison.one("p", "verdict").text in (
+        "Lowest MIR at step 6: fast.",
+        "Lowest MIR at step 6: slow.",
+        "No difference beyond noise at step 6: slow, fast.",
+    )
+    assert len(comparison.all("table")) == 3
+    styles = tree.one("style").text
+    assert [f".run-{n}-colour {{ --run: var(--c{n // 2}); }}" in styles for n in range(4)] == [True] * 4
+    for line in (lines := history(runs / "fast")):
+        line["probe_fingerprint"] = "another"
+    (runs / "fast" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert mir(capsys, "slow", "fast")[0] == 0
+    assert not page("mir_report.html").all("section", aria_labelledby="comparison")
+    assert "do not compare" in page("mir_report.html").one("aside", "warning").text
+
+
 def test_page_is_made_while_a_run_is_training(runs, capsys):
     """A last line half written, no Trainer's state yet."""
     shutil.rmtree(runs / "slow" / "checkpoint-6")

@@ -16,6 +16,7 @@ def test_records_say_loss_tokens_and_samples_when_the_trainer_counts_them(tmp_pa
     assert sorted(logged) == [2, 4]
     # A step's loss is logged after its evaluation.
     assert [record["loss"] for record in callback.history] == [None, None, None, logged[2], logged[2]]
+    assert [record["loss_step"] for record in callback.history] == [None, None, None, 2, 2]
     assert [record["samples_seen"] for record in callback.history] == [
         step * MICRO_BATCH * ACCUMULATION for step in range(5)
     ]

@@ -12,10 +12,11 @@ import torch
 
 from mir_callback.analysis.page.marks import verdict_of
 from mir_callback.analysis.page.scales import precise
-from mir_callback.analysis.page.views import RunView
+from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView
 from mir_callback.metric.influence import standard_error
 from mir_callback.training.history import DEFINITION_FIELDS, Record
 
+_UNKNOWN = "unknown"
 _DEFINITION = {
     "probe_fingerprint": "probe",
     "tokens_fingerprint": "tokens of the probe",
@@ -29,9 +30,9 @@ _DEFINITION = {
 }
 # What a record holds besides: shown elsewhere on the page, or different at each evaluation.
 _MEASURED = {
-    *("step", "epoch", "mir", "mir_se", "per_layer", "per_layer_se", "influences", "companions", "loss", "seconds"),
+    *("step", "epoch", "mir", "mir_se", "per_layer", "per_layer_se", "influences", "companions", "seconds"),
     *("vision_outliers", "text_outliers", "verdict", "reason", "elapsed", "time", "train_seconds", "eval_seconds"),
-    *("eval_cost", "step_seconds", "error", "tokens_seen", "samples_seen", "peak_memory_bytes"),
+    *("loss", "loss_step", "eval_cost", "step_seconds", "error", "tokens_seen", "samples_seen", "peak_memory_bytes"),
     *("would_stop", "expected_gain", "expected_gain_se", "stage", "probe_loss", "mir_extrapolated"),
 }
 
@@ -44,8 +45,10 @@ class Summary:
         run: whose.
         best: its lowest MIR, with its standard error.
         best_step: where.
+        start: MIR of the untrained weights, where it is lower than that; else "".
         last: its last MIR, with its standard error.
         last_step: where.
+        planned: steps the run was planned for, where it has not taken them all; else None.
         change: last minus best with its standard error, or "".
         verdict: the stop rule's last one.
         reason: why.
@@ -54,8 +57,10 @@ class Summary:
     run: RunView
     best: str
     best_step: int | None
+    start: str
     last: str
     last_step: int | None
+    planned: int | None
     change: str
     verdict: str
     reason: str
@@ -69,10 +74,20 @@ def summary_of(run: RunView) -> Summary:
     )
     if not run.moments:
         dash = precise(None)
-        return Summary(run, dash, None, dash, None, "", verdict, reason)
-    best, last = run.moments["best"], run.moments["last"]
+        return Summary(run, dash, None, "", dash, None, None, "", verdict, reason)
+    first, best, last = (run.moments[moment] for moment in MOMENTS)
+    planned = run.settings.get(PLANNED)
     return Summary(
-        run, with_error(best), best["step"], with_error(last), last["step"], _difference(last, best), verdict, reason
+        run,
+        with_error(best),
+        best["step"],
+        f"{first['mir']:.3f}" if first["step"] == 0 and first["mir"] < best["mir"] else "",
+        with_error(last),
+        last["step"],
+        planned if planned is not None and planned > last["step"] else None,
+        _difference(last, best),
+        verdict,
+        reason,
     )
 
 
@@ -155,8 +170,8 @@ def incomparable(runs: Sequence[RunView]) -> list[str]:
     """Why values of these runs are not to be compared, in sentences; empty if they are."""
     told = []
     for field in DEFINITION_FIELDS:
-        found = {str(value) for run in runs for value in run.common(field)}
-        if len(found) > 1:
+        found = {str(value) for run in runs for value in run.common(field) or [_UNKNOWN]}
+        if len(found) > 1 or (len(runs) > 1 and found == {_UNKNOWN}):
             told.append(f"{_DEFINITION[field]}: {', '.join(sorted(found))}")
     return told
 

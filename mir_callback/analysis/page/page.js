@@ -106,7 +106,7 @@
     if (index === null) { output.textContent = ""; return; }
     const told = profile.series
       .filter((curve) => !isHidden(curve.run) && !body.classList.contains(`hide-${curve.moment}`) && curve.values[index])
-      .map((curve) => `${data.runs.length > 1 ? data.runs[curve.run].name + " " : ""}${curve.moment} ${curve.values[index]}`);
+      .map((curve) => `${data.runs.length > 1 ? data.runs[curve.run].name + " " : ""}${data.moments[curve.moment]} ${curve.values[index]}`);
     output.textContent = `layer ${index + 1}: ${told.join(", ")}`;
   }
 

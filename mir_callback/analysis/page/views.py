@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from mir_callback.analysis.records import noted_losses
 from mir_callback.training.history import Record, lowest_record
 
-MOMENTS = ("first", "best", "last")
+PLANNED = "planned steps"  # among the settings of a run
+# Evaluations of a run that are shown, and what the page calls them.
+MOMENTS = {"first": "first", "best": "lowest", "last": "last"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class RunView:
         losses: logged training losses, (step, loss), by step; may be empty.
         settings: further facts about the run, name to value.
         notes: sentences about what was missing or damaged.
+        recipe: of which runs that differ only in their seed this is one; runs of one recipe share a colour.
     """
 
     name: str
@@ -33,6 +37,7 @@ class RunView:
     losses: Sequence[tuple[int, float]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    recipe: str | None = None
 
     @cached_property
     def measured(self) -> list[Record]:
@@ -55,8 +60,7 @@ class RunView:
     @cached_property
     def loss_points(self) -> list[tuple[int, float]]:
         """Logged losses, or those that the evaluations noted if the log is not at hand."""
-        noted = [(record["step"], record["loss"]) for record in self.measured if record.get("loss") is not None]
-        return list(self.losses) or noted
+        return list(self.losses or noted_losses(self.records))
 
     def common(self, name: str) -> list[Any]:
         """The different values of a field over the run, in order of appearance."""
@@ -66,6 +70,13 @@ class RunView:
             if value is not None and value not in found:
                 found.append(value)
         return found
+
+
+def colours_of(runs: Sequence[RunView]) -> list[int]:
+    """A number for each run, the same one for runs of one recipe; from 0 in order of appearance."""
+    owners = [f"run {number}" if run.recipe is None else f"recipe {run.recipe}" for number, run in enumerate(runs)]
+    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+    return [numbers[owner] for owner in owners]
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,13 @@ class Axis:
 
 def axes_of(runs: Sequence[RunView]) -> list[Axis]:
     """The axes that all evaluations of all runs have a place on; steps first."""
-    longest = max((record.get("elapsed") or 0.0 for run in runs for record in run.measured), default=0.0)
+    # Training alone, carried over restarts; else what has passed since the process began, evaluations included.
+    own = all(_has(run, "train_seconds") for run in runs)
+    clock, words = ("train_seconds", "training time") if own else ("elapsed", "time since the start")
+    longest = max((record.get(clock) or 0.0 for run in runs for record in run.measured), default=0.0)
     unit, name = next((unit, name) for unit, name in _TIMES if longest >= 3 * unit or unit == 1.0)
     candidates = [
-        Axis("time", f"training time, {name}", "elapsed", unit=unit),
+        Axis("time", f"{words}, {name}", clock, unit=unit),
         Axis("samples", "training samples seen", "samples_seen"),
         Axis("tokens", "training tokens seen", "tokens_seen"),
         Axis("epoch", "epoch", "epoch"),
