@@ -5,8 +5,9 @@
     python benchmarks/comparing.py > benchmarks/results/comparing.md
 
 The first table is of real trainings, kept in benchmarks/results/seeds.json. Of each recipe's runs, two single ones are
-compared, or two groups that share no run; at the end and at three places before it. The second table is of simulated
-curves, whose noise between runs is known; the third says how large a real difference has to be.
+compared, or two groups that share no run; at the end and at three places before it. The second has two single ones
+beside another recipe's replicates. The third table is of simulated curves, whose noise between runs is known; the
+fourth says how large a real difference has to be.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mir_callback.training.history import FILE_NAME
 KEPT = Path(__file__).parent / "results" / "seeds.json"
 MOST = 100  # comparisons of one kind
 GROUPS = (1, 2, 3)
+BESIDE = 20  # pairs of runs beside each other recipe
 PLACES = (0.25, 0.5, 0.75, 1.0)
 _HOW = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
 
@@ -103,6 +105,33 @@ def real_table() -> None:
     print("| all | | | | " + " | ".join(rate(total[size]) for size in GROUPS) + " |")
 
 
+def beside_table() -> None:
+    """Two runs that differ in the seed only, each a recipe of its own, beside another recipe that has replicates."""
+    rng = np.random.default_rng(3)
+    recipes = real_recipes()
+    print("| two single runs of | " + " | ".join(f"beside {name}" for name in recipes) + " |")
+    print("|---|" + "---:|" * len(recipes))
+    every: list[bool] = []
+    for name, runs in recipes.items():
+        cells = []
+        for other, replicates in recipes.items():
+            if other == name:
+                cells.append("-")
+                continue
+            pairs = list(combinations(runs, 2))
+            chosen = [pairs[i] for i in rng.permutation(len(pairs))[:BESIDE]]
+            found = []
+            for one, two in chosen:
+                alone = [Recipe("one", (one,)), Recipe("two", (two,))]
+                result = compare([*alone, Recipe(other, tuple(replicates))]).ranking
+                assert result is not None
+                found += [pair.differs for pair in result.pairs if {pair.one, pair.other} == {0, 1}]
+            every += found
+            cells.append(rate(found))
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(f"\nAll: {rate(every)}.")
+
+
 def simulated(rng: np.random.Generator, shape: str, sd: float, count: int, lower: float = 0.0) -> list[Run]:
     """Runs of one recipe: its curve, a little faster or slower, a smooth departure of its own, and jitter.
 
@@ -169,6 +198,8 @@ def main() -> None:
     print("\nMade by `python benchmarks/comparing.py`; docs/comparing.md explains.")
     print('\n## Real trainings: how often it says "no difference"\n')
     real_table()
+    print('\n## Real trainings: how often it says "no difference" of two single runs beside a recipe with replicates\n')
+    beside_table()
     print('\n## Simulated curves: how often it says "no difference"\n')
     simulated_table()
     print("\n## Simulated curves: how often a real difference is found\n")

@@ -171,7 +171,8 @@ def _run(
         (record["step"], record["tokens_seen"]) for record in records if record.get("tokens_seen") is not None
     )
     tokens = counted or log.tokens
-    return Run(name, path, kind, source, tuple(records), losses, tokens, log.max_steps, (*problems, *log.problems))
+    planned = next((record["max_steps"] for record in reversed(records) if record.get("max_steps")), log.max_steps)
+    return Run(name, path, kind, source, tuple(records), losses, tokens, planned, (*problems, *log.problems))
 
 
 def _checkpoint_step(folder: Path) -> int | None:

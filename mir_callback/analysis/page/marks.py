@@ -40,7 +40,7 @@ def marks(run: RunView, number: int, axis: Axis, x: Scale, y: Scale, alone: bool
     place, height = float(x(axis.places(run, [best["step"]]))[0]), float(y([best["mir"]])[0])
     shapes = [charts.dots(np.array([place]), np.array([height]), f"best-outer {css}")]
     shapes.append(charts.dots(np.array([place]), np.array([height]), f"best-inner {css}"))
-    words = [charts.note(place, height, f"best {best['mir']:.3f}", f"below {css}")] if alone else []
+    words = [charts.note(place, height, f"lowest {best['mir']:.3f}", f"below {css}")] if alone else []
     for number_of_stop, (step, verdict) in enumerate(_plateaus(run)):
         place = float(x(axis.places(run, [step]))[0])
         shapes.append(charts.upright(place, f"stop {css}"))

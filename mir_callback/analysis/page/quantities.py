@@ -38,7 +38,10 @@ class Quantity:
 
 
 DISTANCE = Quantity(
-    "per_layer", "distance FD", "log", "How far apart vision and text tokens are; MIR is log10 of the sum."
+    "per_layer",
+    "distance FD",
+    "log",
+    "How far apart vision and text tokens are; MIR is log10 of the sum. The last layer is behind the final norm.",
 )
 _COMPANIONS = (
     Quantity("mean_part", "FD: part of the means", "log", "Squared distance between the two mean vectors."),
