@@ -65,7 +65,7 @@ class Rates:
         product: of the moments, N d^2 K of them.
         cube: of the solve, d^3 a layer.
         error_product: of the standard errors' pass over the rows; 0 where ``product`` has it in it.
-        error_cube: of the eigenvectors and maps; 0 where ``cube`` has it in it.
+        error_cube: of the maps, and of eigenvectors where they come from these; 0 where ``cube`` has it in it.
         byte: over the link between ranks.
         latency: of one collective, times log2 of the ranks.
     """

@@ -25,9 +25,11 @@ MODELS = {
 }
 RANKS = (1, 8, 64, 256, 1024)
 TERMS = ("forward", "weights", "rows", "moments", "solve", "messages")
-# Not measured: a link of 50 GB/s a GPU, 30 us a collective and doubling of ranks, 40 TFLOP/s of float32 products, and
-# eigenvectors that take three times what the eigenvalues were measured to take.
-ASSUMED = {"byte": 1 / 50e9, "latency": 30e-6, "error_product": 2 / 40e12, "eigenvectors": 3.0}
+# Not measured: a link of 50 GB/s a GPU, 30 us a collective and doubling of ranks, 40 TFLOP/s of float32 products; and
+# the maps from the polar factor, four products, two triangular solves and two Cholesky factors, at the 30 TFLOP/s that
+# the solve reaches with the same steps.
+_MAP_FLOPS = 4 * 2 + 2 * 1 + 2 / 3
+ASSUMED = {"byte": 1 / 50e9, "latency": 30e-6, "error_product": 2 / 40e12, "error_cube": _MAP_FLOPS / 30e12}
 
 
 def column(name: str, *headers: str) -> float:
@@ -41,16 +43,14 @@ def measured_rates() -> Rates:
     """Rates of one H200, from its tables, and what is assumed."""
     shape = MODELS["7B"]
     tokens = shape.samples * shape.length
-    parts = {
-        name: column("gpu_parts.md", name) / 1e3 for name in ("norms", "medians", "moments", "solve", "eigenvalues")
-    }
+    parts = {name: column("gpu_parts.md", name) / 1e3 for name in ("norms", "medians", "moments", "solve")}
     return Rates(
         flop=column("gpu_evaluation.md", "bare forward (s)") / forward_flops(shape, shape.samples),
         number=(parts["norms"] + parts["medians"]) / (tokens * shape.hidden),
         product=parts["moments"] / (tokens * shape.hidden**2),
         cube=parts["solve"] / shape.hidden**3,
         error_product=ASSUMED["error_product"],
-        error_cube=(ASSUMED["eigenvectors"] * parts["eigenvalues"] - parts["solve"]) / shape.hidden**3,
+        error_cube=ASSUMED["error_cube"],
         byte=ASSUMED["byte"],
         latency=ASSUMED["latency"],
     )
@@ -82,8 +82,8 @@ def main() -> None:
         options.output,
         "Predicted by `cost_model.py`, in seconds; 100 samples of 576 image and 900 text tokens, bfloat16, ZeRO-3. "
         "From measured tables of one H200: forward, rows, moments, solve. Assumed: weights and messages at 50 GB/s a "
-        "GPU and 30 us a collective and doubling of ranks; standard errors at 40 TFLOP/s in float32, eigenvectors at "
-        "three times the eigenvalues' time.",
+        "GPU and 30 us a collective and doubling of ranks; the standard errors' pass at 40 TFLOP/s in float32, "
+        "their maps at 30 TFLOP/s in float64.",
         check(rates),
         table(header, rows),
     )

@@ -17,7 +17,7 @@ from mir_callback.training.history import Record
 _CHARTS: tuple[tuple[str, float, Callable[[Record], float | None]], ...] = (
     ("seconds per evaluation", 1.0, lambda record: record.get("seconds")),
     ("evaluations' part of the time, %", 100.0, time_share),
-    ("peak memory on top, GiB", 2.0**-30, lambda record: record.get("peak_memory_bytes")),
+    ("peak memory, besides training, GiB", 2.0**-30, lambda record: record.get("peak_memory_bytes")),
 )
 
 

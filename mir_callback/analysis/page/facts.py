@@ -133,7 +133,7 @@ def _costs(run: RunView) -> dict[str, str]:
         "longest": duration(max(seconds, default=None)),
         "in all": duration(in_all),
         "of the time": f"{shares[-1]:.1%}" if shares else precise(None),
-        "peak memory on top": size(max(memory)) if memory else precise(None),
+        "peak memory, besides training": size(max(memory)) if memory else precise(None),
     }
 
 
