@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the learning rate of a first stage by MIR, as the MIR paper's Table 2 does.
 
-    OMP_NUM_THREADS=1 python examples/choose_learning_rate.py
+    OMP_NUM_THREADS=1 .venv/bin/python examples/choose_learning_rate.py
 
 Each rate pre-trains the demo's tiny LLaVA for a short run; Optuna, through the Trainer's own search, takes the rate
 with the lowest MIR at the end of its run. No evaluation data and no fine-tuning are needed. A run that is half-way

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare two data mixes for a first stage by MIR, short captions and long ones, as the MIR paper's Table 1 does.
 
-    OMP_NUM_THREADS=1 python examples/compare_captions.py
+    OMP_NUM_THREADS=1 .venv/bin/python examples/compare_captions.py
 
 The demo's tiny LLaVA is pre-trained on the same pictures with either kind of caption, several seeds of each: a seed
 alone moves MIR, by more than the choice of the probe's samples does, and only replicates show how far. `mir compare`
@@ -43,7 +43,7 @@ def main() -> None:
     """Train every mix with every seed, then compare."""
     options = parse_options()
     quieten()
-    size = REHEARSAL if options.rehearse else Size(steps=120, every=24)
+    size = REHEARSAL if options.rehearse else Size(steps=400, every=25)
     start = prepare(options.cache, size.backbones)
     lines = ["", f"{'captions':<8}  {'seed':>4}  {COLUMNS}"]
     for seed in range(1, options.seeds + 1):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-train a tiny LLaVA with the stock Trainer under DeepSpeed ZeRO-3, and stop it when MIR has reached its plateau.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 examples/tiny_llava_pretrain.py
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node 2 examples/tiny_llava_pretrain.py
 
 (`make demo` does this.) It runs on the CPU, or on GPUs if there is one for each process; nothing is downloaded.
 

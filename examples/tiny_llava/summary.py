@@ -41,7 +41,7 @@ def summarise(history: Sequence[Record], log_history: Sequence[Record], max_step
         "probe": f"{last['num_samples']} samples, {last['num_vision_tokens']} vision and "
         f"{last['num_text_tokens']} text tokens, fingerprint {last['probe_fingerprint']}",
     }
-    lines = [f"  {name:<18}{text}" for name, text in rows.items()]
+    lines = [f"  {name:<20}{text}" for name, text in rows.items()]
     return "\n".join(["", "Summary", *lines, "", f"Written to {output}/", *_files(output), "", "Next", *_next(output)])
 
 
@@ -61,7 +61,7 @@ def _files(output: Path) -> list[str]:
         "model.safetensors": "the model as it was at the end",
         "wandb/": "offline run; `wandb sync` sends it to a server",
     }
-    return [f"  {name:<18}{what}" for name, what in known.items() if (output / name).exists()]
+    return [f"  {name:<20}{what}" for name, what in known.items() if (output / name).exists()]
 
 
 def _next(output: Path) -> list[str]:
