@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the learning rate of a first stage by MIR, as the MIR paper's Table 2 does.
 
-    OMP_NUM_THREADS=1 python examples/choose_learning_rate.py
+    OMP_NUM_THREADS=1 .venv/bin/python examples/choose_learning_rate.py
 
 Each rate pre-trains the demo's tiny LLaVA for a short run; Optuna, through the Trainer's own search, takes the rate
 with the lowest MIR at the end of its run. No evaluation data and no fine-tuning are needed. A run that is half-way
@@ -20,10 +20,9 @@ from pathlib import Path
 import optuna
 from tiny_llava.prepare import prepare
 from tiny_llava.runtime import quieten
-from tiny_llava.short import REHEARSAL, Size, compare, make_trainer
+from tiny_llava.short import COLUMNS, REHEARSAL, Size, columns_of, compare, course_of, make_trainer
 
 from mir_callback import hyperparameter_search
-from mir_callback.training.history import FILE_NAME, read_history
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -67,13 +66,13 @@ def rate_of(trial: optuna.trial.BaseTrial) -> float:
 
 
 def table(study: optuna.Study) -> list[str]:
-    """A line for each rate: its last MIR with the standard error, the loss, the step, and whether it was given up."""
-    lines = ["", f"{'learning rate':>13}  {'MIR':>14}  {'loss':>5}  {'step':>4}"]
+    """A line for each rate: MIR at the start, peak and end, loss and step of the end, and whether it was given up."""
+    lines = ["", f"{'learning rate':>13}  {COLUMNS}  {'loss':>5}  {'step':>4}"]
     for trial in sorted(study.trials, key=rate_of):
-        last = read_history(Path(trial.user_attrs["mir_folder"]) / FILE_NAME)[-1]
+        course = course_of(Path(trial.user_attrs["mir_folder"]))
         ended = "  given up" if trial.state == optuna.trial.TrialState.PRUNED else ""
-        value = f"{last['mir']:.3f} +- {last['mir_se']:.3f}  {last['loss']:>5.3f}"
-        lines.append(f"{rate_of(trial):>13g}  {value}  {last['step']:>4}{ended}")
+        last = f"{course.end['loss']:>5.3f}  {course.end['step']:>4}"
+        lines.append(f"{rate_of(trial):>13g}  {columns_of(course)}  {last}{ended}")
     return lines
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare two data mixes for a first stage by MIR, short captions and long ones, as the MIR paper's Table 1 does.
 
-    OMP_NUM_THREADS=1 python examples/compare_captions.py
+    OMP_NUM_THREADS=1 .venv/bin/python examples/compare_captions.py
 
 The demo's tiny LLaVA is pre-trained on the same pictures with either kind of caption, several seeds of each: a seed
 alone moves MIR, by more than the choice of the probe's samples does, and only replicates show how far. `mir compare`
@@ -19,9 +19,7 @@ from pathlib import Path
 from tiny_llava.prepare import prepare
 from tiny_llava.runtime import quieten
 from tiny_llava.scenes import DIGIT_WORDS
-from tiny_llava.short import REHEARSAL, Size, compare, make_trainer
-
-from mir_callback.training.history import FILE_NAME, read_history
+from tiny_llava.short import COLUMNS, REHEARSAL, Size, columns_of, compare, course_of, make_trainer
 
 
 def short_caption(digits: Sequence[int]) -> str:
@@ -45,15 +43,14 @@ def main() -> None:
     """Train every mix with every seed, then compare."""
     options = parse_options()
     quieten()
-    size = REHEARSAL if options.rehearse else Size(steps=120, every=24)
+    size = REHEARSAL if options.rehearse else Size(steps=400, every=25)
     start = prepare(options.cache, size.backbones)
-    lines = ["", f"{'captions':<8}  {'seed':>4}  {'MIR':>14}"]
+    lines = ["", f"{'captions':<8}  {'seed':>4}  {COLUMNS}"]
     for seed in range(1, options.seeds + 1):
         for name, caption in MIXES.items():
             folder = options.output / name / f"seed_{seed}"
-            make_trainer(start, size, folder, caption=caption, seed=seed).train()
-            last = read_history(folder / FILE_NAME)[-1]
-            lines.append(f"{name:<8}  {seed:>4}  {last['mir']:.3f} +- {last['mir_se']:.3f}")
+            make_trainer(start, size, folder, caption=caption, name=f"{name} captions", seed=seed).train()
+            lines.append(f"{name:<8}  {seed:>4}  {columns_of(course_of(folder))}")
     print("\n".join(lines))
     compare(*(f"{name}={options.output / name}/seed_*" for name in MIXES))
 

@@ -15,6 +15,9 @@ from tests.training import wandb_file
 
 pytestmark = pytest.mark.slow
 SWEEP = yaml.safe_load((ROOT / "examples" / "sweeps" / "wandb_sweep.yaml").read_text())
+# Start, peak, its step, end and its standard error.
+COURSE = r"(\S+) +(\S+) \(step (\d+)\) +(\S+) \+- (\S+)"
+DEMO = "examples/tiny_llava_pretrain.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +33,85 @@ def run_example(script, folder, cache, *arguments, environment=None):
     return done.stdout
 
 
+def records_of(folder):
+    return read_history(folder / "mir_history.jsonl")
+
+
 def last_of(folder):
-    return read_history(folder / "mir_history.jsonl")[-1]
+    return records_of(folder)[-1]
+
+
+def course_of(folder):
+    records = records_of(folder)
+    peak = max(records, key=lambda record: record["mir"])
+    ends = f"{records[-1]['mir']:.3f}", f"{records[-1]['mir_se']:.3f}"
+    return f"{records[0]['mir']:.3f}", f"{peak['mir']:.3f}", str(peak["step"]), *ends
+
+
+def headings_and_values(output):
+    """Every heading of a run with the values said below it."""
+    parts = re.split(r"^--- (.*)$", output.split("$ mir compare")[0], flags=re.MULTILINE)[1:]
+    return [
+        (title, re.findall(r"^\[mir\] step \d+: MIR (\S+)", lines, re.MULTILINE))
+        for title, lines in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def values_in(folder):
+    return [f"{record['mir']:.4f}" for record in records_of(folder)]
+
+
+@pytest.mark.parametrize("script", [DEMO, "examples/compare_captions.py", "examples/choose_learning_rate.py"])
+def test_help_is_given_when_a_script_is_started_by_itself(script):
+    done = run_process([script, "--help"])
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "--rehearse" in done.stdout
+
+
+def test_torchrun_is_asked_for_when_the_demo_is_started_by_itself():
+    done = run_process([DEMO, "--rehearse"])
+    assert done.returncode == 2
+    assert "start it with torchrun" in done.stderr
+
+
+def test_weights_that_the_demo_leaves_have_the_value_it_measured_last(tmp_path, cache):
+    places = ["--output", str(tmp_path), "--cache", str(cache)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_process([*torchrun, DEMO, "--rehearse", *places], timeout=580)
+    assert "\nNext\n" in done.stdout, done.stderr[-6000:]  # not by its exit code, see run_ranks
+    records = read_history(tmp_path / "mir_history.jsonl")
+    lowest = min(records[1:], key=lambda record: record["mir"])
+    assert re.search(
+        rf"^ +MIR at its lowest +{lowest['mir']:.3f} \(step {lowest['step']}\)$", done.stdout, re.MULTILINE
+    )
+    following = done.stdout.split("\nNext\n")[1]
+    assert f".venv/bin/mir report {tmp_path} " in following
+    assert f".venv/bin/mir eval {tmp_path} " in following
+    assert (ROOT / re.search(r"docs/\S+", following)[0]).is_file()
+    again = run_process(["-m", "mir_callback", "eval", str(tmp_path), "--json"])
+    assert again.returncode == 0, again.stderr[-6000:]
+    measured = json.loads(again.stdout)
+    assert measured["step"] == records[-1]["step"]
+    assert measured["mir"] == pytest.approx(records[-1]["mir"], abs=1e-6)
 
 
 def test_learning_rate_with_the_lowest_mir_is_chosen_among_those_not_given_up(tmp_path, cache):
     output = run_example("choose_learning_rate.py", tmp_path, cache)
     lasts = {float(folder.name.removeprefix("rate_")): last_of(folder) for folder in tmp_path.glob("rate_*")}
     assert sorted(lasts) == [1e-3, 3e-3, 1e-2, 3e-2]
-    lines = re.findall(r"^ +(\S+) +(\S+) \+- (\S+) +(\S+) +(\d+)( +given up)?$", output, re.MULTILINE)
+    pattern = rf"^ +(\S+) +{COURSE} +(\S+) +(\d+)( +given up)?$"
+    lines = re.findall(pattern, output, re.MULTILINE)
     assert [float(rate) for rate, *_ in lines] == sorted(lasts)
-    for rate, mir, se, loss, step, given_up in lines:
+    for rate, *course, loss, step, given_up in lines:
         last = lasts[float(rate)]
-        assert (mir, se) == (f"{last['mir']:.3f}", f"{last['mir_se']:.3f}")
+        assert tuple(course) == course_of(tmp_path / f"rate_{rate}")
         assert (loss, int(step)) == (f"{last['loss']:.3f}", last["step"])
         assert last["step"] == (2 if given_up else 4)
+    said = headings_and_values(output)
+    assert len(said) == 4
+    for title, values in said:
+        (rate,) = re.findall(r"^learning rate (\S+), seed 0, 4 steps$", title)
+        assert values == values_in(tmp_path / f"rate_{rate}")
     finished = {float(rate): lasts[float(rate)]["mir"] for rate, *_, given_up in lines if not given_up}
     assert len(finished) >= 2
     best = min(finished, key=lambda rate: finished[rate])
@@ -54,11 +121,15 @@ def test_learning_rate_with_the_lowest_mir_is_chosen_among_those_not_given_up(tm
 
 def test_captions_are_compared_with_the_noise_of_their_seeds(tmp_path, cache):
     output = run_example("compare_captions.py", tmp_path, cache, "--seeds", "2")
-    shown = re.findall(r"^(short|long) +(\d) +(\S+) \+- (\S+)$", output, re.MULTILINE)
+    shown = re.findall(rf"^(short|long) +(\d) +{COURSE}$", output, re.MULTILINE)
     assert [(name, int(seed)) for name, seed, *_ in shown] == [("short", 1), ("long", 1), ("short", 2), ("long", 2)]
     lasts = {(name, seed): last_of(tmp_path / name / f"seed_{seed}") for name, seed, *_ in shown}
-    for name, seed, mir, se in shown:
-        assert (mir, se) == (f"{lasts[name, seed]['mir']:.3f}", f"{lasts[name, seed]['mir_se']:.3f}")
+    for name, seed, *course in shown:
+        assert tuple(course) == course_of(tmp_path / name / f"seed_{seed}")
+    assert headings_and_values(output) == [
+        (f"{name} captions, learning rate 0.003, seed {seed}, 4 steps", values_in(tmp_path / name / f"seed_{seed}"))
+        for name, seed, *_ in shown
+    ]
     compared = output.split("$ mir compare")[1]
     assert "measured on the replicates" in compared
     difference = sum((1 if name == "short" else -1) * last["mir"] / 2 for (name, _), last in lasts.items())

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -15,12 +16,16 @@ from transformers import (
     LlavaForConditionalGeneration,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from mir_callback import MIRCallback, Probe
 from mir_callback.cli import main as mir
+from mir_callback.training.history import FILE_NAME, Record, read_history
 
 from .collator import CaptionCollator
 from .prepare import Start
@@ -28,6 +33,8 @@ from .scenes import Scene, Scenes, Split
 from .settings import Settings
 
 Caption = Callable[[Sequence[int]], str]
+# Above what `columns_of` returns.
+COLUMNS = f"{'start':>5}  {'peak':>16}  {'end':>15}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,33 @@ class CaptionedScenes(Dataset[dict[str, object]]):
         return {"image": scene.image, "caption": self._caption(scene.digits) if self._caption else scene.caption}
 
 
+class Heading(TrainerCallback):
+    """Says which run the lines that follow are of.
+
+    Args:
+        name: of the recipe, None where the learning rate says it all.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print it; a search has set the arguments of its trial by now."""
+        of = [self._name] if self._name else []
+        told = [*of, f"learning rate {args.learning_rate:g}", f"seed {args.seed}", f"{state.max_steps} steps"]
+        print(f"\n--- {', '.join(told)}", flush=True)
+
+
+class Course(NamedTuple):
+    """Where MIR of a run started, where it was highest, and where it ended."""
+
+    start: Record
+    peak: Record
+    end: Record
+
+
 def make_trainer(
     start: Start,
     size: Size,
@@ -88,6 +122,7 @@ def make_trainer(
     *,
     learning_rate: float = 3e-3,
     caption: Caption | None = None,
+    name: str | None = None,
     seed: int = 0,
     report_to: Sequence[str] = (),
 ) -> Trainer:
@@ -99,6 +134,7 @@ def make_trainer(
         output: its folder.
         learning_rate: the highest one.
         caption: of the training scenes, see `CaptionedScenes`.
+        name: of the recipe, for the run's heading.
         seed: draws the projector and the order of the data.
         report_to: trackers.
     """
@@ -111,6 +147,7 @@ def make_trainer(
         train_dataset=CaptionedScenes(scenes, caption),
         data_collator=CaptionCollator(processor),
         processing_class=processor,
+        callbacks=[Heading(name)],
     )
     trainer.remove_callback(PrinterCallback)
     probe = Probe.from_folders(images=start.images, texts=start.texts, num_samples=size.probe_samples, seed=0)
@@ -150,6 +187,19 @@ def training_arguments(
         use_cpu=True,
         seed=seed,
     )
+
+
+def course_of(run: Path) -> Course:
+    """Read it from the run's history."""
+    records = [record for record in read_history(run / FILE_NAME) if record["mir"] is not None]
+    return Course(records[0], max(records, key=lambda record: float(record["mir"])), records[-1])
+
+
+def columns_of(course: Course) -> str:
+    """Start, peak and end with its standard error, under `COLUMNS`."""
+    start, peak, end = course
+    top = f"{peak['mir']:.3f} (step {peak['step']})"
+    return f"{start['mir']:>5.3f}  {top:>16}  {end['mir']:>6.3f} +- {end['mir_se']:.3f}"
 
 
 def compare(*runs: str) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mir_callback.training.history import lowest_record
+
 Record = Mapping[str, Any]
 
 
 def summarise(history: Sequence[Record], log_history: Sequence[Record], max_steps: int, output: Path) -> str:
-    """Tell how MIR and the loss went, why training stopped, what watching cost, and what was written.
+    """Tell how MIR and the loss went, why training stopped, what watching cost, what was written and what to do next.
 
     Args:
         history: `MIRCallback.history`.
@@ -28,6 +30,7 @@ def summarise(history: Sequence[Record], log_history: Sequence[Record], max_step
     rows = {
         "MIR at the start": _value(first),
         "MIR at its peak": _value(peak),
+        "MIR at its lowest": _value(lowest_record(history) or last),
         "MIR at the end": _value(last),
         "training loss": f"{losses[0]['loss']:.3f} (step {losses[0]['step']}) to "
         f"{losses[-1]['loss']:.3f} (step {losses[-1]['step']})",
@@ -38,8 +41,8 @@ def summarise(history: Sequence[Record], log_history: Sequence[Record], max_step
         "probe": f"{last['num_samples']} samples, {last['num_vision_tokens']} vision and "
         f"{last['num_text_tokens']} text tokens, fingerprint {last['probe_fingerprint']}",
     }
-    lines = [f"  {name:<18}{text}" for name, text in rows.items()]
-    return "\n".join(["", "Summary", *lines, "", f"Written to {output}/", *_files(output)])
+    lines = [f"  {name:<20}{text}" for name, text in rows.items()]
+    return "\n".join(["", "Summary", *lines, "", f"Written to {output}/", *_files(output), "", "Next", *_next(output)])
 
 
 def _value(record: Record) -> str:
@@ -54,6 +57,18 @@ def _files(output: Path) -> list[str]:
     known = {
         "mir.png": "MIR and loss over steps, distance of every layer",
         "mir_history.jsonl": "one line per evaluation",
+        "mir_probe.zip": "the samples it was measured on",
+        "model.safetensors": "the model as it was at the end",
         "wandb/": "offline run; `wandb sync` sends it to a server",
     }
-    return [f"  {name:<18}{what}" for name, what in known.items() if (output / name).exists()]
+    return [f"  {name:<20}{what}" for name, what in known.items() if (output / name).exists()]
+
+
+def _next(output: Path) -> list[str]:
+    steps = {
+        f".venv/bin/mir report {output}": "the run as one page, to look at and to send",
+        f".venv/bin/mir eval {output}": "MIR of the saved model, from the disk",
+        "docs/guide.md": "how to read it, and from here to a decision",
+    }
+    width = max(map(len, steps)) + 2
+    return [f"  {command:<{width}}{what}" for command, what in steps.items()]
