@@ -24,7 +24,7 @@ Without such replicates it is not known how far a seed alone moves MIR; it is th
 
 examples:
   mir compare runs/short_captions runs/long_captions
-  mir compare short='runs/short_seed*' long='runs/long_seed*' --by tokens --markdown comparison.md
+  mir compare short='runs/short_seed*' long='runs/long_seed*' --markdown comparison.md
   mir compare runs/a runs/b --rule window=6,min_delta=0.03 --json - | jq .verdict
 """
 _FILE_WIDTH = 160  # where there is no terminal to fit
