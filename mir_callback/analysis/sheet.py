@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def draw_sheet(
 
     Ranks: rank 0 only.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     check_sheet_path(path)
     across = min(len(probe), columns or max(4, round((len(probe) * 1.6) ** 0.5)))
     down = -(-len(probe) // across)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mir_callback.checkpoints.results import RESULTS_NAME
 from mir_callback.errors import ConfigError
+from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.training.checkpoint import NOTE_NAME
+from mir_callback.training.history import FILE_NAME
 
 # Ways to store weights.
 WHOLE = "whole weights"
@@ -26,9 +29,10 @@ _WHOLE_FILES = tuple(
     f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_TRAINER_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_SHARD_FOLDER = re.compile(r"global_step(\d+)")
+TRAINER_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as a Trainer writes it: one name for each step
+_SHARD_FOLDER = re.compile(r"global_step(0|[1-9][0-9]*)")
+_OF_RUNS = (FILE_NAME, RUN_PROBE, RESULTS_NAME)
 _FILES_NAMED = 6
 
 
@@ -41,12 +45,14 @@ class Checkpoint:
         run: the output folder of the run they belong to; ``folder`` itself where there is none.
         step: the optimizer step they were saved after, 0 where nothing tells.
         shards: the folder of the ZeRO shards within ``folder``, if one was named.
+        step_known: whether something tells the step.
     """
 
     folder: Path
     run: Path
     step: int
     shards: str | None = None
+    step_known: bool = True
 
     @property
     def name(self) -> str:
@@ -54,24 +60,61 @@ class Checkpoint:
         return self.folder.name if self.folder == self.run else self.folder.relative_to(self.run).as_posix()
 
 
-def checkpoints_in(folder: Path) -> list[Checkpoint]:
-    """The checkpoints that a folder stands for, in order of steps.
+@dataclass(frozen=True)
+class Found:
+    """What a folder stands for.
 
-    A run stands for every `checkpoint-N` in it, and for the weights in the run's folder itself if they are of another
-    step; any other folder stands for itself.
+    Attributes:
+        checkpoints: at least one, in order of steps.
+        note: why weights in the run's own folder are not among them, where nothing is wrong with that.
+        error: why they are not, where something is.
+    """
+
+    checkpoints: list[Checkpoint]
+    note: str | None = None
+    error: ConfigError | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run they belong to."""
+        return self.checkpoints[0].run
+
+
+def checkpoints_in(folder: Path) -> Found:
+    """The checkpoints that a folder stands for.
+
+    A run stands for every `checkpoint-N` in it, and for the weights in the run's folder itself if something tells that
+    they are of another step; any other folder stands for itself.
+
+    Raises:
+        ConfigError: the step of the only weights there are cannot be read.
 
     Ranks: any, each for itself.
     """
-    folder = folder.resolve()
+    folder = _placed(folder)
     numbered = [(path, _CHECKPOINT.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
     found = [Checkpoint(path, folder, int(match[1])) for path, match in numbered if match]
-    found.sort(key=lambda checkpoint: checkpoint.step)
     if not found:
-        return [_single(folder)]
-    final = Checkpoint(folder, folder, _step_of(folder))
-    if _stored_as(folder) is not None and final.step not in {checkpoint.step for checkpoint in found}:
-        found.append(final)
-    return found
+        return Found([_single(folder)])
+    note, error = None, None
+    if _stored_as(folder) is not None:
+        try:
+            step = _step_of(folder)
+        except ConfigError as caught:
+            error = caught
+        else:
+            note = _left_out(folder) if step is None else None
+            if step is not None and step not in {checkpoint.step for checkpoint in found}:
+                found.append(Checkpoint(folder, folder, step))
+    return Found(sorted(found, key=lambda checkpoint: checkpoint.step), note, error)
+
+
+def _left_out(folder: Path) -> str:
+    return (
+        f"the weights in {folder} itself are left out: nothing there tells their step; to have them measured put "
+        f"{TRAINER_STATE} beside them (trainer.save_state() writes it, "
+        '{"global_step": N} is enough), or move them into checkpoint-N'
+    )
 
 
 def select(checkpoints: Sequence[Checkpoint], steps: Collection[int] | None, every: int | None) -> list[Checkpoint]:
@@ -128,21 +171,11 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} must be a JSON file, got {error}; save the checkpoint anew") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}; save the checkpoint anew")
     return value
-
-
-def state_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the Trainer knew when it saved: fields of a record, for what its state holds."""
-    state = read_json(checkpoint.folder / _TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
-    log: list[Mapping[str, Any]] = state.get("log_history") or []
-    logged = [entry for entry in log if "loss" in entry and entry.get("step", 0) <= checkpoint.step]
-    newest = logged[-1] if logged else {}
-    fields = {"epoch": state.get("epoch"), "loss": newest.get("loss"), "loss_step": newest.get("step")}
-    return {**fields, "tokens_seen": state.get("num_input_tokens_seen") or None}
 
 
 def stamp_of(checkpoint: Checkpoint) -> str:
@@ -158,34 +191,59 @@ def stamp_of(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
+def _placed(folder: Path) -> Path:
+    """A folder's place, links followed; of a link that stands for a checkpoint in a run, its place in that run.
+
+    Checkpoints are moved to other disks with a link left behind, and links are made as names of checkpoints: of the
+    link's own folder and the one it leads to, the first that has something of a run's in it is the run.
+    """
+    if _SHARD_FOLDER.fullmatch(folder.name):
+        return _placed(folder.parent) / folder.name
+    real, named = folder.resolve(), folder.parent.resolve() / folder.name
+    if folder.name in ("", "..") or not named.is_symlink():
+        return real
+    for path in (named, real):
+        run = _run_of(path)
+        if run != path and any((run / name).exists() for name in _OF_RUNS):
+            return path
+    return named if _CHECKPOINT.fullmatch(named.name) else real
+
+
 def _single(folder: Path) -> Checkpoint:
     """A folder that is no run: a checkpoint of one, ZeRO shards in a checkpoint, or a model."""
     shards = _SHARD_FOLDER.fullmatch(folder.name)
     if shards and _is_sharded(folder):
         return Checkpoint(folder.parent, _run_of(folder.parent), int(shards[1]), shards=folder.name)
-    return Checkpoint(folder, _run_of(folder), _step_of(folder))
+    step = _step_of(folder)
+    return Checkpoint(folder, _run_of(folder), step or 0, step_known=step is not None)
 
 
 def _run_of(folder: Path) -> Path:
     return folder.parent if _CHECKPOINT.fullmatch(folder.name) or (folder / NOTE_NAME).exists() else folder
 
 
-def _step_of(folder: Path) -> int:
+def _step_of(folder: Path) -> int | None:
+    """The step of the weights in a folder; None where nothing tells."""
     numbered = _CHECKPOINT.fullmatch(folder.name)
     if numbered:
         return int(numbered[1])
-    for name, field in ((_TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
+    for name, field in ((TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
         step = read_json(folder / name).get(field)
         if type(step) is int:
             return step
     named = _SHARD_FOLDER.fullmatch(_latest(folder))
-    return int(named[1]) if named else 0
+    return int(named[1]) if named else None
 
 
 def _latest(folder: Path) -> str:
     """The shards that DeepSpeed calls its latest ones; empty where it does not say."""
     told = folder / "latest"
-    return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+    try:
+        return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{told} must name the newest shards as text, got {error}; name them: {folder / 'global_stepN'}"
+        ) from error
 
 
 def _stored_as(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mir_callback.errors import ConfigError
@@ -13,7 +14,7 @@ _SAFE, _PICKLED = "*.safetensors", ["pytorch_model*.bin", "adapter_model.bin", "
 
 def is_local(name: str) -> bool:
     """Whether a name means a folder: there is one, or it cannot be a hub name. Ranks: any."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def folder_of(name: str, *, weights: bool = True, what: str = "a model") -> Path:
@@ -30,7 +31,7 @@ def folder_of(name: str, *, weights: bool = True, what: str = "a model") -> Path
     Ranks: any; each machine fetches once.
     """
     if is_local(name):
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))  # pathlib's own refuses the name of a user it does not know
         if not folder.is_dir():
             why = "a file; name the folder it is in" if folder.exists() else "which does not exist"
             raise ConfigError(f"{what} must be a folder or a hub name, got {folder}, {why}")

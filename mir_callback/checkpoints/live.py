@@ -21,6 +21,11 @@ _REMEDIES = {
     "dtype": "give --dtype or --autocast as the run had it",
 }
 
+_UNKNOWN_STEP = (
+    "nothing tells the step of these weights: their value is recorded as that of step 0, and none of the run's own "
+    "stands beside it; put trainer_state.json beside them (trainer.save_state() writes it)"
+)
+
 
 class LiveValues:
     """A run's own values, to be looked at beside those of its checkpoints.
@@ -44,12 +49,18 @@ class LiveValues:
             return
         self._by_step = {record["step"]: record for record in records if record["mir"] is not None}
 
-    def beside(self, record: Mapping[str, Any]) -> tuple[float | None, list[str]]:
+    def beside(self, record: Mapping[str, Any], *, step_known: bool) -> tuple[float | None, list[str]]:
         """The live value of a record's step, and what to know before comparing the two.
+
+        Args:
+            record: of a checkpoint.
+            step_known: whether the record's step is that of its weights, and not only where such values are put.
 
         Returns:
             The value, None if there is none that was made the same way; and sentences, each only the first time.
         """
+        if not step_known:
+            return None, [_UNKNOWN_STEP] if self._by_step else []
         live = self._by_step.get(record["step"])
         if live is None or record["mir"] is None:
             return None, []

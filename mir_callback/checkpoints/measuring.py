@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mir_callback import collectives
-from mir_callback.checkpoints.folders import Checkpoint, stamp_of, state_fields
+from mir_callback.checkpoints.folders import Checkpoint, stamp_of
+from mir_callback.checkpoints.hub import one_line
 from mir_callback.checkpoints.loading import DTYPES, LoadOptions, open_checkpoint
 from mir_callback.checkpoints.results import Results
-from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.checkpoints.trainer_state import state_fields
+from mir_callback.errors import ConfigError, MIRError, NumericsError
 from mir_callback.evaluation import DEFAULT_BATCH_SIZE, encode_for, evaluate_encoded
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.batches import EncodedProbe
@@ -71,23 +73,24 @@ def measure(checkpoint: Checkpoint, probe: Probe, options: MeasureOptions, resul
         The record; its `mir` is None and `error` says why where the hidden states define none.
 
     Raises:
-        MIRError: the checkpoint cannot be opened, the probe does not fit it, or the results were made otherwise.
-        Exception: of a forward; shared by all ranks if :func:`collectives.is_shared` says so.
+        MIRError: the checkpoint cannot be opened, the probe does not fit it, its forward fails, or the results were
+            made otherwise.
 
     Ranks: collective.
     """
     started = time.perf_counter()
     with collectives.all_or_none():
-        how = _how(checkpoint, probe, options)
+        how, known = _how(checkpoint, probe, options), state_fields(checkpoint)
         opened = open_checkpoint(checkpoint, options.loading, options.device)
     wanted = Wanted(root=options.root)
-    encoded = encode_for(opened.model, probe, opened.adapter, batch_size=options.batch_size, wanted=wanted)
+    with _fitting():
+        encoded = encode_for(opened.model, probe, opened.adapter, batch_size=options.batch_size, wanted=wanted)
     results.require_same_definition(tokens_fingerprint=encoded.tokens_fingerprint)
     with collectives.all_or_none():
         _require_known_tokens(opened.model, encoded)
     loaded = time.perf_counter() - started
     try:
-        with _autocast(options):
+        with _fitting(), _autocast(options):
             report = evaluate_encoded(opened.model, encoded, opened.adapter, wanted=wanted)
         fields = report.as_dict()
         if not math.isfinite(report.mir):
@@ -95,7 +98,7 @@ def measure(checkpoint: Checkpoint, probe: Probe, options: MeasureOptions, resul
     except NumericsError as error:  # the same on every rank
         fields = {"mir": None, "per_layer": None, "error": collectives.describe(error)}
         fields |= {"seconds": time.perf_counter() - started - loaded, "tokens_fingerprint": encoded.tokens_fingerprint}
-    kept: Record = {"step": checkpoint.step, **state_fields(checkpoint), **fields, **how}
+    kept: Record = {"step": checkpoint.step, **known, **fields, **how}
     kept |= {"checkpoint": checkpoint.name, "load_seconds": loaded, "time": time.time()}
     results.put({**kept, "verdict": None, "reason": None})
     return kept
@@ -105,6 +108,22 @@ def _how(checkpoint: Checkpoint, probe: Probe, options: MeasureOptions) -> dict[
     loading = {**asdict(options.loading), "autocast": options.autocast}
     values = (probe.fingerprint, options.root, loading, stamp_of(checkpoint))
     return dict(zip(_HOW, values, strict=True))
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Encoding and forwards, which fail in any way where a processor is of another model."""
+    try:
+        yield
+    except MIRError:
+        raise
+    except Exception as error:
+        if not collectives.is_shared(error):
+            raise
+        raise ConfigError(
+            f"the forward must take what the processor makes, got {type(error).__name__}: {one_line(error)}; see "
+            "whether --processor is the model's own, and memory enough for --batch-size"
+        ) from error
 
 
 def _autocast(options: MeasureOptions) -> Any:

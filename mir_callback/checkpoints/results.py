@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mir_callback import collectives
+from mir_callback.checkpoints.locking import locked
 from mir_callback.errors import HistoryError
 from mir_callback.training.history import DEFINITION_FIELDS, Record, read_history
 
@@ -26,6 +27,8 @@ class Results:
     Attributes:
         path: the file.
         records: what it holds, in order of steps.
+        problem: why another process that writes the file at the same time may lose records; None if it cannot, and on
+            other ranks.
 
     Raises:
         HistoryError: the file is damaged, is of another run, or cannot be read; on every rank.
@@ -37,6 +40,7 @@ class Results:
         self.path = path
         # Relative, so that both can be moved together.
         self.run = os.path.relpath(run, path.parent)
+        self.problem: str | None = None
         records: list[Record] = []
         with collectives.all_or_none():
             if collectives.is_main():
@@ -58,7 +62,10 @@ class Results:
 
         Ranks: pure.
         """
-        for record in self.records:
+        self._check_definition(self.records, definition)
+
+    def _check_definition(self, records: list[Record], definition: Mapping[str, str]) -> None:
+        for record in records:
             for field, value in definition.items():
                 if field in DEFINITION_FIELDS and record.get(field, value) != value:
                     raise HistoryError(
@@ -70,25 +77,35 @@ class Results:
     def put(self, record: Record) -> None:
         """Add a record in the place of its step; it takes that of an older one.
 
-        What another process has written meanwhile stays.
+        What another process has written meanwhile stays: the file is locked over reading and writing, by a file
+        `NAME.lock` beside it that is left there.
 
         Raises:
-            HistoryError: it cannot be written; on every rank.
+            HistoryError: it cannot be written, or another process has meanwhile put values in it that were made
+                otherwise; on every rank.
 
         Ranks: collective.
         """
         records: list[Record] = []
         with collectives.all_or_none():
             if collectives.is_main():
-                others = [other for other in self._read() if other["step"] != record["step"]]
-                records = _in_order([*others, {**record, "run": self.run}])
                 try:
-                    self._write(records)
+                    records = self._put(record)
                 except OSError as error:
                     raise HistoryError(
                         f"{self.path} must be a file that can be written, got {error}; choose another: --history FILE"
                     ) from error
         self.records = collectives.broadcast_object(records)
+
+    def _put(self, record: Record) -> list[Record]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path) as problem:
+            self.problem = problem
+            others = [other for other in self._read() if other["step"] != record["step"]]
+            self._check_definition(others, {name: record[name] for name in DEFINITION_FIELDS if name in record})
+            records = _in_order([*others, {**record, "run": self.run}])
+            self._write(records)
+        return records
 
     def _read(self) -> list[Record]:
         if not self.path.exists():
@@ -113,13 +130,15 @@ class Results:
 
     def _write(self, records: list[Record]) -> None:
         """Written beside and renamed: a reader, or a process that was killed, never sees half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.new")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _in_order(records: list[Record]) -> list[Record]:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mir_callback import collectives
-from mir_callback.checkpoints.folders import Checkpoint, checkpoints_in, select
+from mir_callback.checkpoints.folders import Checkpoint, Found, checkpoints_in, select
 from mir_callback.checkpoints.hub import folder_of, is_local, one_line
 from mir_callback.checkpoints.live import LiveValues, probe_of_run
 from mir_callback.checkpoints.loading import AUTO, DTYPES, LoadOptions, release
@@ -33,8 +33,9 @@ from mir_callback.training.history import Record
 
 HELP = "measure finished models, or every checkpoint of a run"
 EPILOG = f"""\
-a run is a Trainer's output folder: each checkpoint-N in it is measured, and the weights in the folder itself if they
-are of a later step. Values go to {RESULTS_NAME} in it, and what that holds already is not measured again.
+a run is a Trainer's output folder: each checkpoint-N in it is measured, and the weights in the folder itself if
+something there tells that they are of another step. Values go to {RESULTS_NAME} in it, and what that holds already is
+not measured again.
 
 examples:
   mir eval checkpoints/llava-pretrain --probe probe.zip
@@ -116,22 +117,32 @@ def _measure_all(options: Namespace, how: MeasureOptions) -> list[str]:
     for name in options.models:
         try:
             with collectives.all_or_none():
-                found = select(checkpoints_in(folder_of(name)), options.steps, options.every)
-                probe = _probe(options, found[0].run)
-            collectives.require_same(checkpoints=[checkpoint.name for checkpoint in found])
-            results = Results(_history_of(options, name, found[0]), found[0].run)
+                found = checkpoints_in(folder_of(name))
+                _tell_left_out(found, options, failed)
+                chosen = select(found.checkpoints, options.steps, options.every)
+                probe = _probe(options, found.run)
+            collectives.require_same(checkpoints=[checkpoint.name for checkpoint in chosen])
+            results = Results(_history_of(options, name, found.run), found.run)
             results.require_same_definition(probe_fingerprint=probe.fingerprint, root=how.root)
         except MIRError as error:
             if len(options.models) == 1:
                 raise
             _fail(failed, name, error)
             continue
-        _measure_run(found, probe, how, results, options, failed)
+        _measure_run(chosen, probe, how, results, options, failed)
     return failed
 
 
+def _tell_left_out(found: Found, options: Namespace, failed: list[str]) -> None:
+    """Say why weights in a run's own folder are not measured: a failure if all there is was asked for."""
+    if found.error is not None and options.steps is None and options.every is None:
+        _fail(failed, str(found.run), found.error)
+    elif found.error is not None or found.note is not None:
+        _tell(options, f"NOTE: {found.error or found.note}")
+
+
 def _measure_run(
-    found: list[Checkpoint],
+    chosen: list[Checkpoint],
     probe: Probe,
     how: MeasureOptions,
     results: Results,
@@ -139,11 +150,13 @@ def _measure_run(
     failed: list[str],
 ) -> None:
     """Every checkpoint of one run: measured, or known, or told why not. Collective."""
-    _tell(options, f"{found[0].run}: probe {probe.fingerprint} of {len(probe)} samples, values in {results.path}")
-    live = LiveValues(found[0].run)
+    run = chosen[0].run
+    _tell(options, f"{run}: probe {probe.fingerprint} of {len(probe)} samples, values go to {results.path}")
+    live = LiveValues(run)
     if live.problem:
         _tell(options, f"  NOTE: {live.problem}")
-    bar = tqdm(found, desc="checkpoints", disable=None if collectives.is_main() else True, leave=False)
+    told: str | None = None
+    bar = tqdm(chosen, desc="checkpoints", disable=None if collectives.is_main() else True, leave=False)
     for checkpoint in bar:
         record = None if options.again else known_record(checkpoint, probe, how, results)
         known = record is not None
@@ -155,18 +168,22 @@ def _measure_run(
                     raise
                 _fail(failed, str(checkpoint.folder), error)
             release()
+        if results.problem != told:
+            told = results.problem
+            _tell(options, f"  NOTE: {told}")
         if record is not None:
-            _print(record, known, live, options)
+            _print(record, known, live, options, step_known=checkpoint.step_known)
             if record["mir"] is None:
                 failed.append(str(checkpoint.folder))
 
 
-def _print(record: Record, known: bool, live: LiveValues, options: Namespace) -> None:
+def _print(record: Record, known: bool, live: LiveValues, options: Namespace, *, step_known: bool) -> None:
     """One record, as a line for people or for programs."""
     if options.json:
         _write(json.dumps(record, allow_nan=False))
+        sys.stdout.flush()  # a program that reads along has each as soon as it is there
         return
-    value, notes = live.beside(record)
+    value, notes = live.beside(record, step_known=step_known)
     for note in notes:
         _tell(options, f"  NOTE: {note}")
     shown = f"MIR {record['mir']:.4f}" if record["mir"] is not None else f"no MIR: {record['error']}"
@@ -178,11 +195,8 @@ def _print(record: Record, known: bool, live: LiveValues, options: Namespace) ->
 def _fail(failed: list[str], name: str, error: Exception) -> None:
     failed.append(name)
     told = str(error)
-    if not isinstance(error, MIRError):
-        told = (
-            f"the forward must take what the processor makes, got {type(error).__name__}: {one_line(error)}; see "
-            "whether --processor is the model's own, and memory enough for --batch-size"
-        )
+    if not isinstance(error, MIRError):  # one that nobody has foreseen
+        told = f"it must be measured and recorded, got {type(error).__name__}: {one_line(error)}; please report this"
     _write(f"mir eval: {told if name in told else f'{name}: {told}'}", sys.stderr)
 
 
@@ -197,11 +211,11 @@ def _write(line: str, stream: Any = None) -> None:
         tqdm.write(line, file=stream or sys.stdout)
 
 
-def _history_of(options: Namespace, name: str, first: Checkpoint) -> Path:
+def _history_of(options: Namespace, name: str, run: Path) -> Path:
     if options.history is not None:
-        return Path(options.history).expanduser().resolve()
+        return Path(os.path.expanduser(options.history)).resolve()
     if is_local(name):
-        return first.run / RESULTS_NAME
+        return run / RESULTS_NAME
     return Path(RESULTS_NAME).with_suffix(f".{name.replace('/', '--')}.jsonl").resolve()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -317,7 +318,7 @@ class Probe:
 
 
 def _path(path: str | Path) -> Path:
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))
 
 
 def _below(folder: str | Path, path: Path) -> str:

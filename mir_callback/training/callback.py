@@ -87,7 +87,7 @@ class MIRCallback(TrainerCallback):
         save_probe: keep the probe as `<output_dir>/mir_probe.zip`, where `mir eval` and `mir report` look for it.
         keep_best: keep the weights with the lowest MIR in `<output_dir>/mir_best/`; needs :meth:`attach`.
         continue_after_stop: let a run go on that its rule has stopped and that is resumed there; the rule then judges
-            the evaluations after that stop. By default it stays stopped.
+            the evaluations after that stop. By default it stays stopped, unless the rule only observes.
 
     Raises:
         ConfigError: an option breaks its rule.
@@ -213,7 +213,8 @@ class MIRCallback(TrainerCallback):
             if self._save_probe and collectives.is_main():
                 keep_probe(self.probe, folder)
             self._before, self._training = self._moment(state), True
-        self._run.held = self.stop is not None and not self._continue_after_stop and stopped(self.history)
+        stays = self._run.judge.may_stop and not self._continue_after_stop
+        self._run.held = stays and stopped(self.history)
         if self._run.held:
             control.should_training_stop = True
             say(held_line(self.history[-1]))
@@ -276,6 +277,8 @@ class MIRCallback(TrainerCallback):
             every=describe(self._schedule),
             also_on=self._events,
             stop=stop,
+            observe_only=not self._run.judge.may_stop,
+            continue_after_stop=self._continue_after_stop,
             failure_policy=self._policy,
             keep_best=self._keep_best,
             wanted=self._wanted,

@@ -20,7 +20,7 @@ class Judge:
     """Asks a stop rule about every evaluation.
 
     Args:
-        rule: with `verdict(history)`, or None to judge nothing.
+        rule: with `verdict(history)`, or None to judge nothing; one whose `observe_only` is true never stops a run.
 
     Raises:
         ConfigError: not a rule.
@@ -31,6 +31,11 @@ class Judge:
             raise ConfigError(f"stop must be None or a rule with verdict(history), got {rule!r}; use PlateauRule()")
         self._rule = rule
         self._stages: dict[int, str] = {}  # by step, until its evaluation is concluded
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether there is a rule that may end training, and not one that only observes. Ranks: pure."""
+        return self._rule is not None and not getattr(self._rule, "observe_only", False)
 
     def see(self, step: int, model: nn.Module) -> None:
         """Remember what is trained at a step that is going to be evaluated. Ranks: each for itself."""

@@ -28,8 +28,9 @@ def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str 
     early. A trial whose last evaluation failed counts as failed.
 
     Optuna's trials carry `mir_se`, `mir_folder` and `mir_definition` as user attributes; a study that is continued from
-    a storage refuses values that were made otherwise. Trials are pruned only if ``pruner`` is given, since MIR may rise
-    first and fall later: choose one that waits, such as `MedianPruner(n_warmup_steps=...)`, in optimizer steps.
+    a storage refuses values that were made otherwise. Trials are pruned only if a ``pruner`` other than None is given,
+    since MIR may rise first and fall later: choose one that waits, such as `MedianPruner(n_warmup_steps=...)`, in
+    optimizer steps.
 
     Args:
         trainer: made with ``model_init``, with a :class:`MIRCallback`.
@@ -48,7 +49,7 @@ def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str 
     """
     callback, backend = _checked(trainer, objective, backend, options)
     callback.attach(trainer)
-    if backend == "optuna" and "pruner" not in options:
+    if backend == "optuna" and options.get("pruner") is None:  # None would be Optuna's own default, which prunes
         from optuna.pruners import NopPruner
 
         options["pruner"] = NopPruner()

@@ -106,7 +106,7 @@ def test_records_are_printed_for_programs(run, capsys):
     status, told, error = mir(capsys, "run", "--probe", "probe.zip", "--steps", "2,4", "--json")
     assert status == 0
     assert [json.loads(line)["step"] for line in told.splitlines()] == [2, 4]
-    assert "values in" in error
+    assert "values go to" in error
 
 
 def test_weights_that_do_not_load_completely_are_refused_by_name_and_the_rest_is_measured(run, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import wandb
 from transformers import TrainerCallback
 
-from mir_callback import MIRCallback, Probe, Verdict
+from mir_callback import MIRCallback, PlateauRule, Probe, Verdict
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.training.history import changed_circumstances, since_last_stop
 from tests.samples import pairs
@@ -75,6 +75,18 @@ def test_a_stopped_run_goes_on_when_told_and_its_rule_starts_anew(stopped_run, t
 def test_without_a_rule_a_stopped_run_goes_on(stopped_run, tmp_path, probe):
     trainer, _ = resume(stopped_run, tmp_path / "run", probe, 4, steps=6)
     assert trainer.state.global_step == 6
+
+
+def test_a_rule_that_only_observes_does_not_hold_a_stopped_run(stopped_run, tmp_path, probe, capsys):
+    rule = PlateauRule(window=4, warmup=0, min_delta=100, horizon=2, observe_only=True)
+    trainer, callback = resume(stopped_run, tmp_path / "run", probe, 4, steps=14, rule=rule)
+    assert trainer.state.global_step == 14
+    assert "stays stopped" not in capsys.readouterr().out
+    records = callback.history
+    assert [record["step"] for record in records] == [0, 2, 4, 6, 8, 10, 12, 14]
+    # It judges what came after the stop, and would have stopped once more.
+    assert [record["would_stop"] for record in records[3:]] == [False, False, False, True, True]
+    assert {record["verdict"] for record in records[3:]} <= {"no data", "going on"}
 
 
 def test_resumed_from_before_its_stop_a_run_comes_to_the_same_stop(stopped_run, tmp_path, probe):

@@ -121,12 +121,13 @@ def test_trial_ends_soon_after_the_pruned_evaluation_when_the_pruner_says_so(tmp
 
 
 @pytest.mark.slow
-def test_no_trial_is_pruned_when_no_pruner_is_given(tmp_path):
+@pytest.mark.parametrize("given", [{}, {"pruner": None}], ids=["left out", "None"])
+def test_no_trial_is_pruned_when_no_pruner_is_given(tmp_path, given):
     # Optuna's own default would prune the worst half from the sixth trial on.
     trainer = searching_trainer(tmp_path, steps=1)
     MIRCallback(Probe.from_pairs(pairs(2)), every=1).attach(trainer)
     storage = optuna.storages.InMemoryStorage()
-    options = {"storage": storage, "study_name": "search", "sampler": optuna.samplers.RandomSampler(seed=0)}
+    options = {"storage": storage, "study_name": "search", "sampler": optuna.samplers.RandomSampler(seed=0), **given}
     ranges = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)}  # noqa: E731
     hyperparameter_search(trainer, backend="optuna", hp_space=ranges, n_trials=7, **options)
     states = {trial.state for trial in optuna.load_study(study_name="search", storage=storage).trials}
