@@ -91,7 +91,7 @@ def variants(runs: int) -> None:
 
 
 def lingering(runs: int) -> None:
-    """Noise of several sizes that lingers more or less, and what it does to steady falls that are worth going on for."""
+    """Noise of several sizes that lingers more or less; steady falls that are worth going on for, under it."""
     rows = []
     for size in (0.003, 0.006, 0.01, 0.02):
         for memory in (0.0, 0.5, 0.8):

@@ -154,6 +154,7 @@ def test_verdict_depends_on_the_history_only():
         ({"warmup": -1}, "warmup must be an integer of at least 0 evaluations, got -1"),
         ({"min_delta": 0}, "min_delta must be a positive number of MIR, got 0"),
         ({"min_delta": math.nan}, "min_delta must be a positive number"),
+        ({"min_delta": 1e308}, "min_delta must be at most 1000, got 1e.308; MIR is a logarithm"),
         ({"min_delta": "small"}, "min_delta must be a positive number of MIR, got 'small'"),
         ({"patience": 0}, "patience must be an integer of at least 1 evaluations, got 0"),
         ({"patience_steps": -1}, "patience_steps must be an integer of at least 0 steps, got -1"),
@@ -322,3 +323,14 @@ def test_influences_of_other_samples_are_left_out():
     assert PlateauRule().verdict(records) != alone
     records[-3]["influences"] = [math.nan] * 50
     assert PlateauRule().verdict(records) == alone
+
+
+def test_a_level_stretch_within_the_noise_does_not_end_a_steady_fall_and_a_clear_bend_does():
+    # A fall by 0.03 a tenth of the run, which pauses for the length of a window.
+    falling = 3 - 0.03 / 4.4 * np.arange(24) + noise(0, 24, 0.004)
+    paused = np.concatenate([falling, np.full(7, falling[-4:].mean()) + 0.004 * np.tile([1, -1], 4)[:7]])
+    verdict = PlateauRule().verdict(history(list(paused), max_steps=2200))
+    assert verdict.kind == "going on"
+    assert "from 14 evaluations" in verdict.reason
+    steep = paused + np.maximum(0.1 * (23 - np.arange(31)), 0)
+    assert PlateauRule().verdict(history(list(steep), max_steps=2200)).kind == "plateau"
