@@ -90,6 +90,27 @@ def variants(runs: int) -> None:
     table("More noise, fewer evaluations", ("setting", *head[1:]), rows)
 
 
+def lingering(runs: int) -> None:
+    """Noise of several sizes that lingers more or less; steady falls that are worth going on for, under it."""
+    rows = []
+    for size in (0.003, 0.006, 0.01, 0.02):
+        for memory in (0.0, 0.5, 0.8):
+            setting = Setting(44, size, memory)
+            falls = [rate(stopped_falls(factor, setting, 2 * runs), 2 * runs) for factor in (1.5, 2)]
+            rows.append((f"{size}", f"{memory:.1f}", *summary(*pooled(RULE, setting, runs)), *falls))
+    head = ("noise", "autocorrelation", "false stops, falling", "false stops, saturating", "in time, saturating")
+    more = tuple(f"steady fall by {factor} min_delta is stopped" for factor in (1.5, 2))
+    table("Noise that lingers (44 evaluations)", (*head, *more), rows)
+
+
+def stopped_falls(factor: float, setting: Setting, runs: int) -> int:
+    """How many of the runs are stopped that fall steadily by so many times `min_delta` in a tenth of the run."""
+    t = np.arange(setting.evaluations + 1) / setting.evaluations
+    curve, rng = straight_by(factor * RULE.min_delta), np.random.default_rng(SEED)
+    made = [curve(t) + noise(rng, len(t), setting.size, setting.memory) for _ in range(runs)]
+    return sum(stop_of(RULE, records(t, values)) < math.inf for values in made)
+
+
 def least_squares(x: Array, y: Array) -> float:
     """The usual slope."""
     return float((x - x.mean()) @ y / ((x - x.mean()) ** 2).sum())
@@ -99,12 +120,7 @@ def drift(runs: int) -> None:
     """Steady falls around min_delta: how sharply the rule tells them apart."""
     rows = []
     for factor in (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2):
-        shares = []
-        for setting in (STANDARD, SETTINGS[2]):
-            t = np.arange(setting.evaluations + 1) / setting.evaluations
-            curve, rng = straight_by(factor * RULE.min_delta), np.random.default_rng(SEED)
-            made = [curve(t) + noise(rng, len(t), setting.size, setting.memory) for _ in range(runs)]
-            shares.append(rate(sum(stop_of(RULE, records(t, values)) < math.inf for values in made), runs))
+        shares = [rate(stopped_falls(factor, setting, runs), runs) for setting in (STANDARD, SETTINGS[2])]
         rows.append((f"{factor} times min_delta", *shares))
     head = ("a tenth of the run brings", str(STANDARD), str(SETTINGS[2]))
     table("Steady falls: runs that are stopped at all", head, rows)
@@ -204,6 +220,7 @@ def main() -> None:
     print(f"`{RULE!r}`; {runs} runs a row before pooling; intervals are 95 %. What the words mean: `docs/stopping.md`.")
     families(runs)
     variants(max(1, runs // 2))
+    lingering(max(1, runs // 2))
     drift(runs)
     shelves(runs)
     nothing_but_noise(runs)

@@ -24,6 +24,8 @@ from mir_callback.training.verdicts import Verdict
 
 Records = Sequence[Mapping[str, Any]]
 
+# No two logarithms of floating-point numbers lie farther apart.
+_LARGEST_DELTA = 1000
 # Standard errors around the gain. A run is judged many times: this is not the error of a single look.
 _STANDARD_ERRORS = 1.75
 # The window grows until the uncertainty is this share of min_delta; a run that has levelled off then shows it.
@@ -38,6 +40,11 @@ _MEMORY_WINDOWS = 3
 _NOISE_WINDOWS = 2
 # Dense evaluations share noise that lingers: means of neighbours show it, as long as a window holds this many of them.
 _BLOCKS = 5
+# A line through this many windows is heard as well, unless it differs from the shorter one by more than so many of its
+# standard errors. Noise that lingers can make a few evaluations look level, and their error up to three times too
+# small; only a larger difference proves that the curve has bent.
+_CHECKED_WINDOWS = 2
+_BEND = 4.5
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,10 @@ class PlateauRule:
     """Stop when going on would confidently bring little.
 
     A plateau needs all of: enough finite evaluations after the warm-up, the latest among them; an expected gain within
-    the horizon that is smaller than ``min_delta`` by two standard errors, and so is an expected rise; no confident
-    rise; and a level no more than ``min_delta`` above the lowest level of the last three windows (warm-up included),
-    so that the flat top between an early rise and the fall after it is not taken for the end.
+    the horizon that is smaller than ``min_delta`` by 1.75 standard errors, and so is an expected rise; no confident
+    rise; no gain of ``min_delta`` along a line through two windows, unless the curve has clearly bent since; and a
+    level no more than ``min_delta`` above the lowest level of the last three windows (warm-up included), so that the
+    flat top between an early rise and the fall after it is not taken for the end.
 
     The line is fitted to the last ``window`` evaluations, to more where they span less than one and a half horizons,
     and to up to three times as many where noise demands it. A new training stage (a record's `stage` changes) starts
@@ -55,7 +63,7 @@ class PlateauRule:
 
     Attributes:
         window: fewest evaluations the line is fitted to, at least 4.
-        min_delta: fall of MIR within the horizon that is still worth going on for, in MIR (log10 units).
+        min_delta: fall of MIR within the horizon that is still worth going on for, in MIR (log10 units); at most 1000.
         warmup: evaluations at the start of a stage that the line is never fitted to, the one at step 0 included.
         horizon: how far ahead is looked: a part of the planned run below 1, or a number of steps; None for the length
             of ``window`` evaluations, which is also what a history gets that does not know its run's `max_steps`.
@@ -85,6 +93,10 @@ class PlateauRule:
         _check_integer("patience_steps", self.patience_steps, 0, "steps")
         if not _is_positive(self.min_delta):
             raise ConfigError(f"min_delta must be a positive number of MIR, got {self.min_delta!r}; use e.g. 0.02")
+        if self.min_delta > _LARGEST_DELTA:
+            raise ConfigError(
+                f"min_delta must be at most {_LARGEST_DELTA}, got {self.min_delta!r}; MIR is a logarithm, use e.g. 0.02"
+            )
         horizon = self.horizon
         if horizon is not None and not (_is_positive(horizon) and (horizon < 1 or float(horizon).is_integer())):
             raise ConfigError(
@@ -183,12 +195,12 @@ class PlateauRule:
         noise = trend.lasting_scatter(x[recent], values[recent], max(1, least // _BLOCKS))
         wanted = _SHARE * self.min_delta / (_STANDARD_ERRORS * ahead)
         count = trend.window_for(x, noise, wanted, least, len(x))
-        x, values = x[-count:], values[-count:]
-        slope = trend.slope(x, values)
-        noise = max(noise, trend.residual_scatter(x, values, slope))
-        influences = _influences(points[-count:])
-        sampling = trend.paired_error(x, influences) if influences is not None else 0.0
-        return -slope * ahead, math.hypot(noise / trend.spread(x), sampling) * ahead, count
+        near = _line(points[-count:], x[-count:], noise, ahead)
+        longer = min(max(count, _CHECKED_WINDOWS * least), len(x))
+        far = _line(points[-longer:], x[-longer:], noise, ahead)
+        if abs(far[0]) >= self.min_delta and abs(far[0] - near[0]) <= _BEND * near[1]:
+            return *far, longer
+        return *near, count
 
     def _weigh(self, gain: float, error: float, values: Sequence[float], count: int) -> tuple[Any, str]:
         """The kind of verdict and what decided it."""
@@ -217,6 +229,16 @@ def _last_stage(history: Records) -> Records:
             start = number
         current = current if marker is None else marker
     return history[start:]
+
+
+def _line(points: Records, x: Array, noise: float, ahead: float) -> tuple[float, float]:
+    """Expected fall along the line through these points, and its standard error; ``noise`` is the least there is."""
+    values = np.array([record["mir"] for record in points], dtype=np.float64)
+    slope = trend.slope(x, values)
+    noise = max(noise, trend.residual_scatter(x, values, slope))
+    influences = _influences(points)
+    sampling = trend.paired_error(x, influences) if influences is not None else 0.0
+    return -slope * ahead, math.hypot(noise / trend.spread(x), sampling) * ahead
 
 
 def _influences(points: Records) -> Array | None:

@@ -154,6 +154,7 @@ def test_verdict_depends_on_the_history_only():
         ({"warmup": -1}, "warmup must be an integer of at least 0 evaluations, got -1"),
         ({"min_delta": 0}, "min_delta must be a positive number of MIR, got 0"),
         ({"min_delta": math.nan}, "min_delta must be a positive number"),
+        ({"min_delta": 1e308}, "min_delta must be at most 1000, got 1e.308; MIR is a logarithm"),
         ({"min_delta": "small"}, "min_delta must be a positive number of MIR, got 'small'"),
         ({"patience": 0}, "patience must be an integer of at least 1 evaluations, got 0"),
         ({"patience_steps": -1}, "patience_steps must be an integer of at least 0 steps, got -1"),
@@ -322,3 +323,15 @@ def test_influences_of_other_samples_are_left_out():
     assert PlateauRule().verdict(records) != alone
     records[-3]["influences"] = [math.nan] * 50
     assert PlateauRule().verdict(records) == alone
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3, 5, 7])
+def test_a_level_stretch_within_the_noise_waits_for_the_longer_line_and_a_clear_bend_does_not(seed):
+    # A fall by twice min_delta in a tenth of the run, level for the length of a window.
+    index = np.arange(31)
+    paused = 3 - 0.04 / 4.4 * np.minimum(index, 24) + noise(seed, 31, 0.006)
+    verdict = PlateauRule().verdict(history(list(paused), max_steps=2200))
+    assert verdict.kind == "going on"
+    assert "from 14 evaluations" in verdict.reason
+    steeper = paused + np.maximum(0.1 * (24 - index), 0)
+    assert PlateauRule().verdict(history(list(steeper), max_steps=2200)).kind == "plateau"

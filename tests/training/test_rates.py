@@ -87,3 +87,22 @@ def test_does_not_stop_in_front_of_a_second_fall_that_comes_soon(shelf, most):
         values = curve(t) + noise(rng, len(t), STANDARD.size, 0)
         early += stop_of(PlateauRule(), records(t, values)) < settled(curve, 0.02)
     assert early <= most
+
+
+def test_a_steady_fall_under_noise_that_lingers_is_stopped_less_often_for_the_longer_line(monkeypatch):
+    from plateau_curves import noise, straight_by
+    from plateau_runs import records, stop_of
+
+    from mir_callback.training import plateau
+
+    def stops(fall, size, memory):
+        rng, t = np.random.default_rng(3), np.arange(45) / 44
+        made = [straight_by(fall)(t) + noise(rng, len(t), size, memory) for _ in range(20)]
+        return sum(stop_of(PlateauRule(), records(t, values)) < math.inf for values in made)
+
+    settings = ((0.03, 0.006, 0.5), (0.03, 0.01, 0.5), (0.04, 0.01, 0.8))
+    most = (4, 7, 3)
+    found = [stops(*setting) for setting in settings]
+    assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
+    monkeypatch.setattr(plateau, "_BEND", -1.0)  # the longer line is never heard
+    assert stops(*settings[1]) > found[1]
