@@ -212,6 +212,19 @@ def test_eigenvectors_that_are_known_serve_the_distance_too():
     assert frechet_from_coupling(known).distance == pytest.approx(without.distance, rel=1e-12)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_way_that_a_gpu_takes_leads_to_the_same_distance(case, monkeypatch):
+    moments = [moments_of(rows) for rows in CASES[case](generator(0))]
+    usual = frechet_from_moments(*moments)
+    monkeypatch.setattr(coupling.Coupling, "on_gpu", True)
+    calls = []
+    bounded = coupling.nuclear_norm
+    monkeypatch.setattr(coupling, "nuclear_norm", lambda *matrices: calls.append(1) or bounded(*matrices))
+    found = frechet_from_moments(*moments)
+    assert found.distance == pytest.approx(usual.distance, rel=1e-9)
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_row_is_an_outlier_when_all_norms_are_equal_but_for_rounding(dtype):
     # The same entries in every row, in another order in a few of them: equal norms, but often not to the last bit.
