@@ -190,17 +190,15 @@ def _with_values(recipes: Sequence[Recipe], remarks: list[str]) -> list[Recipe]:
                 continue
             records, told = comparable_records(run.records)
             remarks += [f"{run.name}: {sentence}" for sentence in told]
-            fuller = replace(run, records=tuple(records))
-            twin = next((other for other in runs if _are_twins(other, fuller)), None)
-            if twin is not None:
-                if len(twin.measured) < len(fuller.measured):
-                    runs[runs.index(twin)], fuller = fuller, twin
-                    twin = run
-                remarks.append(
-                    f"{fuller.name} is left out, it has the values of {twin.name}: a copy, or the same seed again"
-                )
+            own = replace(run, records=tuple(records))
+            twin = next((number for number, other in enumerate(runs) if _are_twins(other, own)), None)
+            if twin is None:
+                runs.append(own)
                 continue
-            runs.append(fuller)
+            runs[twin], less = sorted((runs[twin], own), key=lambda one: len(one.measured), reverse=True)
+            remarks.append(
+                f"{less.name} is left out, it has the values of {runs[twin].name}: a copy, or the same seed again"
+            )
         if runs:
             kept.append(Recipe(recipe.name, tuple(runs)))
     if not kept:
