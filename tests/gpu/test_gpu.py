@@ -15,8 +15,8 @@ from tests import reference, tiny_models
 from tests.clouds import CASES, generator
 from tests.distributed.launch import run_ranks
 from tests.distributed.train_worker import EVERY, STEPS
+from tests.engine.test_observation import LiveAdapter
 from tests.samples import pairs
-from tests.test_observation import LiveAdapter
 
 pytestmark = pytest.mark.gpu
 
