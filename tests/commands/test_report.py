@@ -203,6 +203,8 @@ def test_page_follows_a_run_until_it_is_interrupted(tmp_path):
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=errors.open("wb"),
+        # Of a test run in the background a shell has switched Ctrl-C off, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for count in (1, 2, 3):

@@ -116,12 +116,12 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(tmp_path, probe, capsys
 def test_a_dry_run_leaves_the_history_of_a_run_alone(tmp_path, probe):
     MIRCallback(probe, every=2).attach(trainer := make_trainer(tmp_path, steps=2))
     trainer.train()
-    before = (tmp_path / "mir_history.jsonl").read_bytes()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     MIRCallback(probe, every=TimeShare(0.05), dry_run=True).attach(trainer := make_trainer(tmp_path, steps=2))
     with pytest.raises(SystemExit):
         trainer.train()
-    assert (tmp_path / "mir_history.jsonl").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["mir_history.jsonl"]
+    assert set(before) == {"mir_history.jsonl", "mir_probe.zip"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_error_when_dry_run_is_no_yes_or_no(probe):

@@ -113,7 +113,7 @@ def test_without_any_reporter_there_is_the_history_and_the_log(tmp_path, probe):
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "mir" in entry]
     assert [entry["mir"] for entry in logged] == [record["mir"] for record in callback.history]
-    assert sorted(os.listdir(tmp_path)) == ["mir_history.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["mir_history.jsonl", "mir_probe.zip"]
 
 
 def record(step, mir, **fields):
