@@ -11,11 +11,12 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.cli import main
+from tests.commands.running import run_command
 from tests.samples import pairs
 from tests.training.runs import make_trainer
 
@@ -41,10 +42,7 @@ def runs(trained, tmp_path, monkeypatch):
     return copy
 
 
-def mir(capsys, *arguments):
-    status = main(["compare", *map(str, arguments)])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+mir = partial(run_command, "compare")
 
 
 @contextmanager

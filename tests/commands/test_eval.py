@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
-from mir_callback.cli import main
 from mir_callback.training.history import read_history
 from tests import tiny_models
+from tests.commands.running import run_command
 from tests.distributed.adapter_worker import adapted
 from tests.samples import pairs, write_folders
 from tests.training.runs import make_trainer
@@ -44,9 +44,7 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def mir(capsys, *arguments):
-    status = main(["eval", *map(str, arguments), "--device", "cpu"])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    return run_command("eval", capsys, *arguments, "--device", "cpu")
 
 
 def results(path="run/mir_eval.jsonl"):
@@ -299,8 +297,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
     ],
 )
 def test_an_error_is_one_line_and_status_two(run, capsys, flags, message):
-    status = main(["eval", *flags, "--probe", "probe.zip"])
-    error = capsys.readouterr().err
+    status, _, error = run_command("eval", capsys, *flags, "--probe", "probe.zip")
     assert status == 2
     assert message in error
     assert "Traceback" not in error

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.cli import main
 from mir_callback.training.history import read_history
+from tests.commands.running import run_command
 from tests.distributed.launch import ROOT
 from tests.samples import pairs
 from tests.training.runs import make_trainer
@@ -41,9 +41,7 @@ def live(trained, tmp_path, monkeypatch):
 
 
 def mir(capsys, *arguments):
-    status = main(["eval", *map(str, arguments), "--device", "cpu"])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    return run_command("eval", capsys, *arguments, "--device", "cpu")
 
 
 def start(*arguments, **options):

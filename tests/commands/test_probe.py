@@ -3,14 +3,15 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import pytest
 from PIL import Image
 
 from mir_callback import Probe
-from mir_callback.cli import main
 from tests import tiny_models
+from tests.commands.running import run_command
 from tests.samples import pairs, write_folders, write_llava_json
 
 
@@ -20,10 +21,7 @@ def folders(tmp_path, monkeypatch):
     return [str(folder) for folder in write_folders(tmp_path, 8)]
 
 
-def mir(capsys, *arguments):
-    status = main(["probe", *map(str, arguments)])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+mir = partial(run_command, "probe")
 
 
 def test_a_probe_is_built_shown_saved_and_found_again(folders, capsys):

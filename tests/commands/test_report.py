@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from mir_callback import MIRCallback, PlateauRule, Probe
-from mir_callback.cli import main
 from tests.analysis.pages import parse, records
+from tests.commands.running import run_command
 from tests.samples import pairs
 from tests.training.runs import make_trainer
 
@@ -41,10 +42,7 @@ def runs(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def mir(capsys, *arguments):
-    status = main(["report", *map(str, arguments)])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+mir = partial(run_command, "report")
 
 
 def page(path="slow/mir_report.html"):

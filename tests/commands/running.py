@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mir` command, run in the test's own process."""
+
+from mir_callback.cli import main
+
+
+def run_command(command, capsys, *arguments):
+    """Exit status, and what was said on either stream."""
+    status = main([command, *map(str, arguments)])
+    told = capsys.readouterr()
+    return status, told.out, told.err
