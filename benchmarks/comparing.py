@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mir_callback.analysis.axes import curves_over
 from mir_callback.analysis.compare import Recipe, compare
-from mir_callback.analysis.noise import assumed_sd
-from mir_callback.analysis.runs import Run, read_run
-from mir_callback.training.history import FILE_NAME
+from mir_callback.analysis.curves import curves_over
+from mir_callback.analysis.load import Run, read_run
+from mir_callback.analysis.statistics import assumed_sd
+from mir_callback.history import FILE_NAME
 
 KEPT = Path(__file__).parent / "results" / "seeds.json"
 MOST = 100  # comparisons of one kind

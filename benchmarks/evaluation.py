@@ -20,9 +20,8 @@ from measuring import alternate, machine, options_of, publish, ratio, table
 from random_llava import bare_forward, build, encode
 from torch import nn
 
-from mir_callback.evaluation import evaluate_beside, evaluate_encoded
+from mir_callback.evaluation.evaluate import Wanted, evaluate_beside, evaluate_encoded
 from mir_callback.probe.batches import EncodedProbe
-from mir_callback.report import Wanted
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"default": "cpu"},

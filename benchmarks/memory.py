@@ -29,8 +29,8 @@ from measuring import machine, options_of, publish, table
 from random_llava import IMAGE_TOKENS, bare_forward, build, encode
 from torch import Tensor, nn
 
-from mir_callback.engine.peak import peak_memory
-from mir_callback.evaluation import evaluate_encoded
+from mir_callback.evaluation.evaluate import evaluate_encoded
+from mir_callback.evaluation.memory import peak_memory
 from mir_callback.probe.batches import EncodedProbe
 
 WAYS = ("forward", "evaluation", "evaluation in passes", "all hidden states")

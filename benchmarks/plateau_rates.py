@@ -35,7 +35,7 @@ from plateau_runs import (
 )
 
 from mir_callback import PlateauRule
-from mir_callback.training import trend
+from mir_callback import early_stopping as trend
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

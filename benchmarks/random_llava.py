@@ -13,11 +13,11 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mir_callback import Probe
-from mir_callback.evaluation import encode_for
+from mir_callback.evaluation.evaluate import encode_for
 from mir_callback.model.modality import modality_masks
-from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
+from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
 from mir_callback.probe.batches import EncodedProbe
-from mir_callback.probe.samples import Sample
+from mir_callback.probe.probe import Sample
 
 VOCABULARY = 32064
 IMAGE_ID = VOCABULARY - 1
@@ -33,7 +33,7 @@ class RandomTokens:
         self._text_tokens = text_tokens
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
-        """See :class:`mir_callback.probe.adapter.Adapter`."""
+        """See :class:`mir_callback.probe.adapters.Adapter`."""
         rows, pixels = [], []
         for sample in samples:
             rng = torch.Generator().manual_seed(int(sample.text))
@@ -46,7 +46,7 @@ class RandomTokens:
         return AdaptedBatch(inputs, modality_masks(ids, attention, (IMAGE_ID,)), rows)
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
-        """See :class:`mir_callback.probe.adapter.Adapter`."""
+        """See :class:`mir_callback.probe.adapters.Adapter`."""
         return nullcontext()
 
 

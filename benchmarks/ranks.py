@@ -28,7 +28,7 @@ import torch.distributed as dist
 from measuring import machine, options_of, publish, table
 from random_llava import bare_forward, build, encode
 
-from mir_callback.evaluation import evaluate_encoded
+from mir_callback.evaluation.evaluate import evaluate_encoded
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hidden": {"type": int, "default": 512},

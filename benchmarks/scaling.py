@@ -16,7 +16,7 @@ from cost_model import Shape, beyond_the_forward, fitted
 from measuring import alternate, machine, options_of, publish, table
 from random_llava import IMAGE_TOKENS, bare_forward, build, encode
 
-from mir_callback.evaluation import evaluate_encoded
+from mir_callback.evaluation.evaluate import evaluate_encoded
 
 BASE: dict[str, int] = {"hidden": 512, "layers": 4, "samples": 2, "text": 600}
 VARIED: dict[str, tuple[int, ...]] = {"samples": (4, 8), "text": (300, 1200), "layers": (2, 8), "hidden": (256, 768)}

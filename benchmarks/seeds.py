@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PrinterCa
 from transformers import set_seed as draw_from
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.training.history import FILE_NAME
+from mir_callback.history import FILE_NAME
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -2,8 +2,7 @@
 """MIR in LLaVA code bases as they are, with one line before `trainer.train()`: :func:`attach_mir`."""
 
 from llava_integration.attach import attach_mir
-from llava_integration.next import LlavaNextAdapter
-from llava_integration.original import OriginalLlavaAdapter
+from llava_integration.llava import LlavaNextAdapter, OriginalLlavaAdapter
 from llava_integration.tinyllava import TinyLlavaAdapter
 
 __all__ = ["LlavaNextAdapter", "OriginalLlavaAdapter", "TinyLlavaAdapter", "attach_mir"]

@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from llava_integration.common import METHOD
 from llava_integration.compatibility import is_llava_next
-from llava_integration.next import LlavaNextAdapter
-from llava_integration.original import OriginalLlavaAdapter
-from llava_integration.splicing import METHOD
+from llava_integration.llava import LlavaNextAdapter, OriginalLlavaAdapter
 from llava_integration.tinyllava import TinyLlavaAdapter, conversation_of
-from mir_callback import MIRCallback, PlateauRule, Probe, collectives
+from mir_callback import MIRCallback, PlateauRule, Probe
+from mir_callback import distributed as collectives
+from mir_callback.config import STOP_RULES
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.probe.adapter import Adapter
-from mir_callback.probe.huggingface import HuggingFaceAdapter
-from mir_callback.training.arguments import STOP_RULES
-from mir_callback.training.schedule import Schedule
+from mir_callback.probe.adapters import Adapter, HuggingFaceAdapter
+from mir_callback.schedule import Schedule
 
 KNOWN = (
     "haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT (package llava), TinyLLaVA Factory (package tinyllava), "
@@ -120,6 +119,6 @@ def recognise(trainer: Any, conversation: str | None = None) -> Adapter:
     if hasattr(top, METHOD) or home != "transformers":
         raise UnsupportedModelError(
             f"{type(top).__module__}.{type(top).__name__} is of no kind known here ({KNOWN}); "
-            "write an adapter (mir_callback.probe.adapter.Adapter) and give it to MIRCallback(adapter=...)"
+            "write an adapter (mir_callback.probe.adapters.Adapter) and give it to MIRCallback(adapter=...)"
         )
     return HuggingFaceAdapter(model, processor)

@@ -16,9 +16,8 @@ import transformers
 from torch import Tensor
 
 from llava_integration.compatibility import is_llava_next, require_observable, surroundings
-from llava_integration.next import LlavaNextAdapter
-from llava_integration.original import OriginalLlavaAdapter
-from mir_callback.checkpoints.folders import (
+from llava_integration.llava import LlavaNextAdapter, OriginalLlavaAdapter
+from mir_callback.checkpoints.discover import (
     ADAPTER_CONFIG,
     PROJECTOR,
     PROJECTOR_FILE,
@@ -27,10 +26,8 @@ from mir_callback.checkpoints.folders import (
     read_json,
     storage_of,
 )
-from mir_callback.checkpoints.hub import base_of, folder_of
-from mir_callback.checkpoints.loading import DTYPES, LoadOptions, Opened, require_complete
-from mir_callback.checkpoints.shards import weights_of_shards
-from mir_callback.checkpoints.stored import stored_weights
+from mir_callback.checkpoints.huggingface import stored_weights, weights_of_shards
+from mir_callback.checkpoints.load import DTYPES, LoadOptions, Opened, base_of, folder_of, require_complete
 from mir_callback.errors import ConfigError
 
 # Fields that only LLaVA's own configurations have.
@@ -47,7 +44,7 @@ def opens(config: Mapping[str, Any]) -> bool:
 
 
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
-    """See :class:`mir_callback.checkpoints.loading.Family`."""
+    """See :class:`mir_callback.checkpoints.load.Family`."""
     folder, storage = checkpoint.folder, storage_of(checkpoint)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(

@@ -18,7 +18,7 @@ import tokenizers
 import transformers
 from torch import nn
 
-from llava_integration.splicing import METHOD
+from llava_integration.common import METHOD
 from mir_callback.errors import UnsupportedModelError
 
 TESTED = "transformers==4.37.2 tokenizers==0.15.2 accelerate==0.21.0"

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.encoding import after_image, pad_right, plain_text, require_tokenizer
-from llava_integration.splicing import METHOD, spliced_masks
+from llava_integration.common import METHOD, after_image, pad_right, plain_text, require_tokenizer, spliced_masks
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.probe.adapter import AdaptedBatch, LiveMasks
-from mir_callback.probe.samples import Sample
+from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
+from mir_callback.probe.probe import Sample
 
 DEFAULT_CONVERSATION = "pretrain"
 
@@ -52,7 +51,7 @@ class TinyLlavaAdapter:
         self._preprocess_text = _text_preprocess(self._tokenizer, conversation or DEFAULT_CONVERSATION)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
-        """See :class:`mir_callback.probe.adapter.Adapter`."""
+        """See :class:`mir_callback.probe.adapters.Adapter`."""
         ids = [self._ids(sample, max_text_tokens) for sample in samples]
         input_ids, attention = pad_right(ids)
         images = torch.stack([self._preprocess_image(sample.open_image()) for sample in samples])  # (B, 3, H, W)

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from mir_callback import MIRReport, Probe, evaluate_mir, metric, modality_integration_rate, progress
+from mir_callback import MIRReport, Probe, evaluate_mir, metric, modality_integration_rate
+from mir_callback import watchdog as progress
 from mir_callback.errors import ConfigError, NumericsError, ProbeError, UnsupportedModelError
-from mir_callback.probe.huggingface import HuggingFaceAdapter
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import reference, tiny_models
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs

@@ -9,7 +9,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb.sdk.lib import config_util
 
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.distributed.launch import ROOT, run_process
 from tests.training import wandb_file
 

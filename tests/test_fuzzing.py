@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mir_callback import MIRCallback, PlateauRule, Probe
 from mir_callback.errors import MIRError
-from mir_callback.training.history import FILE_NAME, History, read_history
+from mir_callback.history import FILE_NAME, History, read_history
 from tests.samples import pairs, write_folders
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -25,7 +25,7 @@ from transformers import (
 
 from mir_callback import MIRCallback, Probe
 from mir_callback.cli import main as mir
-from mir_callback.training.history import FILE_NAME, Record, read_history
+from mir_callback.history import FILE_NAME, Record, read_history
 
 from .collator import CaptionCollator
 from .prepare import Start

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mir_callback.training.history import lowest_record
+from mir_callback.history import lowest_record
 
 Record = Mapping[str, Any]
 

@@ -13,9 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from mir_callback.analysis.page.quantities import DISTANCE, over_layers
-from mir_callback.analysis.records import noted_losses
-from mir_callback.analysis.runs import read_run
+from mir_callback.analysis.load import noted_losses, read_run
+from mir_callback.analysis.page.views import DISTANCE, over_layers
 from mir_callback.errors import HistoryError
 
 _MIR_COLOUR = "#1f5fa8"

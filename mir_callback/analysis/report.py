@@ -16,13 +16,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mir_callback.analysis.compare import Comparison
-from mir_callback.analysis.export import remarks_of
-from mir_callback.analysis.page import costs, facts, marks, profiles, samples, timeline
-from mir_callback.analysis.page.scales import precise
+from mir_callback.analysis.page import facts, profiles, timeline
+from mir_callback.analysis.page import facts as samples
+from mir_callback.analysis.page import profiles as costs
+from mir_callback.analysis.page import timeline as marks
+from mir_callback.analysis.page.charts import precise
 from mir_callback.analysis.page.views import MOMENTS, RunView, colours_of
-from mir_callback.analysis.tables import tables_of, verdict_of
+from mir_callback.analysis.tables import remarks_of, tables_of, verdict_of
 from mir_callback.errors import HistoryError
-from mir_callback.probe.samples import Probe
+from mir_callback.probe.probe import Probe
 
 _PARTS = Path(__file__).parent / "page"
 _NAMED = 4  # recipes that a title has room for

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mir_callback.metric.blas import cholesky, product
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.factors import Factored
+from mir_callback.metric.coupling import Coupling, Factored
+from mir_callback.metric.linalg import cholesky, product
 from mir_callback.metric.tokens import double_chunks
 
 _EPS = torch.finfo(torch.float64).eps

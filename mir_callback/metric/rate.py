@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Modality Integration Rate: its definition, in memory, in one page.
 
-The evaluation of a live model (mir_callback/evaluation.py) computes the same number from rows that are spread over
+The evaluation of a live model (mir_callback/evaluation/evaluate.py) computes the same number from rows that are spread over
 ranks; tests hold the two together.
 """
 

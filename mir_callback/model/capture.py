@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mir_callback.errors import UnsupportedModelError
+from mir_callback.evaluation.hidden_states import Stash
 from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
-from mir_callback.model.stash import Stash
 from mir_callback.model.text_loss import TextLoss
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every rank's share of a probe as batches of model inputs, equally many on every rank."""
+"""How many tokens the samples of a probe become, without a forward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mir_callback.errors import ConfigError
 from mir_callback.model.modality import ModalityMasks
-from mir_callback.probe.adapter import Adapter
-from mir_callback.probe.samples import Probe, Sample
+from mir_callback.probe.adapters import Adapter, cut_text
+from mir_callback.probe.probe import Probe, Sample
 
 # A changed setting of the image processor shows in any image, so a few of them, encoded one by one, will do.
 _PIXEL_SAMPLES = 4
@@ -244,3 +244,43 @@ def _floating(value: Any) -> list[Tensor]:
 def _fingerprint(digests: tuple[tuple[int, str], ...]) -> str:
     joined = "".join(digest for _, digest in sorted(digests))
     return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of every sample.
+
+    Attributes:
+        vision: per sample, or None where only a forward shows them or no model was named.
+        text: per sample, those after the image; of a tokenizer alone those of the text itself.
+        fingerprint: the tokens fingerprint that evaluations with this model and processor carry, or None.
+    """
+
+    vision: list[int] | None
+    text: list[int]
+    fingerprint: str | None
+
+
+def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
+    """Tokens as an evaluation with this adapter has them.
+
+    Args:
+        probe: the samples.
+        adapter: one that knows its masks before the forward, as that of Hugging Face models does.
+
+    Raises:
+        ProbeError: a sample does not fit the model; the message names it.
+
+    Ranks: any, each for itself.
+    """
+    encoded = encode_probe(probe, adapter, rank=0, world_size=1, batch_size=1)
+    masks = [batch.masks for batch in encoded.batches]
+    vision = [int(mask.vision.sum()) for mask in masks if mask is not None]
+    text = [int(mask.text.sum()) for mask in masks if mask is not None]
+    return TokenCounts(vision, text, encoded.tokens_fingerprint)
+
+
+def counts_of_tokenizer(probe: Probe, tokenizer: Any) -> TokenCounts:
+    """Tokens of the texts alone, after the probe's cut. Ranks: any, each for itself."""
+    texts = (cut_text(tokenizer, sample.text, probe.max_text_tokens) for sample in probe.samples)
+    return TokenCounts(None, [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], None)

@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mir_callback import PlateauRule
-from mir_callback.analysis import noise
-from mir_callback.analysis.axes import curves_over, value_at
-from mir_callback.analysis.compare import Recipe, compare
-from mir_callback.analysis.export import remarks_of
-from mir_callback.analysis.noise import assumed_sd
-from mir_callback.analysis.ranking import Difference, ProbeNoise, holm, ranks
-from mir_callback.analysis.runs import Run
-from mir_callback.analysis.savings import stop_of
-from mir_callback.analysis.tables import tables_of, verdict_of
+from mir_callback.analysis import statistics as noise
+from mir_callback.analysis.compare import Recipe, compare, stop_of
+from mir_callback.analysis.curves import curves_over, value_at
+from mir_callback.analysis.load import Run
+from mir_callback.analysis.statistics import Difference, ProbeNoise, assumed_sd, holm, ranks
+from mir_callback.analysis.tables import remarks_of, tables_of, verdict_of
 from mir_callback.errors import ConfigError, HistoryError
 
 # What benchmarks/seeds.py has trained: recipes with several runs that differ in the seed only.

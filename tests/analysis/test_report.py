@@ -21,9 +21,8 @@ from PIL import Image
 
 from mir_callback import Probe
 from mir_callback.analysis import page
+from mir_callback.analysis.page.charts import edges_between, scale_of, short
 from mir_callback.analysis.page.facts import paired_error
-from mir_callback.analysis.page.heat import edges_between
-from mir_callback.analysis.page.scales import scale_of, short
 from mir_callback.analysis.page.views import RunView
 from mir_callback.errors import HistoryError
 from tests.analysis.pages import COMPANIONS, page_of, parse, records

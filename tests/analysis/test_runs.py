@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.analysis.records import cleaned, read_records
-from mir_callback.analysis.runs import read_run, read_runs
-from mir_callback.analysis.wandb_file import read_wandb
+from mir_callback.analysis.load import cleaned, read_records, read_run, read_runs
 from mir_callback.errors import HistoryError
 from tests.samples import pairs
 from tests.training import wandb_file

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from mir_callback import Probe
-from mir_callback.analysis.sheet import draw_sheet
+from mir_callback.analysis.contact_sheet import draw_sheet
 from mir_callback.errors import ConfigError
-from mir_callback.probe.counts import TokenCounts
+from mir_callback.probe.batches import TokenCounts
 
 COLOURS = [(200, 30 * i, 255 - 30 * i) for i in range(7)]
 

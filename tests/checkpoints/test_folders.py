@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from mir_callback.checkpoints.folders import checkpoints_in
-from mir_callback.checkpoints.hub import folder_of, is_local
-from mir_callback.checkpoints.trainer_state import state_fields
+from mir_callback.checkpoints.discover import checkpoints_in, state_fields
+from mir_callback.checkpoints.load import folder_of, is_local
 from mir_callback.errors import ConfigError
 
 WEIGHTS = ("config.json", "model.safetensors")

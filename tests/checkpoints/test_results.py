@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-from mir_callback.checkpoints.locking import locked
-from mir_callback.checkpoints.results import RESULTS_NAME, Results
+from mir_callback.checkpoints.results import RESULTS_NAME, Results, locked
 from mir_callback.errors import HistoryError
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.distributed.launch import run_process
 
 COUNT = 60

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests import tiny_models
 from tests.commands.running import run_command
 from tests.distributed.adapter_worker import adapted

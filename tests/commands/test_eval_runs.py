@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.commands.running import run_command
 from tests.distributed.launch import ROOT
 from tests.samples import pairs

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from mir_callback import Probe
-from mir_callback.collectives import gather_objects
-from mir_callback.engine import capacity
-from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
-from mir_callback.model.memory import GB, Budgets
+from mir_callback.distributed import gather_objects
+from mir_callback.evaluation import hidden_states as capacity
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
+from mir_callback.evaluation.memory import GB, Budgets
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe, TimeShare
-from mir_callback.training.clock import Clock
+from mir_callback.clock import Clock
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer

@@ -4,7 +4,7 @@
 import pytest
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.distributed.launch import run_process, run_ranks
 from tests.samples import pairs
 from tests.training.runs import make_trainer

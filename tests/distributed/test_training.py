@@ -9,9 +9,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.best_model import lowest_record
 from mir_callback.cli import main
-from mir_callback.training.checkpoint import lowest_record
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests import tiny_models
 from tests.distributed.launch import run_process, run_ranks
 from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, SMALL_BUDGET_GB, STEPS

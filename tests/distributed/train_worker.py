@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
-from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer, optimizer_state

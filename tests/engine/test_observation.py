@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.engine import capacity
 from mir_callback.errors import ConfigError
-from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
-from mir_callback.model.memory import GB, Budgets, pinned_bytes
+from mir_callback.evaluation import hidden_states as capacity
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
+from mir_callback.evaluation.memory import GB, Budgets, pinned_bytes
 from mir_callback.model.modality import ModalityMasks
-from mir_callback.probe.adapter import AdaptedBatch
-from mir_callback.probe.huggingface import HuggingFaceAdapter
+from mir_callback.probe.adapters import AdaptedBatch, HuggingFaceAdapter
 from tests import tiny_models
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs

@@ -9,14 +9,14 @@ import threading
 import pytest
 import torch
 
-from mir_callback.engine.peak import peak_memory
+from mir_callback.evaluation.memory import peak_memory
 
 
 def test_peak_is_seen_below_and_above_the_highest_use_so_far():
     # A process of its own: whether a use is the highest so far depends on everything before it.
     code = """
 import time, torch
-from mir_callback.engine.peak import peak_memory
+from mir_callback.evaluation.memory import peak_memory
 MB = 2**20
 def use(megabytes, seconds=0.0):
     block = torch.ones(megabytes * MB, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mir_callback import Probe
-from mir_callback.evaluation import adapter_for, encode_for, evaluate_encoded
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.faults.memory import memory_ends_in

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.distributed.launch import run_process
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from mir_callback.training.watchdog import EXIT_CODE
+from mir_callback.watchdog import EXIT_CODE
 from tests.faults.runs import reports, run_broken
 from tests.faults.train_worker import FAULT_STEP, STEPS
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir, modality_integration_rate
-from mir_callback.engine.peak import peak_memory
-from mir_callback.evaluation import adapter_for, encode_for, evaluate_beside, evaluate_encoded
-from mir_callback.metric import coupling, fixed_point, frechet, influence
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_beside, evaluate_encoded
+from mir_callback.evaluation.hidden_states import Stash
+from mir_callback.evaluation.memory import GB, budgets_of, peak_memory
+from mir_callback.metric import coupling, frechet, influence
+from mir_callback.metric import moments as fixed_point
 from mir_callback.metric.moments import moments_of
-from mir_callback.model.memory import GB, budgets_of
-from mir_callback.model.stash import Stash
 from tests import reference, tiny_models
 from tests.clouds import CASES, generator
 from tests.distributed.launch import run_ranks

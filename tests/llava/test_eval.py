@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mir_callback.training.history import read_history
+from mir_callback.history import read_history
 from tests.distributed.launch import run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.test_original import EXAMPLE, arguments

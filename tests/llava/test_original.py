@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mir_callback import Probe
-from mir_callback.training.checkpoint import lowest_record
+from mir_callback.best_model import lowest_record
 from tests.distributed.launch import ROOT, run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES

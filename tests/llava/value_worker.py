@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import LlamaTokenizer
 
 from llava_integration import OriginalLlavaAdapter
-from llava_integration.splicing import spliced_masks
+from llava_integration.common import spliced_masks
 from mir_callback import Probe, evaluate_mir
 from tests import reference
 from tests.distributed.launch import write_rank

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.metric import blas
+from mir_callback.metric import linalg as blas
 from tests.clouds import generator
 
 

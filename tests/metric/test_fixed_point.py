@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from mir_callback.metric import fixed_point
-from mir_callback.metric.fixed_point import add_scatter
+from mir_callback.metric import moments as fixed_point
+from mir_callback.metric.moments import add_scatter
 from tests.clouds import CASES, generator
 
 HALF = [torch.bfloat16, torch.float16]

@@ -6,9 +6,8 @@ import ctypes
 import pytest
 import torch
 
-from mir_callback.engine.peak import peak_memory
-from mir_callback.metric.coupling import couple
-from mir_callback.metric.factors import factored
+from mir_callback.evaluation.memory import peak_memory
+from mir_callback.metric.coupling import couple, factored
 from mir_callback.metric.frechet import frechet_from_coupling
 from mir_callback.metric.influence import maps_by_polar_factor, transport_maps
 from mir_callback.metric.moments import moments_from_scatter

@@ -6,8 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mir_callback.metric.coupling import couple
-from mir_callback.metric.factors import factored
+from mir_callback.metric.coupling import couple, factored
 from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import (
     SampleSums,

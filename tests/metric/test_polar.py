@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.metric.factors import factored
+from mir_callback.metric.coupling import factored, nuclear_norm
 from mir_callback.metric.moments import moments_of
-from mir_callback.metric.polar import nuclear_norm
 from tests.clouds import CASES, generator
 
 

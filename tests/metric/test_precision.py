@@ -11,7 +11,7 @@ import torch
 
 from mir_callback import frechet_distance, modality_integration_rate
 from mir_callback.metric import coupling
-from mir_callback.metric.factors import factored
+from mir_callback.metric.coupling import factored
 from mir_callback.metric.frechet import frechet_from_coupling, frechet_from_moments
 from mir_callback.metric.moments import moments_of
 from mir_callback.metric.tokens import OutlierRule, row_norms

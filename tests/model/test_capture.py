@@ -9,8 +9,8 @@ from mir_callback import Probe
 from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import encode_probe
-from mir_callback.probe.huggingface import HuggingFaceAdapter
 from tests import tiny_models
 from tests.samples import pairs
 

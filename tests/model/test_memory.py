@@ -8,8 +8,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mir_callback.errors import ConfigError
-from mir_callback.model import memory
-from mir_callback.model.memory import Budgets, Plan, check_capture_budget, is_out_of_memory, pinned_bytes, plan_pass
+from mir_callback.evaluation import memory
+from mir_callback.evaluation.memory import (
+    Budgets,
+    Plan,
+    check_capture_budget,
+    is_out_of_memory,
+    pinned_bytes,
+    plan_pass,
+)
 
 LAYERS = st.integers(1, 100)
 NEED = st.integers(0, 10**12)

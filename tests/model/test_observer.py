@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.model.observer import release_gathered_weights, undisturbed
+from mir_callback.model.isolation import release_gathered_weights, undisturbed
 from tests import tiny_models
 from tests.samples import pairs
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mir_callback.model.stash import Stash
+from mir_callback.evaluation.hidden_states import Stash
 
 DIM = 3
 ROW = DIM * 4  # bytes

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.probe.adapters import HuggingFaceAdapter, cut_text, image_placeholder
 from mir_callback.probe.batches import encode_probe, share_of_rank
-from mir_callback.probe.huggingface import HuggingFaceAdapter, cut_text, image_placeholder
 from tests import tiny_models
 from tests.samples import SENTENCE, pairs
 

@@ -2,8 +2,8 @@
 """Token counts without a forward are those that an evaluation has."""
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.probe.counts import counts_of_model, counts_of_tokenizer
-from mir_callback.probe.huggingface import HuggingFaceAdapter
+from mir_callback.probe.adapters import HuggingFaceAdapter
+from mir_callback.probe.batches import counts_of_model, counts_of_tokenizer
 from tests import tiny_models
 from tests.samples import pairs
 

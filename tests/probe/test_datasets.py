@@ -6,7 +6,7 @@ import pytest
 
 from mir_callback import Probe
 from mir_callback.errors import ProbeError
-from mir_callback.probe.datasets import open_dataset
+from mir_callback.probe.sources import open_dataset
 from tests.samples import pairs, write_folders
 
 FEATURES = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.training.checkpoint import BestModel
-from mir_callback.training.history import FILE_NAME, History, read_history
+from mir_callback.best_model import BestModel
+from mir_callback.history import FILE_NAME, History, read_history
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import make_trainer

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import HfArgumentParser
 
-from llava_integration.flags import make_parser, read_flags
-from llava_integration.launch import main, split
 from mir_callback import AtSteps, EveryEpochs, LogSpaced, MIRArguments, PlateauRule, Probe, TimeShare
 from mir_callback.errors import ConfigError
+from mir_callback.launch import main, make_parser, read_flags, split
 from tests.distributed.launch import run_process
 from tests.samples import pairs
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mir_callback import MIRCallback, Probe
+from mir_callback.best_model import FOLDER_NAME, NOTE_NAME, BestModel, lowest_record
 from mir_callback.errors import ConfigError
-from mir_callback.training.checkpoint import FOLDER_NAME, NOTE_NAME, BestModel, lowest_record
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer, weights
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.training.clock import Clock, pace_fields
-from mir_callback.training.schedule import EverySteps, Moment, Pace, TimeShare
+from mir_callback.clock import Clock, pace_fields
+from mir_callback.schedule import EverySteps, Moment, Pace, TimeShare
 
 
 class Run:

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from mir_callback.errors import ConfigError
-from mir_callback.training.failures import FailurePolicy, Failures
-from mir_callback.training.watchdog import EXIT_CODE, Watchdog
+from mir_callback.failures import FailurePolicy, Failures
+from mir_callback.watchdog import EXIT_CODE, Watchdog
 
 
 def test_only_the_first_evaluation_is_not_tolerated_when_warning():
@@ -84,7 +84,7 @@ def test_telling_costs_next_to_nothing():
 
 def test_process_ends_with_a_code_of_its_own_when_asked_to():
     code = (
-        "import time; from mir_callback.training.watchdog import Watchdog\n"
+        "import time; from mir_callback.watchdog import Watchdog\n"
         "with Watchdog(0.2, abort=True).over('evaluation', 0): time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

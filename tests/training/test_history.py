@@ -7,7 +7,7 @@ import os
 import pytest
 
 from mir_callback.errors import HistoryError
-from mir_callback.training.history import FILE_NAME, History, read_history
+from mir_callback.history import FILE_NAME, History, read_history
 
 DEFINITION = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
 

@@ -6,9 +6,9 @@ import wandb
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, PlateauRule, Probe, Verdict
-from mir_callback.training.alerts import due_alert
-from mir_callback.training.history import read_history
-from mir_callback.training.judge import verdict_fields
+from mir_callback.history import read_history
+from mir_callback.loggers import due_alert
+from mir_callback.monitor import verdict_fields
 from tests.samples import pairs
 from tests.training import wandb_file
 from tests.training.runs import make_trainer

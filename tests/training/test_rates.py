@@ -93,7 +93,7 @@ def test_a_steady_fall_under_noise_that_lingers_is_stopped_less_often_for_the_lo
     from plateau_curves import noise, straight_by
     from plateau_runs import records, stop_of
 
-    from mir_callback.training import plateau
+    from mir_callback import early_stopping as plateau
 
     def stops(fall, size, memory):
         rng, t = np.random.default_rng(3), np.arange(45) / 44

@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.training.trackers import log_values
+from mir_callback.loggers import log_values
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, PlateauRule, Probe, Verdict
 from mir_callback.errors import ConfigError, HistoryError
-from mir_callback.training.history import changed_circumstances, since_last_stop
+from mir_callback.history import changed_circumstances, since_last_stop
 from tests.samples import pairs
 from tests.training import wandb_file
 from tests.training.runs import losses, make_trainer

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mir_callback.errors import ConfigError
-from mir_callback.training.events import check_events, is_due_at_start
-from mir_callback.training.schedule import (
+from mir_callback.schedule import (
     AtSteps,
     EveryEpochs,
     EverySteps,
@@ -18,7 +17,9 @@ from mir_callback.training.schedule import (
     Schedule,
     TimeShare,
     as_schedule,
+    check_events,
     due_steps,
+    is_due_at_start,
 )
 
 SCHEDULES = st.one_of(

@@ -10,8 +10,8 @@ import wandb
 
 from mir_callback import MIRCallback, Probe, hyperparameter_search
 from mir_callback.errors import ConfigError
-from mir_callback.training.history import read_history
-from mir_callback.training.sweeps import objective_record
+from mir_callback.history import read_history
+from mir_callback.integrations.sweeps import objective_record
 from tests.distributed.launch import run_ranks
 from tests.samples import pairs
 from tests.training import wandb_file

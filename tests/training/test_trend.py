@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import linregress, theilslopes
 
-from mir_callback.training import trend
+from mir_callback import early_stopping as trend
 
 
 @given(st.integers(0, 10_000), st.integers(2, 30))

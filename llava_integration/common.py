@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where LLaVA models put image features, observed while they do it.
+
+In the LLaVA code bases an image is one placeholder id, which `prepare_inputs_labels_for_multimodal` replaces by the
+image's features inside the forward; it also drops padding, truncates and pads anew. It treats labels as it treats
+tokens, and gives image features the ignore label. So marks are passed in place of labels, and the labels that come out
+say what every position of the new sequence is. The ordinary forward does all this itself, no part of it is run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.model.modality import ModalityMasks, modality_masks
+from mir_callback.probe.adapters import LiveMasks, cut_text, require_plain_text
+from mir_callback.probe.probe import Sample
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ConfigError unless there is a tokenizer. Ranks: pure."""
+    if tokenizer is None:
+        raise ConfigError("tokenizer must be given, got None; pass the run's tokenizer, or give it to the Trainer")
+
+
+def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:
+    """A sample's text, cut.
+
+    Args:
+        sample: the sample.
+        tokenizer: decides where ``max_text_tokens`` tokens end.
+        max_text_tokens: longest text.
+        placeholders: what the code base replaces in prompts by something else, such as ``<image>``.
+
+    Raises:
+        ProbeError: the text holds a placeholder or a control token of the tokenizer.
+
+    Ranks: pure.
+    """
+    for token in placeholders:
+        if token in sample.text:
+            raise ProbeError(
+                f"probe text of {sample.name} must be plain text, got {token!r} in it; remove or rewrite it"
+            )
+    text = cut_text(tokenizer, sample.text, max_text_tokens)
+    require_plain_text(tokenizer, text, sample.name)
+    return text
+
+
+def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one batch.
+
+    The fill is never read, as these models drop what the mask leaves out before they embed anything; so a tokenizer
+    without a pad token will do. The mask follows the lengths, as texts can hold any id.
+
+    Args:
+        ids: (n,) integers each.
+
+    Returns:
+        Ids (B, S) and their attention mask (B, S) bool.
+
+    Ranks: pure.
+    """
+    width = max(len(row) for row in ids)
+    batch = torch.zeros(len(ids), width, dtype=torch.long)
+    attention = torch.zeros(len(ids), width, dtype=torch.bool)
+    for row, tokens in enumerate(ids):
+        batch[row, : len(tokens)] = tokens
+        attention[row, : len(tokens)] = True
+    return batch, attention
+
+
+def after_image(ids: Sequence[Tensor]) -> list[Tensor]:
+    """Of each sample's token ids those after its last image, whose placeholder is negative. Ranks: pure."""
+    return [row[int((row < 0).nonzero()[-1]) + 1 :] for row in ids]
+
+
+METHOD = "prepare_inputs_labels_for_multimodal"
+IGNORE_INDEX = -100
+_TEXT_MARK = 1
+# Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
+_ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
+_ATTENTION_RESULT, _LABELS_RESULT = 2, 5
+
+
+@contextmanager
+def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = True) -> Iterator[LiveMasks]:
+    """While open, observe the expansion of image placeholders in every forward of ``model``.
+
+    Args:
+        model: the unwrapped model, with the method named METHOD.
+        placeholder: the id that stands for one image.
+        every_sample: refuse a batch in which a sample has no vision or no text tokens.
+
+    Yields:
+        A function that gives the masks of the forward under way.
+
+    Raises (from that function):
+        UnsupportedModelError: the forward did not expand images, or not as expected.
+        ProbeError: a sample has no vision or no text tokens left after expansion and truncation.
+    """
+    original: Any = getattr(model, METHOD)
+    seen: list[ModalityMasks] = []
+
+    def observed(*arguments: Any, **options: Any) -> Any:
+        if len(arguments) <= _LABELS_ARGUMENT or arguments[_ATTENTION_ARGUMENT] is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}.{METHOD} must be called with ids, positions, attention mask, cache and labels "
+                "in this order and an attention mask given, as in the published code; this version needs an adapter"
+            )
+        ids: Tensor = arguments[0]
+        marks = torch.where(ids == placeholder, IGNORE_INDEX, _TEXT_MARK)
+        result = original(*arguments[:_LABELS_ARGUMENT], marks, *arguments[_LABELS_ARGUMENT + 1 :], **options)
+        masks = _masks(model, result)
+        if every_sample:
+            _check_every_sample(masks)
+        seen[:] = [masks]
+        return (*result[:_LABELS_RESULT], None)
+
+    def current() -> ModalityMasks:
+        if not seen:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the forward reached its decoder layers without {METHOD}; "
+                "this version of the code needs an adapter of its own"
+            )
+        return seen.pop()
+
+    setattr(model, METHOD, observed)
+    try:
+        yield current
+    finally:
+        delattr(model, METHOD)  # the class's own method shows again
+
+
+def _masks(model: nn.Module, result: Any) -> ModalityMasks:
+    attention, marks = result[_ATTENTION_RESULT], result[_LABELS_RESULT]
+    if not isinstance(marks, Tensor) or not isinstance(attention, Tensor) or marks.shape != attention.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.{METHOD} must return an attention mask and labels of one shape, got "
+            f"{type(attention).__name__} and {type(marks).__name__}; this version of the code needs an adapter"
+        )
+    return modality_masks(marks, attention, (IGNORE_INDEX,))
+
+
+def _check_every_sample(masks: ModalityMasks) -> None:
+    for name, mask in (("vision", masks.vision), ("text", masks.text)):
+        if not bool(mask.any(dim=1).all()):
+            raise ProbeError(
+                f"every probe sample must have {name} tokens after the model has placed its images, got none in a "
+                "sample; raise tokenizer_model_max_length (images come first and text is cut off), or check the images"
+            )

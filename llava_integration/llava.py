@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of LLaVA-VL/LLaVA-NeXT (LLaVA-NeXT, LLaVA-OneVision), whose package is called `llava` too.
+
+Its image expansion goes by what its own collator hands over, and that is what the adapter gives it: images as a list
+whatever their shapes (of a stacked batch the newline feature of `spatial_unpad` would be missing), the size of every
+image, and for every sample the word "image" (rows beyond the words given are dropped).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_integration.common import after_image, pad_right, plain_text, require_tokenizer, spliced_masks
+from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
+from mir_callback import distributed as collectives
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.model.decoder import unwrap
+from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
+from mir_callback.probe.probe import Sample
+
+PROJECTOR_FILE = "mm_projector.bin"
+_GATHER = "get_mm_adapter_state_maybe_zero_3"
+
+
+def projector_saver(trainer: Any) -> ProjectorSaver | None:
+    """A saver if the Trainer's own `save_model` writes no weights, because only the projector trains; else None.
+
+    Ranks: all.
+    """
+    arguments = getattr(trainer, "args", None)
+    parts = (getattr(arguments, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
+    alone = getattr(arguments, "tune_mm_mlp_adapter", False) or parts in (["mm_mlp_adapter"], ["mm_vision_resampler"])
+    return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
+
+
+class ProjectorSaver:
+    """`mm_projector.bin` and the configuration, as LLaVA's own stage-1 checkpoints hold them.
+
+    Weights are collected by LLaVA's own function, which gathers one at a time under ZeRO-3.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def __call__(self, folder: Path) -> None:
+        """See :class:`mir_callback.best_model.WeightSaver`."""
+        names = ["mm_projector", "vision_resampler"]
+        if getattr(self._trainer.args, "use_im_start_end", False):
+            names += ["embed_tokens", "embed_in"]
+        weights = _gather_of(self._trainer)(self._trainer.model.named_parameters(), names)
+        if collectives.is_main():
+            self._trainer.model.config.save_pretrained(str(folder))
+            torch.save(weights, os.path.join(folder, PROJECTOR_FILE))
+
+    def notice(self) -> str | None:
+        """See :class:`mir_callback.best_model.WeightSaver`."""
+        return f"only the projector trains, so only {PROJECTOR_FILE} and the configuration are kept"
+
+
+def _gather_of(trainer: Any) -> Any:
+    """The function of LLaVA's trainer module, whichever subclass of its Trainer this is."""
+    for cls in type(trainer).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), _GATHER, None)
+        if found is not None:
+            return found
+    return None
+
+
+class OriginalLlavaAdapter:
+    """Encodes samples as LLaVA's own training and inference code does, and observes its image expansion.
+
+    Args:
+        model: the model, bare or wrapped.
+        tokenizer: the run's tokenizer; a pad token is not needed, the model drops padding by the attention mask.
+        conversation: name of a conversation template ("plain", "v1", "llama_2", ...); by default the run's own
+            (`llava.conversation.default_conversation`). "plain", LLaVA's pre-training form, is image, text, separator;
+            others put the image into the first turn and the text into the reply, as the authors of MIR do.
+
+    Raises:
+        ConfigError: no tokenizer, an unknown template.
+        UnsupportedModelError: see :func:`require_observable`.
+    """
+
+    _for_llava_next = False
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
+        top: Any = unwrap(model)
+        require_observable(top)
+        if is_llava_next(top) != self._for_llava_next:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} must be given a model of its own code base, got {type(top).__name__} of "
+                f"{'LLaVA-NeXT' if is_llava_next(top) else 'the original LLaVA'}; use "
+                f"{'LlavaNextAdapter' if is_llava_next(top) else 'OriginalLlavaAdapter'}"
+            )
+        require_tokenizer(tokenizer)
+        self._config = top.config
+        self._tokenizer = tokenizer
+        self._image_processor = top.get_vision_tower().image_processor
+        self._template = _template(conversation)
+
+    def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
+        """See :class:`mir_callback.probe.adapters.Adapter`."""
+        ids = [self._ids(sample, max_text_tokens) for sample in samples]
+        input_ids, attention = pad_right(ids)
+        pictures = [sample.open_image() for sample in samples]
+        pixels = [self._pixels(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+        inputs = {"input_ids": input_ids, "attention_mask": attention, **self._image_inputs(pixels, pictures)}
+        return AdaptedBatch(inputs, None, ids, after_image(ids))
+
+    @contextmanager
+    def live_masks(self, model: nn.Module) -> Iterator[LiveMasks | None]:
+        """See :func:`spliced_masks`."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        with tower_states_checked(model), spliced_masks(model, IMAGE_TOKEN_INDEX) as current:
+            yield current
+
+    def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
+        """See :class:`mir_callback.best_model.OffersSaver`."""
+        return projector_saver(trainer)
+
+    def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
+        from llava.constants import (
+            DEFAULT_IM_END_TOKEN,
+            DEFAULT_IM_START_TOKEN,
+            DEFAULT_IMAGE_PATCH_TOKEN,
+            DEFAULT_IMAGE_TOKEN,
+        )
+        from llava.mm_utils import tokenizer_image_token
+
+        placeholders = (DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+        image = DEFAULT_IMAGE_TOKEN
+        if getattr(self._config, "mm_use_im_start_end", False):
+            image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
+        text = plain_text(sample, self._tokenizer, max_text_tokens, placeholders)
+        prompt = self._prompt(image, text)
+        tokens: Tensor = tokenizer_image_token(prompt, self._tokenizer, return_tensors="pt")
+        return tokens
+
+    def _prompt(self, image: str, text: str) -> str:
+        from llava.conversation import SeparatorStyle
+
+        if self._template.sep_style == SeparatorStyle.PLAIN:
+            return f"{image}{text}{self._template.sep}"
+        conversation = self._conversation()
+        conversation.append_message(conversation.roles[0], f"{image}\n")
+        conversation.append_message(conversation.roles[1], text)
+        return str(conversation.get_prompt())
+
+    def _pixels(self, sample: Sample, picture: Any) -> Tensor:
+        """(3, H, W), or (tiles, 3, H, W) for anyres; one image at a time, as when LLaVA trains."""
+        from llava.mm_utils import process_images
+
+        try:
+            pixels: Tensor = process_images([picture], self._image_processor, self._config)[0]
+        except Exception as error:  # from Pillow, NumPy, transformers or LLaVA: any kind
+            raise ProbeError(
+                f"probe image of {sample.name} must pass LLaVA's process_images with image_aspect_ratio="
+                f"{self._aspect_ratio!r}, got {type(error).__name__}: {error} for {picture.width} x {picture.height} "
+                "pixels; replace or remove that image, or see whether the model's configuration fits its processor"
+            ) from error
+        return pixels
+
+    @property
+    def _aspect_ratio(self) -> str | None:
+        return getattr(self._config, "image_aspect_ratio", None)
+
+    def _conversation(self) -> Any:
+        """The template without messages."""
+        conversation = self._template.copy()
+        conversation.messages = []
+        return conversation
+
+    def _image_inputs(self, pixels: list[Tensor], pictures: list[Any]) -> dict[str, Any]:
+        """What the forward is told of the images: one tensor, or a list where anyres gives them different tiles."""
+        alike = len({image.shape for image in pixels}) == 1
+        inputs: dict[str, Any] = {"images": torch.stack(pixels) if alike else pixels}
+        if "anyres" in (self._aspect_ratio or ""):
+            inputs["image_sizes"] = [picture.size for picture in pictures]
+        return inputs
+
+
+def _template(name: str | None) -> Any:
+    from llava import conversation
+
+    if name is None:
+        return conversation.default_conversation
+    if name not in conversation.conv_templates:
+        known = ", ".join(sorted(conversation.conv_templates))
+        raise ConfigError(f"conversation must be one of {known}, got {name!r}; leave it out for the run's own")
+    return conversation.conv_templates[name]
+
+
+class LlavaNextAdapter(OriginalLlavaAdapter):
+    """Encodes samples as LLaVA-NeXT's own training code does, and observes its image expansion.
+
+    Args:
+        model: the model, bare or wrapped.
+        tokenizer: the run's tokenizer.
+        conversation: name of a conversation template ("plain", "qwen_1_5", ...), by default the run's own; see
+            :class:`OriginalLlavaAdapter`.
+
+    Raises:
+        ConfigError: no tokenizer, an unknown template.
+        UnsupportedModelError: the model has no vision tower, does not expand images as LLaVA does, or its forward takes
+            no modalities.
+    """
+
+    _for_llava_next = True
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
+        super().__init__(model, tokenizer, conversation=conversation)
+        kind = type(unwrap(model))
+        if "modalities" not in inspect.signature(kind.forward).parameters:
+            raise UnsupportedModelError(
+                f"{kind.__name__}.forward must take modalities, which LLaVA-NeXT's own collator gives it, got one "
+                "without; use LlavaQwen, LlavaLlama or LlavaMixtral, or write an adapter"
+            )
+
+    def _image_inputs(self, pixels: list[Tensor], pictures: list[Any]) -> dict[str, Any]:
+        """One image a sample: (3, H, W), or (T, 3, H, W) in tiles."""
+        return {
+            "images": pixels,
+            "image_sizes": [picture.size for picture in pictures],
+            "modalities": ["image"] * len(pictures),
+        }
+
+    def _conversation(self) -> Any:
+        """Llama 3's template asks a tokenizer for its words, and loses its own when copied."""
+        conversation = super()._conversation()
+        conversation.tokenizer = self._tokenizer
+        return conversation

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a checkpoint: the family it belongs to makes a model and an adapter of it, with every weight in its place."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mir_callback.checkpoints.discover import Checkpoint, read_json
+from mir_callback.errors import ConfigError, MIRError
+from mir_callback.probe.adapters import Adapter
+
+_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SAFE, _PICKLED = "*.safetensors", ["pytorch_model*.bin", "adapter_model.bin", "mm_projector.bin"]
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a folder: there is one, or it cannot be a hub name. Ranks: any."""
+    return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def folder_of(name: str, *, weights: bool = True, what: str = "a model") -> Path:
+    """The folder that a name means, fetched from the hub if it is a hub name and not on this machine.
+
+    Args:
+        name: a folder, or a repository such as ``llava-hf/llava-1.5-7b-hf``.
+        weights: also fetch weights, safetensors if there are any.
+        what: what it is, for the message.
+
+    Raises:
+        ConfigError: neither a folder nor a repository that can be fetched.
+
+    Ranks: any; each machine fetches once.
+    """
+    if is_local(name):
+        folder = Path(os.path.expanduser(name))  # pathlib's own refuses the name of a user it does not know
+        if not folder.is_dir():
+            why = "a file; name the folder it is in" if folder.exists() else "which does not exist"
+            raise ConfigError(f"{what} must be a folder or a hub name, got {folder}, {why}")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *([_SAFE] if weights else [])]))
+        if weights and not any(folder.glob(_SAFE)):
+            folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *_PICKLED]))
+    except Exception as error:  # of the hub's client, of its connection, of the disk: any kind
+        raise ConfigError(
+            f"{what} must be a folder or a hub name, got {name}, which is no folder here and cannot be had from the "
+            f"hub: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return folder
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds the settings of an image processor. Ranks: any."""
+    return any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The message of a foreign error, which may be a page long, as one line. Ranks: pure."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= longest else f"{words[:longest]}..."
+
+
+def base_of(folder: Path, given: str | None, named: object, where: str) -> Path:
+    """The base model of a checkpoint that does not hold all of its weights.
+
+    Args:
+        folder: the checkpoint's.
+        given: what the user says it is, which goes first.
+        named: what the checkpoint says it is.
+        where: the field of the checkpoint that says so.
+
+    Returns:
+        The base model's folder.
+
+    Raises:
+        ConfigError: nobody says, or it is not there.
+    """
+    name = given or named
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{folder} holds only a part of a model, and {where} must name its base, got none; give --base"
+        )
+    try:
+        return folder_of(name, what="the base model")
+    except ConfigError as error:
+        source = "--base" if given else f"{where} of {folder}"
+        raise ConfigError(
+            f"{folder} holds a part of a model, and the base that {source} names must be there: {error}; give --base "
+            "the folder or hub name of the model it was trained from"
+        ) from error
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+_KEYS_NAMED = 4
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How checkpoints are opened; None where the checkpoint or its family decides.
+
+    Attributes:
+        dtype: one of DTYPES, or "auto" for that of the stored weights.
+        vision_dtype: of LLaVA's vision tower, likewise; "auto" for what LLaVA trains with.
+        base: folder or hub name of the base model of a partial checkpoint.
+        processor: folder or hub name of the processor, of the tokenizer for LLaVA.
+        conversation: name of LLaVA's template.
+    """
+
+    dtype: str = AUTO
+    vision_dtype: str = AUTO
+    base: str | None = None
+    processor: str | None = None
+    conversation: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on the CPU and what encodes a probe for it."""
+
+    model: nn.Module
+    adapter: Adapter
+
+
+class Family(Protocol):
+    """A module that opens the checkpoints of one family of models."""
+
+    def opens(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this `config.json` (empty if it has none) is of this family."""
+        ...
+
+    def open_checkpoint(self, checkpoint: Checkpoint, options: LoadOptions) -> Opened:
+        """Open it.
+
+        Raises:
+            MIRError: something is missing or does not fit; names the remedy.
+        """
+        ...
+
+
+# Asked in this order. Named and not imported: llava_integration is the floor above, found when it is needed.
+FAMILIES = ("llava_integration.checkpoints", "mir_callback.checkpoints.huggingface")
+
+
+def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> Opened:
+    """A checkpoint's model on ``device``, in evaluation mode.
+
+    Raises:
+        MIRError: it cannot be opened completely; the message says why, in one line.
+
+    Ranks: any, each for itself.
+    """
+    config = read_json(checkpoint.folder / "config.json")
+    families = (importlib.import_module(name) for name in FAMILIES)
+    family: Any = next(family for family in families if family.opens(config))
+    try:
+        with redirect_stdout(sys.stderr):  # DeepSpeed and LLaVA tell what they do on stdout
+            opened: Opened = family.open_checkpoint(checkpoint, options)
+            opened.model.to(device).eval()
+    except MIRError:
+        raise
+    except Exception as error:  # of transformers, PEFT, DeepSpeed, safetensors, pickle, CUDA: any kind
+        raise ConfigError(
+            f"{checkpoint.folder} must be a whole checkpoint that can be opened here, got {type(error).__name__}: "
+            f"{one_line(error)}; save it anew, or see whether it needs other versions of its packages"
+        ) from error
+    return opened
+
+
+def release() -> None:
+    """Give the memory of a model that nothing refers to any more back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def require_complete(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    others: Collection[object] = (),
+) -> None:
+    """Refuse a model whose weights are not all and only those of its checkpoint.
+
+    Args:
+        checkpoint: named in the message.
+        model: its buffers that are not stored nowadays may be in an older checkpoint.
+        missing: names of the model's that the checkpoint lacks.
+        unexpected: names of the checkpoint's that the model lacks.
+        others: whatever else went wrong, such as other shapes.
+
+    Raises:
+        ConfigError: something is left; the message names it.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    told = [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", set(unexpected) - buffers),
+            ("not fitting", [str(other) for other in others]),
+        )
+        if names
+    ]
+    if told:
+        raise ConfigError(
+            f"the weights of {checkpoint.folder} must be all and only those of {type(model).__name__}, got "
+            f"{'; '.join(told)}; a model loaded so would be partly untrained: open it with the class and the versions "
+            "it was saved with"
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _KEYS_NAMED} more" if len(listed) > _KEYS_NAMED else ""
+    return f"{', '.join(listed[:_KEYS_NAMED])}{more}"

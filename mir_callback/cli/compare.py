@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir compare`: which of several runs or recipes has the lower MIR, and is that more than noise."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from ast import literal_eval
+from dataclasses import fields
+
+from mir_callback.analysis.compare import DEFAULT_LEVEL, Comparison, compare
+from mir_callback.analysis.curves import AXES
+from mir_callback.analysis.tables import TextTable, as_csv, as_json, as_markdown, remarks_of, tables_of, verdict_of
+from mir_callback.cli.arguments import RUNS, output_path, recipes_from, write_output
+from mir_callback.early_stopping import PlateauRule
+from mir_callback.errors import ConfigError, HistoryError
+
+HELP = "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped"
+EPILOG = f"""\
+{RUNS}
+Without such replicates it is not known how far a seed alone moves MIR; it is then assumed, generously.
+
+examples:
+  mir compare runs/short_captions runs/long_captions
+  mir compare short='runs/short_seed*' long='runs/long_seed*' --markdown comparison.md
+  mir compare runs/a runs/b --rule window=6,min_delta=0.03 --json - | jq .verdict
+"""
+_FILE_WIDTH = 160  # where there is no terminal to fit
+_WRITERS = {"json": as_json, "csv": as_csv, "markdown": as_markdown}
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of this subcommand."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN,RUN,... for a recipe")
+    how = parser.add_argument_group("how to compare")
+    how.add_argument("--by", choices=AXES, default="step", help="rank at equal steps, tokens, samples or training time")
+    how.add_argument(
+        "--at", type=float, metavar="N", help="where on that axis (default: the last place all have reached)"
+    )
+    how.add_argument("--seed-sd", type=float, metavar="X", help="standard deviation of MIR between seeds, if known")
+    how.add_argument(
+        "--level", type=float, default=DEFAULT_LEVEL, help="probability of a false difference (default: 0.05)"
+    )
+    how.add_argument(
+        "--anyway", action="store_true", help="compare values of different probes, token ids or roots too, and say so"
+    )
+    how.add_argument(
+        "--rule", metavar="NAME=VALUE,...", help="options of the stop rule to try (default: PlateauRule())"
+    )
+    result = parser.add_argument_group("besides the tables on the terminal ('-' writes to it instead of them)")
+    result.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    result.add_argument("--csv", metavar="FILE", help="write a line for each run as CSV")
+    result.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
+
+
+def run(options: Namespace) -> None:
+    """Read the runs, compare them, and show and write what was found.
+
+    Raises:
+        MIRError: a flag breaks its rule, no run can be read, or their values are not alike.
+    """
+    if sum(getattr(options, name) == "-" for name in _WRITERS) > 1:
+        raise ConfigError("'-' can be given for one of --json, --csv, --markdown, got it for several; name files")
+    rule = rule_from(options.rule)
+    recipes, missing = recipes_from(options.runs)
+    if not recipes:
+        raise HistoryError("; ".join(missing))
+    for sentence in missing:
+        print(f"mir compare: left out: {sentence}", file=sys.stderr)
+    runs = [run for recipe in recipes for run in recipe.runs]
+    targets = {
+        name: output_path(f"--{name}", words, runs)
+        for name in _WRITERS
+        if (words := getattr(options, name)) not in (None, "-")
+    }
+    settings = {"by": options.by, "at": options.at, "level": options.level, "seed_sd": options.seed_sd}
+    found = compare(recipes, rule=rule, anyway=options.anyway, **settings)
+    shown = True
+    for name, write in _WRITERS.items():
+        if (target := getattr(options, name)) == "-":
+            sys.stdout.write(write(found))
+            shown = False
+        elif target is not None:
+            write_output(f"--{name}", targets[name], write(found))
+    if shown:
+        show(found)
+
+
+def rule_from(text: str | None) -> PlateauRule:
+    """A stop rule from `name=value,...`.
+
+    Raises:
+        ConfigError: no such option, or no value of one.
+    """
+    known = [field.name for field in fields(PlateauRule)]
+    values: dict[str, float | int | bool | None] = {}
+    for part in (text or "").split(",") if text else []:
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ConfigError(
+                f"--rule takes {', '.join(known)}, got {part!r}; write e.g. --rule window=8,min_delta=0.02"
+            )
+        try:
+            values[name] = literal_eval(value)
+            float(values[name] or 0)
+        except (ValueError, SyntaxError, TypeError, OverflowError) as error:
+            raise ConfigError(f"{name} of --rule must be a number, True, False or None, got {value!r}") from error
+    return PlateauRule(**values)  # type: ignore[arg-type]
+
+
+def show(found: Comparison) -> None:
+    """Print a comparison."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_FILE_WIDTH)
+    for table in tables_of(found):
+        console.print(_rich(table))
+        console.print()
+    for remark in remarks_of(found):
+        console.print(f"- {remark}", markup=False, style="dim", soft_wrap=True)
+    if len(found.recipes) > 1:
+        verdict = verdict_of(found) or f"Nothing is ranked by {found.by}; the sentences above say why."
+        console.print(verdict, markup=False, style="bold", soft_wrap=True)
+
+
+def _rich(table: TextTable) -> object:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD)
+    for number, heading in enumerate(table.columns):
+        drawn.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mir probe`: build a probe from where samples are, or open a saved one; look at it, save it."""
+
+from __future__ import annotations
+
+import statistics
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mir_callback.analysis.contact_sheet import check_sheet_path, draw_sheet
+from mir_callback.errors import ConfigError
+from mir_callback.probe.adapters import HuggingFaceAdapter
+from mir_callback.probe.batches import TokenCounts, counts_of_model, counts_of_tokenizer
+from mir_callback.probe.probe import DEFAULT_MAX_TEXT_TOKENS, Probe
+from mir_callback.probe.sources import open_dataset
+
+HELP = "build, look at and save a probe: the fixed samples that MIR is measured on"
+EPILOG = """\
+examples:
+  mir probe --images textvqa/val --texts cnn/stories --save probe.zip --show probe.png
+  mir probe --questions TextVQA_0.5.1_val.json --images textvqa/train_images --texts cnn/stories --save probe.zip
+  mir probe --llava-json blip_laion_cc_sbu_558k.json --images images --save probe.zip
+  mir probe --dataset lmms-lab/textvqa --split validation --texts cnn/stories --save probe.zip
+  mir probe probe.zip --model llava-hf/llava-1.5-7b-hf --show probe.png
+"""
+_OF_DATASET = ("split", "image_column", "text_column")
+_DRAW = ("num_samples", "seed", "max_text_tokens")
+_BUILDING = ("images", "texts", "questions", "llava_json", "dataset", *_OF_DATASET, *_DRAW)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags of this subcommand."""
+    parser.add_argument("probe", nargs="?", help="a saved probe to open; leave it out to build one")
+    source = parser.add_argument_group("where the samples come from")
+    source.add_argument("--images", metavar="DIR", help="folder of images, searched recursively")
+    source.add_argument("--texts", metavar="DIR", help="folder of texts (.txt, .md, .story), searched recursively")
+    source.add_argument("--questions", metavar="FILE", help="TextVQA question file: only its images of --images")
+    source.add_argument("--llava-json", metavar="FILE", help="LLaVA-format JSON: images and texts of its records")
+    source.add_argument("--dataset", metavar="NAME", help="Hugging Face dataset: a hub name or a folder")
+    source.add_argument("--split", metavar="NAME", help="of --dataset (default: validation)")
+    source.add_argument("--image-column", metavar="NAME", help="of --dataset (default: image)")
+    source.add_argument("--text-column", metavar="NAME", help="of --dataset (default: text)")
+    drawing = parser.add_argument_group("the draw")
+    drawing.add_argument("--num-samples", type=int, metavar="N", help="image + text pairs (default: 100)")
+    drawing.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+    drawing.add_argument(
+        "--max-text-tokens", type=int, metavar="N", help=f"cut of the texts (default: {DEFAULT_MAX_TEXT_TOKENS})"
+    )
+    result = parser.add_argument_group("what becomes of it")
+    result.add_argument("--save", metavar="PATH", help="write it: one file (.zip) or a folder")
+    result.add_argument("--show", metavar="PNG", help="draw a contact sheet of all samples")
+    result.add_argument(
+        "--model", metavar="NAME", help="count tokens as this model's processor (or tokenizer) makes them; no weights"
+    )
+
+
+def run(options: Namespace) -> None:
+    """Build or open the probe, say what it is, and do what was asked with it.
+
+    Raises:
+        MIRError: a flag, a file or a sample breaks its rule.
+    """
+    for name, value in vars(options).items():
+        if value == "":
+            raise ConfigError(f"{_flag(name)} must not be empty, got ''; is a shell variable unset?")
+    if options.show:
+        check_sheet_path(options.show)
+    probe = _opened(options) if options.probe else _built(options)
+    if options.save:  # before anything is said, as nobody may be listening
+        probe.save(options.save)
+    print(f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens")
+    sizes = [sample.open_image().size for sample in probe.samples]
+    print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
+    print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")
+    counts = None
+    if options.model:
+        counts = _counted(probe, options.model)
+        _print_counts(counts)
+    if options.save:
+        print(f"saved to {options.save}")
+    if options.show:
+        print(f"contact sheet in {draw_sheet(probe, options.show, counts)}")
+
+
+def _opened(options: Namespace) -> Probe:
+    given = [name for name in _BUILDING if getattr(options, name) is not None]
+    if given:
+        flags = ", ".join(_flag(name) for name in given)
+        raise ConfigError(f"a saved probe is opened as it is, got {options.probe} and {flags}; leave one of them out")
+    return Probe.load(options.probe)
+
+
+def _built(options: Namespace) -> Probe:
+    asked = {name: getattr(options, name) for name in _DRAW}
+    draw = {name: value for name, value in asked.items() if value is not None}
+    stray = [name for name in _OF_DATASET if getattr(options, name) is not None and options.dataset is None]
+    if stray:
+        raise ConfigError(f"{_flag(stray[0])} must be given with --dataset, got it without; see mir probe --help")
+    special = [name for name in ("questions", "llava_json", "dataset") if getattr(options, name)]
+    if len(special) > 1:
+        flags = " and ".join(_flag(name) for name in special)
+        raise ConfigError(f"only one of {flags} can be the source of a probe; leave the others out")
+    match special:
+        case ["questions"]:
+            _require(options, "questions", images=True, texts=True)
+            return Probe.from_textvqa(options.questions, options.images, options.texts, **draw)
+        case ["llava_json"]:
+            _require(options, "llava_json", images=True, texts=False)
+            return Probe.from_llava_json(options.llava_json, options.images, **draw)
+        case ["dataset"]:
+            _require(options, "dataset", images=False)
+            columns = {name: getattr(options, name) for name in ("image_column", "text_column")}
+            columns = {name: value for name, value in columns.items() if value is not None}
+            dataset = open_dataset(options.dataset, options.split or "validation")
+            return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw)
+        case _:
+            _require(options, None, images=True, texts=True)
+            return Probe.from_folders(options.images, options.texts, **draw)
+
+
+def _flag(name: str) -> str:
+    return name if name == "probe" else "--" + name.replace("_", "-")
+
+
+def _require(options: Namespace, source: str | None, **wanted: bool) -> None:
+    """Refuse --images or --texts where the source does not use them, and their absence where it does."""
+    where = f"with --{source.replace('_', '-')}" if source else "to build a probe (or name a saved one)"
+    for name, needed in wanted.items():
+        if needed and getattr(options, name) is None:
+            raise ConfigError(f"--{name} must be given {where}, got none; see mir probe --help")
+        if not needed and getattr(options, name) is not None:
+            raise ConfigError(f"--{name} must be left out {where}, which brings its own, got {getattr(options, name)}")
+
+
+def _counted(probe: Probe, name: str) -> TokenCounts:
+    """Token counts by a model's processor, or by its tokenizer alone where it has no processor for images."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    processor = _processor_or_tokenizer(name)
+    if getattr(processor, "image_processor", None) is None:
+        return counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
+    with torch.device("meta"):  # the architecture without its weights
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+    return counts_of_model(probe, HuggingFaceAdapter(model, processor))
+
+
+def _processor_or_tokenizer(name: str) -> Any:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    failures = []
+    for kind in (AutoProcessor, AutoTokenizer):
+        try:
+            return kind.from_pretrained(name)
+        except Exception as error:  # whatever a hub client or a damaged folder leads to
+            failures.append(f"{kind.__name__}: {error}")
+    raise ConfigError(
+        f"--model must be a model folder or hub name with a processor or tokenizer, got {name}: {'; '.join(failures)}"
+    )
+
+
+def _print_counts(counts: TokenCounts) -> None:
+    for name, tokens in (("vision", counts.vision), ("text", counts.text)):
+        if tokens is not None:
+            print(f"  {name + ' tokens':13} {_range(tokens)} a sample, {sum(tokens):,} in all")
+    if counts.fingerprint is None:
+        print("  vision tokens are not counted: the model has a tokenizer only")
+    else:
+        print(f"  tokens fingerprint {counts.fingerprint}")
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least} to {most} (median {statistics.median_low(values)})"

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has MIR stopped moving? A pure rule from history to verdict.
+
+What counts is what going on would bring: a robust line through the last evaluations says how far MIR would still fall
+within a horizon, a part of the run, and its standard error how well that is known. The run is on its plateau only if
+that gain is small *and known to be small*. "No new best for P evaluations" would not do: MIR rises at first while a
+fresh projector's outputs grow, and only then falls. Reasons and measured rates: docs/stopping.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mir_callback.errors import ConfigError
+
+VerdictKind = Literal["going on", "plateau", "rising", "too noisy", "no data"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule made of a history.
+
+    Attributes:
+        kind: "going on", "plateau", "rising", "too noisy" or "no data".
+        reason: the figures behind it, as a sentence.
+        expected_gain: by how much MIR would still fall over the rule's horizon, below zero where it rises; None where
+            the rule has no estimate.
+        expected_gain_se: its standard error.
+        observed: the rule only watches: a plateau is told, and training goes on.
+    """
+
+    kind: VerdictKind
+    reason: str
+    expected_gain: float | None = None
+    expected_gain_se: float | None = None
+    observed: bool = False
+
+    @property
+    def stop(self) -> bool:
+        """Whether training should stop."""
+        return self.kind == "plateau" and not self.observed
+
+    @property
+    def would_stop(self) -> bool:
+        """Whether training should stop, or would if the rule did not only watch."""
+        return self.kind == "plateau"
+
+
+Array = NDArray[np.float64]
+
+# Median of the square of a standard normal variable, and standard deviation over median absolute deviation.
+_MEDIAN_SQUARE = 0.4549364
+_PER_MAD = 1.4826
+
+
+def theil_sen_slope(x: Array, y: Array) -> float:
+    """The median of the slopes through every two points.
+
+    A line by least squares leans on whatever stands at the ends of its window, where the corner of a curve and a
+    single outlier do the most harm; this one ignores up to 29 % of the points.
+
+    Args:
+        x: (N,), increasing.
+        y: (N,), N at least 2.
+    """
+    later, earlier = _pairs(len(x))
+    return float(np.median((y[later] - y[earlier]) / (x[later] - x[earlier])))
+
+
+def scatter(x: Array, y: Array) -> float:
+    """Standard deviation of independent noise around a smooth curve, whatever the curve.
+
+    Each point is compared with the line through its two neighbours. What counts is the median of the squares: not a few
+    outliers, nor a steep stretch.
+
+    Args:
+        x: (N,), increasing.
+        y: (N,); 0 for N below 3.
+    """
+    if len(x) < 3:
+        return 0.0
+    part = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+    beside = y[1:-1] - (1 - part) * y[:-2] - part * y[2:]
+    return math.sqrt(float(np.median(beside**2 / (1 + part**2 + (1 - part) ** 2))) / _MEDIAN_SQUARE)
+
+
+def lasting_scatter(x: Array, y: Array, block: int) -> float:
+    """As :func:`scatter`, for noise that lingers over up to ``block`` points.
+
+    It is the scatter of independent noise whose means over that many points vary as much.
+
+    Args:
+        x: (N,), increasing.
+        y: (N,).
+        block: most points in a mean, at least 1; all smaller numbers count as well.
+    """
+    found = [scatter(x, y)]
+    for size in range(2, block + 1):
+        count = len(x) // size
+        means = [values[len(x) - count * size :].reshape(count, size).mean(axis=1) for values in (x, y)]
+        found.append(math.sqrt(size) * scatter(*means))
+    return max(found)
+
+
+def residual_scatter(x: Array, y: Array, slope: float) -> float:
+    """Robust standard deviation of the points around a line with this slope; what noise that lingers adds shows here.
+
+    Args:
+        x: (N,).
+        y: (N,), N at least 3.
+        slope: of the line.
+    """
+    beside = y - slope * x
+    beside = beside - np.median(beside)
+    return _PER_MAD * float(np.median(np.abs(beside))) * math.sqrt(len(x) / (len(x) - 2))
+
+
+def spread(x: Array) -> float:
+    """Square root of the sum of squares about the mean: noise over this is the standard error of a slope."""
+    return float(np.linalg.norm(x - x.mean()))
+
+
+def window_for(x: Array, noise: float, error: float, least: int, most: int) -> int:
+    """How many of the last points a line needs for its slope to be known to ``error``.
+
+    Args:
+        x: (N,), increasing, N at least ``least``.
+        noise: standard deviation of a point.
+        error: standard error wanted of the slope.
+        least: fewest points; what is returned where they do.
+        most: most points; what is returned, or N, where no number is enough.
+    """
+    most = min(most, len(x))
+    back = x[::-1][:most] - x[-1]
+    count = np.arange(1, most + 1)
+    squares = np.cumsum(back**2) - np.cumsum(back) ** 2 / count
+    enough = np.flatnonzero(noise**2 <= squares * error**2) + 1
+    enough = enough[enough >= least]
+    return int(enough[0]) if len(enough) else most
+
+
+def paired_error(x: Array, influences: Array) -> float:
+    """Standard error of a slope from the choice of the probe's samples, by their influences on every value.
+
+    The error of a single value (`mir_se`) is of no use here: the samples are the same in every evaluation, and what
+    they have in common cancels in a slope. What is left is how differently the samples move.
+
+    Args:
+        x: (N,) of the values.
+        influences: (N, S), of each sample on each value; S at least 2.
+    """
+    weights = (x - x.mean()) / spread(x) ** 2
+    of_slope = weights @ influences  # (S,)
+    return float(of_slope.std(ddof=1)) / math.sqrt(influences.shape[1])
+
+
+def level_above_best(y: Array, window: int) -> float:
+    """How far the mean of the last points lies above the lowest mean of half as many in a row.
+
+    Args:
+        y: (N,), N at least ``window``.
+        window: how many the last ones are, at least 2.
+    """
+    half = window // 2
+    sums = np.cumsum(np.concatenate([[0.0], y]))
+    return float(y[-window:].mean() - ((sums[half:] - sums[:-half]) / half).min())
+
+
+def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    later, earlier = np.tril_indices(count, -1)
+    return later, earlier
+
+
+Records = Sequence[Mapping[str, Any]]
+
+# No two logarithms of floating-point numbers lie farther apart.
+_LARGEST_DELTA = 1000
+# Standard errors around the gain. A run is judged many times: this is not the error of a single look.
+_STANDARD_ERRORS = 1.75
+# The window grows until the uncertainty is this share of min_delta; a run that has levelled off then shows it.
+_SHARE = 0.6
+_GROWTH = 3  # windows at most
+_LOOK_BACK = 1.5  # how far a window looks back at least, in horizons: no farther ahead than it has seen
+# A confident rise by less than this share of min_delta counts as flat, or an exactly settled run could never stop.
+_NEGLIGIBLE_RISE = 0.5
+# How far back the level of the window is compared with earlier levels, in windows.
+_MEMORY_WINDOWS = 3
+# Noise is taken from this many windows: from fewer points it is uncertain itself, earlier ones lie in a steeper fall.
+_NOISE_WINDOWS = 2
+# Dense evaluations share noise that lingers: means of neighbours show it, as long as a window holds this many of them.
+_BLOCKS = 5
+# A line through this many windows is heard as well, unless it differs from the shorter one by more than so many of its
+# standard errors. Noise that lingers can make a few evaluations look level, and their error up to three times too
+# small; only a larger difference proves that the curve has bent.
+_CHECKED_WINDOWS = 2
+_BEND = 4.5
+
+
+@dataclass(frozen=True)
+class PlateauRule:
+    """Stop when going on would confidently bring little.
+
+    A plateau needs all of: enough finite evaluations after the warm-up, the latest among them; an expected gain within
+    the horizon that is smaller than ``min_delta`` by 1.75 standard errors, and so is an expected rise; no confident
+    rise; no gain of ``min_delta`` along a line through two windows, unless the curve has clearly bent since; and a
+    level no more than ``min_delta`` above the lowest level of the last three windows (warm-up included), so that the
+    flat top between an early rise and the fall after it is not taken for the end.
+
+    The line is fitted to the last ``window`` evaluations, to more where they span less than one and a half horizons,
+    and to up to three times as many where noise demands it. A new training stage (a record's `stage` changes) starts
+    all over.
+
+    Attributes:
+        window: fewest evaluations the line is fitted to, at least 4.
+        min_delta: fall of MIR within the horizon that is still worth going on for, in MIR (log10 units); at most 1000.
+        warmup: evaluations at the start of a stage that the line is never fitted to, the one at step 0 included.
+        horizon: how far ahead is looked: a part of the planned run below 1, or a number of steps; None for the length
+            of ``window`` evaluations, which is also what a history gets that does not know its run's `max_steps`.
+        patience: evaluations in a row that must find the plateau, at least 1.
+        patience_steps: steps for which evaluations must have found nothing else.
+        log_steps: fit against the logarithm of the step: for runs whose MIR falls by as much with every doubling.
+        observe_only: say what it would do, and never stop.
+
+    Raises:
+        ConfigError: a value breaks its rule.
+    """
+
+    window: int = 7
+    min_delta: float = 0.02
+    warmup: int = 5
+    horizon: float | None = 0.1
+    patience: int = 1
+    patience_steps: int = 0
+    log_steps: bool = False
+    observe_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        _check_integer("window", self.window, 4, "evaluations")
+        _check_integer("warmup", self.warmup, 0, "evaluations")
+        _check_integer("patience", self.patience, 1, "evaluations")
+        _check_integer("patience_steps", self.patience_steps, 0, "steps")
+        if not _is_positive(self.min_delta):
+            raise ConfigError(f"min_delta must be a positive number of MIR, got {self.min_delta!r}; use e.g. 0.02")
+        if self.min_delta > _LARGEST_DELTA:
+            raise ConfigError(
+                f"min_delta must be at most {_LARGEST_DELTA}, got {self.min_delta!r}; MIR is a logarithm, use e.g. 0.02"
+            )
+        horizon = self.horizon
+        if horizon is not None and not (_is_positive(horizon) and (horizon < 1 or float(horizon).is_integer())):
+            raise ConfigError(
+                "horizon must be a part of the run below 1, a whole number of steps, or None for the window's length, "
+                f"got {horizon!r}; use e.g. 0.1"
+            )
+        for name in ("log_steps", "observe_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def verdict(self, history: Records) -> Verdict:
+        """Judge a history.
+
+        Args:
+            history: records with `step` and `mir` (None or NaN where an evaluation failed), oldest first, from the
+                start of the run; used where they are known: `max_steps`, the planned length of the run; `stage`;
+                `influences` of the probe's samples with `probe_fingerprint`.
+
+        Returns:
+            The verdict; the same history always gives the same one.
+
+        Ranks: pure. Inside a run rank 0 decides and the others follow.
+        """
+        stage = _last_stage(history)
+        found = self._look(stage)
+        if found.kind != "plateau":
+            return found
+        asked = self._still_asked(stage)
+        if asked:
+            return Verdict("going on", f"{found.reason}; {asked}", found.expected_gain, found.expected_gain_se)
+        if self.observe_only:
+            return Verdict("plateau", found.reason, found.expected_gain, found.expected_gain_se, observed=True)
+        return found
+
+    def _still_asked(self, stage: Records) -> str | None:
+        """What patience still asks for of a stage whose latest evaluation found the plateau."""
+        last, flat = stage[-1]["step"], 1
+        since = last
+        while flat < len(stage) and (flat < self.patience or last - since < self.patience_steps):
+            if self._look(stage[:-flat]).kind != "plateau":
+                break
+            since = stage[-flat - 1]["step"]
+            flat += 1
+        if flat < self.patience:
+            return f"found by {flat} of {self.patience} evaluations in a row"
+        if last - since < self.patience_steps:
+            return f"found for {last - since} of {self.patience_steps} steps"
+        return None
+
+    def _look(self, stage: Records) -> Verdict:
+        """What the evaluations of a stage say, without patience."""
+        points = [record for record in stage[self.warmup :] if _is_finite(record["mir"])]
+        if stage and not _is_finite(stage[-1]["mir"]):
+            return Verdict("no data", "the latest evaluation gave no finite MIR")
+        if len(points) < self.window:
+            return Verdict(
+                "no data", f"{len(points)} of {self.window} evaluations in the window, after {self.warmup} of warm-up"
+            )
+        if any(later["step"] <= earlier["step"] for earlier, later in pairwise(points)):
+            return Verdict("no data", "the steps of the window do not increase; the history is damaged")
+        last = float(points[-1]["step"])
+        horizon, words = self._horizon(points)
+        back = _LOOK_BACK * horizon if self.horizon is not None else horizon
+        if last - points[0]["step"] < horizon:
+            return Verdict(
+                "no data", f"evaluations after the warm-up span {last - points[0]['step']:.0f} steps, less than {words}"
+            )
+        least = max(self.window, sum(record["step"] >= last - back for record in points))
+        points = points[-_GROWTH * least :]
+        steps = np.array([record["step"] for record in points], dtype=np.float64)
+        x, ahead = steps, horizon
+        if self.log_steps:
+            x, ahead = np.log1p(steps), math.log1p(last + horizon) - math.log1p(last)
+        gain, error, count = self._gain(points, x, ahead, least)
+        told = (
+            f"in the next {words} MIR would {'fall' if gain >= 0 else 'rise'} by {abs(gain):.4f} (standard error "
+            f"{error:.4f}), from {count} evaluations, steps {steps[-count]:.0f} to {last:.0f}"
+        )
+        kind, more = self._weigh(gain, error, [r["mir"] for r in stage if _is_finite(r["mir"])], count)
+        return Verdict(kind, f"{told}; {more}" if more else told, gain, error)
+
+    def _horizon(self, points: Records) -> tuple[float, str]:
+        """Length of the horizon in steps, and in words."""
+        planned = points[-1].get("max_steps")
+        if self.horizon is not None and self.horizon >= 1:
+            return float(self.horizon), f"{self.horizon:.0f} steps"
+        if self.horizon is not None and planned is not None and _is_positive(planned):
+            return self.horizon * planned, f"{self.horizon * planned:.0f} steps ({self.horizon:.0%} of the run)"
+        length = float(points[-1]["step"] - points[-self.window]["step"])
+        return length, f"{length:.0f} steps"
+
+    def _gain(self, points: Records, x: Array, ahead: float, least: int) -> tuple[float, float, int]:
+        """Expected fall over the horizon, its standard error, and how many evaluations it comes from."""
+        values = np.array([record["mir"] for record in points], dtype=np.float64)
+        recent = slice(-_NOISE_WINDOWS * least, None)
+        noise = lasting_scatter(x[recent], values[recent], max(1, least // _BLOCKS))
+        wanted = _SHARE * self.min_delta / (_STANDARD_ERRORS * ahead)
+        count = window_for(x, noise, wanted, least, len(x))
+        near = _line(points[-count:], x[-count:], noise, ahead)
+        longer = min(max(count, _CHECKED_WINDOWS * least), len(x))
+        far = _line(points[-longer:], x[-longer:], noise, ahead)
+        if abs(far[0]) >= self.min_delta and abs(far[0] - near[0]) <= _BEND * near[1]:
+            return *far, longer
+        return *near, count
+
+    def _weigh(self, gain: float, error: float, values: Sequence[float], count: int) -> tuple[Any, str]:
+        """The kind of verdict and what decided it."""
+        margin = _STANDARD_ERRORS * error
+        if gain + margin < 0 and gain < -_NEGLIGIBLE_RISE * self.min_delta:
+            return "rising", ""
+        if abs(gain) + margin >= self.min_delta:
+            if margin >= self.min_delta and abs(gain) <= margin:
+                return "too noisy", (
+                    f"too uncertain to tell from min_delta={self.min_delta}: evaluate more often, use more samples or "
+                    "a larger min_delta"
+                )
+            return "going on", f"not confidently below min_delta={self.min_delta}"
+        above = level_above_best(np.array(values[-_MEMORY_WINDOWS * count :], dtype=np.float64), count)
+        if above > self.min_delta:
+            return "going on", f"flat, but {above:.4f} above its recent lowest level"
+        return "plateau", f"confidently below min_delta={self.min_delta}"
+
+
+def _last_stage(history: Records) -> Records:
+    """The records since the last change of `stage`; one that has none belongs to the stage before it."""
+    start, current = 0, None
+    for number, record in enumerate(history):
+        marker = record.get("stage")
+        if marker is not None and current is not None and marker != current:
+            start = number
+        current = current if marker is None else marker
+    return history[start:]
+
+
+def _line(points: Records, x: Array, noise: float, ahead: float) -> tuple[float, float]:
+    """Expected fall along the line through these points, and its standard error; ``noise`` is the least there is."""
+    values = np.array([record["mir"] for record in points], dtype=np.float64)
+    slope = theil_sen_slope(x, values)
+    noise = max(noise, residual_scatter(x, values, slope))
+    influences = _influences(points)
+    sampling = paired_error(x, influences) if influences is not None else 0.0
+    return -slope * ahead, math.hypot(noise / spread(x), sampling) * ahead
+
+
+def _influences(points: Records) -> Array | None:
+    """(N, S), if every record knows them, all finite, and they are of the same samples."""
+    rows = [record.get("influences") for record in points]
+    if any(not isinstance(row, (list, tuple)) or len(row) < 2 for row in rows):
+        return None
+    if len({(record.get("probe_fingerprint"), len(record["influences"])) for record in points}) > 1:
+        return None
+    found = np.array(rows, dtype=np.float64)
+    return found if np.isfinite(found).all() else None
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _check_integer(name: str, value: object, least: int, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least} {unit}, got {value!r}")

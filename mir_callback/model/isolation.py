@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers that train other weights than they evaluate (schedule-free ones): look at the latter, leave the former."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
+
+    Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
+    mode stays so), tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`), the random states of
+    Python, NumPy, torch and the current accelerator device, and ZeRO-3's gathered or in-flight weights, which are
+    released, and the dtype that a weight shows while it is in its shards.
+
+    `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
+    next backward pass.
+
+    Args:
+        model: any module; its own flags and those of all modules below it are handled.
+        *zero_owners: objects that may own ZeRO-3 partitioned weights: the DeepSpeed engine, its optimizer, or a
+            wrapper around one of them. Others, and None, are ignored.
+
+    Ranks: each for itself, but every rank must enter it (releasing weights waits for gathers in flight).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    kept = [(module, _kept_tensors(module)) for module in model.modules()]
+    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _in_shards(parameter)]
+    states = _random_states()
+    try:
+        # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, tensors in kept:
+            _restore_tensors(module, tensors)
+        release_gathered_weights(*zero_owners)
+        _restore_shown_dtypes(shown)
+        _restore_random_states(states)
+
+
+def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
+    """Before a forward, release weights that somebody else's forward-only pass has left gathered.
+
+    The Trainer's own evaluation does. After a training step nothing is left but small weights that DeepSpeed keeps
+    gathered on purpose; then nothing is done.
+
+    Ranks: every rank.
+    """
+    if any(_is_left_over(parameter) for parameter in model.parameters()):
+        release_gathered_weights(*zero_owners)
+
+
+def _is_left_over(parameter: nn.Parameter) -> bool:
+    gathered = getattr(parameter, "ds_status", None) is not None and not _in_shards(parameter)
+    return gathered and not getattr(parameter, "ds_persist", False)
+
+
+def release_gathered_weights(*zero_owners: Any) -> None:
+    """Give ZeRO-3 weights that a forward-only pass left gathered back to their shards.
+
+    A pass without a backward leaves up to `stage3_max_live_parameters` gathered, and some in flight for a backward
+    that never comes. A no-op without DeepSpeed and for stages 0 to 2.
+
+    Ranks: every rank that took part in the forward.
+    """
+    for owner in zero_owners:
+        release = _partition_cache_release(owner)
+        if release is not None:
+            release()
+            return
+
+
+def _partition_cache_release(owner: Any) -> Any:
+    """The bound `empty_partition_cache` of an engine, of its optimizer, or of accelerate's wrapper around it."""
+    for candidate in (owner, getattr(owner, "optimizer", None)):
+        release = getattr(candidate, "empty_partition_cache", None)
+        if release is not None:
+            return release
+    return None
+
+
+def _in_shards(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has left an empty tensor in the place of this weight."""
+    return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
+
+
+def _restore_shown_dtypes(shown: list[tuple[nn.Parameter, torch.dtype]]) -> None:
+    """Let weights in shards show the dtype they showed before.
+
+    A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again. LLaVA
+    casts its vision tower, and then its images to the dtype that the tower shows.
+    """
+    for parameter, dtype in shown:
+        if _in_shards(parameter) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _kept_tensors(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of a module that are a tensor or None: what a forward may leave behind in it."""
+    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, torch.Tensor)}
+
+
+def _restore_tensors(module: nn.Module, before: dict[str, Any]) -> None:
+    for name, value in _kept_tensors(module).items():
+        if name not in before:
+            delattr(module, name)
+        elif value is not before[name]:
+            setattr(module, name, before[name])
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    device = _device_module()
+    if device is not None:
+        states["device"] = device.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    device = _device_module()
+    if device is not None and "device" in states:
+        device.set_rng_state(states["device"])
+
+
+def _device_module() -> Any:
+    """`torch.cuda` or its like, if that accelerator is in use and keeps a random state of its own."""
+    for name in ("cuda", "xpu", "npu"):
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available() and module.is_initialized():
+            return module
+    return None
+
+
+@contextmanager
+def evaluation_weights(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """While open, the model holds the weights its optimizer means to be evaluated, as in `Trainer.evaluate`.
+
+    Such an optimizer moves the weights there and back in place (`eval()`, `train()`), which rounds; so the weights
+    themselves are kept meanwhile, in host memory, and put back to the last bit.
+
+    An optimizer that works on weights of its own, as DeepSpeed's do, is left alone: the model then shows the weights
+    that are trained.
+
+    Args:
+        model: the module.
+        optimizer: the run's optimizer, wrapped or not; None and ordinary ones are ignored.
+
+    Ranks: each for itself.
+    """
+    inner = _switchable(optimizer)
+    parameters = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
+    own = {id(parameter) for parameter in model.parameters()}
+    if inner is None or not all(id(parameter) in own for parameter in parameters):
+        yield
+        return
+    modes = [group.get("train_mode") for group in inner.param_groups]
+    if not any(mode is None or mode for mode in modes):
+        yield  # evaluation mode already
+        return
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        inner.eval()
+        yield
+    finally:
+        inner.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
+def _switchable(optimizer: Any) -> Any:
+    """The innermost optimizer, if it has two modes; wrappers of accelerate and DeepSpeed hold theirs as `optimizer`."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    both = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+    return optimizer if both and hasattr(optimizer, "param_groups") else None

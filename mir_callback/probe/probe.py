@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A probe: a fixed list of image + text pairs with a fingerprint, which never changes while values are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.probe import sources, storage
+from mir_callback.probe import sources as datasets
+
+# Enters the fingerprint: a change of how samples are encoded makes values that cannot be compared with older ones.
+ENCODING = "image, text; plain prompt; version 1"
+DEFAULT_MAX_TEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and one text; they need not belong together.
+
+    Attributes:
+        name: where it came from, for messages only; not part of the fingerprint.
+        image: the bytes of an image file, as found.
+        text: the text that follows the image.
+    """
+
+    name: str
+    image: bytes = field(repr=False)
+    text: str = field(repr=False)
+
+    def open_image(self) -> Image.Image:
+        """Decode the image, completely, as RGB.
+
+        Raises:
+            ProbeError: the bytes are not a whole image.
+        """
+        try:
+            with Image.open(io.BytesIO(self.image)) as image:
+                if image.mode.startswith("I") or image.mode == "F":
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
+                whole: Image.Image = image.convert("RGB")
+                return whole
+        except UnidentifiedImageError as error:  # its message names an object in memory
+            raise ProbeError(
+                f"probe image of {self.name} must be a readable image, got {len(self.image)} bytes of no known format; "
+                "replace or remove that file"
+            ) from error
+        except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
+            raise ProbeError(
+                f"probe image of {self.name} must be a readable image, got {type(error).__name__}: {error}; "
+                "replace or remove that file"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed set of samples.
+
+    Attributes:
+        samples: the pairs, in order.
+        max_text_tokens: texts are cut to this many tokens of the model's tokenizer.
+
+    Raises:
+        ProbeError: no samples, an unreadable image or an empty text; all are checked at construction.
+    """
+
+    samples: tuple[Sample, ...]
+    max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+
+    def __post_init__(self) -> None:
+        """Check every sample, so that nothing can fail later that could have failed now."""
+        object.__setattr__(self, "samples", tuple(self.samples))
+        if not self.samples:
+            raise ProbeError("samples must hold at least one image + text pair, got none; see Probe.from_folders")
+        _require_positive_int("max_text_tokens", self.max_text_tokens)
+        for sample in self.samples:
+            sample.open_image()
+            if not sample.text.strip():
+                raise ProbeError(
+                    f"probe text of {sample.name} must not be empty, got {sample.text!r}; replace or remove it"
+                )
+            try:
+                sample.text.encode()
+            except UnicodeEncodeError as error:
+                raise ProbeError(
+                    f"probe text of {sample.name} must be valid Unicode, got {error}; repair it"
+                ) from error
+
+    @classmethod
+    def from_folders(
+        cls,
+        images: str | Path,
+        texts: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw images and texts from two folders, searched recursively; pairs need not belong together.
+
+        Args:
+            images: folder of image files.
+            texts: folder of `.txt`, `.md` or `.story` files (of a story the part before its first @highlight).
+            num_samples: how many pairs; the paper uses 100, and below 20 MIR fluctuates.
+            seed: the draw depends on it and on the relative file names only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: an empty or missing folder, fewer files than asked, an unreadable image, an empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        check_draw(num_samples, seed)
+        image_files = sources.draw(sources.image_files(_path(images)), num_samples, seed, "images", images)
+        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
+        samples = [
+            Sample(f"{_below(images, image)} + {_below(texts, text)}", image.read_bytes(), sources.read_text(text))
+            for image, text in zip(image_files, text_files, strict=True)
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_llava_json(
+        cls,
+        json_file: str | Path,
+        images: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw records from a LLaVA-format JSON list (`id`, `image`, `conversations`).
+
+        The text of a record is what its turns say, without the image placeholder, one turn a line. Records without
+        an image or with several are passed over.
+
+        Args:
+            json_file: the list of records.
+            images: the folder the records' `image` paths start from.
+            num_samples: how many records.
+            seed: the draw depends on it and on the order of the records only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a list, fewer usable records than asked, a missing or unreadable image, empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        check_draw(num_samples, seed)
+        records = sources.llava_records(_path(json_file))
+        drawn = sources.draw(records, num_samples, seed, "json_file", json_file)
+        samples = [
+            Sample(record.name, sources.read_image_bytes(_path(images) / record.image, record.name), record.text)
+            for record in drawn
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_textvqa(
+        cls,
+        questions: str | Path,
+        images: str | Path,
+        texts: str | Path,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw the images of a TextVQA question file and texts from a folder: the paper's kind of probe.
+
+        TextVQA keeps training and validation images in one folder; the question file of the validation split tells
+        which are which.
+
+        Args:
+            questions: TextVQA's question JSON, or JSON lines with an `image` each.
+            images: the folder with the images.
+            texts: folder of texts, such as CNN/DailyMail's `.story` files.
+            num_samples: how many pairs; the paper uses 100.
+            seed: the draw depends on it, on the order of the questions and on the relative names of the texts only.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a file, fewer images or texts than asked, a missing or unreadable image, empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        """
+        check_draw(num_samples, seed)
+        asked = sources.question_images(_path(questions), _path(images))
+        image_files = sources.draw(asked, num_samples, seed, "images", questions)
+        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
+        samples = []
+        for image, text in zip(image_files, text_files, strict=True):
+            name = f"{_below(images, image)} + {_below(texts, text)}"
+            samples.append(Sample(name, sources.read_image_bytes(image, name), sources.read_text(text)))
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        num_samples: int = 100,
+        seed: int = 0,
+        *,
+        texts: Any = None,
+        image_column: str = "image",
+        text_column: str = "text",
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Draw rows of a Hugging Face dataset with an image column and a text column.
+
+        Args:
+            dataset: a `datasets.Dataset` (one split, not streamed).
+            num_samples: how many rows.
+            seed: the draw depends on it and on the order of the rows only.
+            texts: where to draw the texts from instead of the same rows: a folder of text files, or another
+                `datasets.Dataset` with the text column.
+            image_column: name of a column with the `Image` feature.
+            text_column: name of a column of strings.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: not such a dataset, fewer rows than asked, an unreadable image, an empty text.
+            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+
+        Ranks: any; every rank that calls it reads the data and gets the same probe.
+        """
+        check_draw(num_samples, seed)
+        rows = datasets.image_rows(dataset, image_column, num_samples, seed)
+        if isinstance(texts, (str, Path)):
+            files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
+            spoken = [(_below(texts, file), sources.read_text(file)) for file in files]
+        else:
+            spoken = datasets.text_rows(dataset if texts is None else texts, text_column, num_samples, seed)
+        samples = [
+            Sample(image_name if texts is None else f"{image_name} + {text_name}", image, text)
+            for (image_name, image), (text_name, text) in zip(rows, spoken, strict=True)
+        ]
+        return cls(tuple(samples), max_text_tokens)
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
+        """Build a probe from images (PIL) and texts (str) in memory; images are kept as lossless PNG.
+
+        Raises:
+            ProbeError: no pairs or an empty text.
+
+        Ranks: any.
+        """
+        samples = []
+        for index, (image, text) in enumerate(pairs):
+            if not isinstance(image, Image.Image) or not isinstance(text, str):
+                got = f"{type(image).__name__} and {type(text).__name__}"
+                raise ProbeError(f"pair {index} must be a PIL image and a text, got {got}; open the image first")
+            samples.append(Sample(f"pair {index}", _png(image), text))
+        return cls(tuple(samples), max_text_tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the contents (image bytes, texts, order) and the encoding (cut, prompt form)."""
+        digest = hashlib.sha256(f"{ENCODING}; max_text_tokens={self.max_text_tokens}".encode())
+        for sample in self.samples:
+            digest.update(hashlib.sha256(sample.image).digest())
+            digest.update(hashlib.sha256(sample.text.encode()).digest())
+        return digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the probe as one file (a path ending in .zip) or as one folder that another team can use.
+
+        The write is complete or not there at all. An existing probe is replaced, anything else is not.
+
+        Args:
+            path: where to; parents are created.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ProbeError: something that is no probe stands at ``path``.
+
+        Ranks: rank 0 only.
+        """
+        entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
+        return storage.write(_path(path), entries, self.max_text_tokens, self.fingerprint)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probe:
+        """Read a probe that :meth:`save` wrote.
+
+        Raises:
+            ProbeError: nothing there, not a probe, damaged, or its contents do not match its stored fingerprint.
+
+        Ranks: any.
+        """
+        stored = storage.read(_path(path))
+        samples = tuple(Sample(*entry) for entry in stored.entries)
+        probe = cls(samples, stored.max_text_tokens)
+        if probe.fingerprint != stored.fingerprint:
+            raise ProbeError(
+                f"probe {path}: contents must match the stored fingerprint {stored.fingerprint}, "
+                f"got {probe.fingerprint}; the files were edited or written for another encoding, save the probe anew"
+            )
+        return probe
+
+
+def _path(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def _below(folder: str | Path, path: Path) -> str:
+    return path.relative_to(_path(folder)).as_posix()
+
+
+def check_draw(num_samples: int, seed: int) -> None:
+    """Raise ConfigError unless both are whole numbers, and ``num_samples`` is positive. Ranks: pure."""
+    _require_positive_int("num_samples", num_samples)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed must be an integer, got {seed!r}; use e.g. seed=0")
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; use a whole number")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
