@@ -1,222 +1,273 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MIR's options as command-line flags, for `HfArgumentParser` beside a script's own dataclasses."""
+"""Every option once: its type, default, unit, help and rule. Keyword arguments and command-line flags come from here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
-from mir_callback.evaluation.memory import check_capture_budget
-from mir_callback.failures import FailurePolicy
 from mir_callback.metric.frechet import check_root
-from mir_callback.pending import check_solve
-from mir_callback.probe.batches import check_batch_size
-from mir_callback.probe.probe import check_draw
-from mir_callback.schedule import (
-    DEFAULT_EVENTS,
-    AtSteps,
-    EveryEpochs,
-    EverySteps,
-    LogSpaced,
-    Schedule,
-    TimeShare,
-    check_events,
-)
-from mir_callback.watchdog import DEFAULT_SECONDS, Watchdog
+from mir_callback.probe.probe import ProbeSource
+from mir_callback.schedule import DEFAULT_EVENTS, Schedule, as_schedule, check_events, describe
 
+T = TypeVar("T")
+
+GROUPS = {
+    "measure": "what is measured",
+    "when": "when it is measured",
+    "stop": "when training stops",
+    "memory": "memory",
+    "failures": "failures",
+    "keep": "what is kept",
+}
 STOP_RULES = ("none", "observe", "plateau")
-_FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,100,1000 (these steps)"
+ON_ERROR = ("warn", "raise")
+DEFAULT_WATCHDOG_SECONDS = 600.0
 
 
-@dataclass
-class MIRArguments:
-    """What a training script lets its user say about MIR.
+def _option(value: Any, group: str, help_: str, /, **flag: Any) -> Any:
+    """A field of :class:`MIRConfig`; ``type``, ``default`` and ``none`` say where its flag differs from it.
+
+    ``none`` is the value on the command line that stands for None.
+    """
+    return field(default=value, metadata={"group": group, "help": help_, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIRConfig:
+    """What of a run is measured, when, and what follows from it.
+
+    `MIRMonitor`, `MIRCallback` and `attach_mir` take these fields as keyword arguments, `evaluate_mir` those of the
+    groups "measure" and "memory". On a command line each is a flag, `--mir_NAME`, see :class:`MIRArguments`.
 
     Raises:
-        ConfigError: a flag breaks its rule, one of --mir_images and --mir_texts is given without the other, or both
-            and --mir_probe.
+        ConfigError: an option breaks its rule.
+
+    Example:
+        >>> MIRConfig(every="0.1ep", stop="plateau").schedule
+        EveryEpochs(epochs=0.1)
     """
 
-    mir_images: str | None = field(default=None, metadata={"help": "Folder of probe images; switches MIR on."})
-    mir_texts: str | None = field(default=None, metadata={"help": "Folder of probe texts (.txt, .md, .story)."})
-    mir_probe: str | None = field(
-        default=None, metadata={"help": "A saved probe (see `mir probe`) instead of the two folders."}
-    )
-    mir_num_samples: int | None = field(
-        default=None, metadata={"help": "Image + text pairs to draw from the folders (default: 100)."}
-    )
-    mir_seed: int | None = field(default=None, metadata={"help": "Seed of the draw (default: 0)."})
-    mir_every: str = field(
+    root: str = _option("exact", "measure", "exact, or paper_fast to compare with published values")
+    standard_error: bool = _option(True, "measure", "also find how far MIR would vary with other samples (exact only)")
+    probe_loss: bool = _option(False, "measure", "also find how well the model predicts the probe's texts")
+    conversation: str | None = _option(None, "measure", "template of LLaVA's code bases (default: the run's own)")
+
+    every: int | str | Schedule = _option(
+        50,
+        "when",
+        "50 (optimizer steps), 0.1ep (epochs), log5 (5 from each power of ten to the next), 5% (at most, of the time) "
+        "or 10,100,1000 (these steps)",
+        type=str,
         default="50",
-        metadata={
-            "help": "When to evaluate: 50 (every 50 optimizer steps), 0.1ep (of an epoch), log5 (5 from each power of "
-            "ten to the next), 5%% (at most, of the time) or 10,100,1000 (these steps)."
-        },
     )
-    mir_also_on: str = field(
+    also_on: Collection[str] = _option(
+        DEFAULT_EVENTS,
+        "when",
+        "all events at which to evaluate besides: some of start,end,evaluate,save, or none",
+        type=str,
         default=",".join(DEFAULT_EVENTS),
-        metadata={"help": "All events at which to evaluate besides: some of start,end,evaluate,save, or none."},
     )
-    mir_dry_run: bool = field(
-        default=False, metadata={"help": "Evaluate once before the first step, say what it costs, and end."}
-    )
-    mir_batch_size: int = field(default=4, metadata={"help": "Probe samples per forward on each rank."})
-    mir_root: str = field(default="exact", metadata={"help": "exact, or paper_fast to compare with published values."})
-    mir_standard_error: bool = field(
-        default=True, metadata={"help": "Also find how far MIR would vary with other samples like the probe's."}
-    )
-    mir_bias_gauge: bool = field(
-        default=False, metadata={"help": "Also find MIR with most of the bias of a finite probe removed."}
-    )
-    mir_probe_loss: bool = field(
-        default=False, metadata={"help": "Also find how well the model predicts the probe's texts."}
-    )
-    mir_solve: str = field(
-        default="now",
-        metadata={"help": "now, or background: train on while the solves run, values come some steps later."},
-    )
-    mir_capture_budget_gb: float | None = field(
-        default=None,
-        metadata={"help": "GB of token rows to keep on each rank's device (default: half of what is free)."},
-    )
-    mir_save_probe: bool = field(default=True, metadata={"help": "Keep the probe as OUTPUT_DIR/mir_probe.zip."})
-    mir_keep_best: bool = field(
-        default=False, metadata={"help": "Keep the weights with the lowest MIR in OUTPUT_DIR/mir_best."}
-    )
-    mir_stop: str = field(
+    dry_run: bool = _option(False, "when", "evaluate once before the first step, say what it costs, and end")
+
+    stop: Any = _option(
+        None,
+        "stop",
+        "none: watch only; plateau: stop when MIR is level; observe: say when it would",
+        type=str,
         default="none",
-        metadata={"help": "none: watch only; plateau: stop when MIR is level; observe: say when it would."},
     )
-    mir_stop_window: int = field(default=7, metadata={"help": "Fewest evaluations the plateau rule fits its line to."})
-    mir_stop_min_delta: float = field(
-        default=0.02, metadata={"help": "Fall of MIR within the horizon that is still worth going on for."}
+    continue_after_stop: bool = _option(False, "stop", "go on with a resumed run that was stopped on its plateau")
+
+    batch_size: int = _option(4, "memory", "probe samples per forward on each rank; halved where memory runs out")
+    capture_budget_gb: float | None = _option(
+        None, "memory", "GB of token rows to keep on each rank's device (default: half of what is free)"
     )
-    mir_stop_warmup: int = field(default=5, metadata={"help": "First evaluations the line is never fitted to."})
-    mir_stop_horizon: float = field(
-        default=0.1,
-        metadata={"help": "How far ahead to look: a part of the run, or a number of steps; 0 for the window's length."},
+
+    on_error: str = _option("warn", "failures", "warn: only a failing first evaluation ends the run; raise: every one")
+    max_failures: int | None = _option(
+        3, "failures", "failed evaluations in a row after which there are no more; 0 for no limit", none=0
     )
-    mir_stop_patience: int = field(default=1, metadata={"help": "Evaluations in a row that must find the plateau."})
-    mir_stop_patience_steps: int = field(
-        default=0, metadata={"help": "Steps for which evaluations must have found the plateau."}
+    watchdog_seconds: float | None = _option(
+        DEFAULT_WATCHDOG_SECONDS,
+        "failures",
+        "say where ranks are stuck when a phase of an evaluation lasts longer; 0 for never",
+        none=0.0,
     )
-    mir_stop_log_steps: bool = field(
-        default=False, metadata={"help": "Fit the line against the logarithm of the step."}
-    )
-    mir_continue_after_stop: bool = field(
-        default=False, metadata={"help": "Go on with a resumed run that was stopped on its plateau."}
-    )
-    mir_on_error: str = field(
-        default="warn",
-        metadata={"help": "warn: only a failing first evaluation ends the run; raise: every failing one does."},
-    )
-    mir_max_failures: int = field(
-        default=3, metadata={"help": "Failed evaluations in a row after which there are no more; 0 for no limit."}
-    )
-    mir_watchdog_seconds: float = field(
-        default=DEFAULT_SECONDS,
-        metadata={"help": "Report where ranks are stuck when a phase of an evaluation lasts longer; 0 for never."},
-    )
-    mir_abort_on_hang: bool = field(
-        default=False, metadata={"help": "End the process, with exit code 86, after such a report."}
-    )
+    abort_on_hang: bool = _option(False, "failures", "end the process, with exit code 86, after such a report")
+
+    save_probe: bool = _option(True, "keep", "keep the probe as OUTPUT_DIR/mir_probe.zip")
+    keep_best: bool = _option(False, "keep", "keep the weights with the lowest MIR in OUTPUT_DIR/mir_best")
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for each in fields(self):
+            if isinstance(each.default, bool) and not isinstance(getattr(self, each.name), bool):
+                raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
+        check_root(self.root)
+        object.__setattr__(self, "every", as_schedule(self.every))
+        object.__setattr__(self, "also_on", check_events(self.also_on))
+        object.__setattr__(self, "stop", _stop_rule(self.stop))
+        _check_whole("batch_size", self.batch_size, "samples; use e.g. 4")
+        _check_positive("capture_budget_gb", self.capture_budget_gb, "GB; leave it out for half of what is free")
+        if self.on_error not in ON_ERROR:
+            raise ConfigError(f"on_error must be one of {', '.join(ON_ERROR)}, got {self.on_error!r}")
+        if self.max_failures is not None:
+            _check_whole("max_failures", self.max_failures, "failures, or None for no limit")
+        _check_positive("watchdog_seconds", self.watchdog_seconds, "seconds, or None for no watchdog; use e.g. 600")
+        if self.abort_on_hang and self.watchdog_seconds is None:
+            raise ConfigError("abort_on_hang needs a watchdog, got watchdog_seconds=None; use e.g. 600")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], groups: Collection[str] = tuple(GROUPS)) -> MIRConfig:
+        """The configuration of keyword arguments.
+
+        Args:
+            options: by name.
+            groups: which options there are here.
+
+        Raises:
+            ConfigError: an unknown option, with the nearest one that there is, or one that breaks its rule.
+        """
+        known = [each.name for each in fields(cls) if each.metadata["group"] in groups]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise ConfigError(f"there is no option {name!r}; {hint}")
+        return cls(**options)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When to evaluate."""
+        return self.every  # type: ignore[return-value]  # made one on construction
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether there is a rule that may end training, and not one that only observes."""
+        return self.stop is not None and not getattr(self.stop, "observe_only", False)
+
+    def described(self) -> dict[str, Any]:
+        """Every option as plain values that are equal on ranks where the options are; a rule of a user's by its class."""
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        ours = self.stop is None or isinstance(self.stop, PlateauRule)
+        told["every"] = describe(self.schedule)
+        told["stop"] = repr(self.stop) if ours else type(self.stop).__qualname__
+        return told
+
+
+def with_options(function: Callable[..., T], groups: Collection[str] = tuple(GROUPS)) -> Callable[..., T]:
+    """Show the options in the signature of a function that takes them as ``**options``, for `help` and editors."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(MIRConfig)
+        if each.metadata["group"] in groups and each.name not in signature.parameters
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    return function
+
+
+class _Arguments:
+    """What :class:`MIRArguments` can do; its fields are made from those of the options."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
-        for given, missing in (("mir_images", "mir_texts"), ("mir_texts", "mir_images")):
-            if getattr(self, given) is not None and getattr(self, missing) is None:
-                raise ConfigError(f"{missing} must be given with {given}, got {given}={getattr(self, given)!r} alone")
-        if self.mir_probe is not None and self.mir_images is not None:
-            raise ConfigError(
-                f"mir_probe must be given without mir_images and mir_texts, got {self.mir_probe!r} and "
-                f"{self.mir_images!r}; a saved probe has its images and texts"
-            )
-        if self.mir_stop not in STOP_RULES:
-            raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {self.mir_stop!r}")
-        check_draw(1 if self.mir_num_samples is None else self.mir_num_samples, self.mir_seed or 0)
-        check_batch_size(self.mir_batch_size)
-        parse_schedule(self.mir_every)
-        self.events()
-        check_root(self.mir_root)
-        check_solve(self.mir_solve, keep_best=self.mir_keep_best)
-        check_capture_budget(self.mir_capture_budget_gb)
-        self.stop_rule()
-        FailurePolicy(self.mir_on_error, self.mir_max_failures or None)
-        Watchdog(self.mir_watchdog_seconds or None, self.mir_abort_on_hang)
+        self.probe_source()
+        self.options()
 
     @property
     def enabled(self) -> bool:
-        """Whether MIR is to be watched."""
-        return self.mir_images is not None or self.mir_probe is not None
+        """Whether MIR is to be watched: a probe was named."""
+        return self.probe_source().is_given
 
-    def events(self) -> tuple[str, ...]:
-        """The events that the flag names."""
-        words = [word.strip() for word in self.mir_also_on.split(",") if word.strip()]
-        return check_events([] if words == ["none"] else words)
+    def probe_source(self) -> ProbeSource:
+        """Where the flags say the probe comes from.
 
-    def stop_rule(self) -> PlateauRule | None:
-        """The rule that the flags describe, or None."""
-        rule = PlateauRule(
-            self.mir_stop_window,
-            self.mir_stop_min_delta,
-            self.mir_stop_warmup,
-            horizon=self.mir_stop_horizon or None,
-            patience=self.mir_stop_patience,
-            patience_steps=self.mir_stop_patience_steps,
-            log_steps=self.mir_stop_log_steps,
-            observe_only=self.mir_stop == "observe",
-        )
-        return None if self.mir_stop == "none" else rule
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        return ProbeSource(**{each.name: getattr(self, f"mir_{each.name}") for each in fields(ProbeSource)})
 
-    def attach_options(self) -> dict[str, Any]:
-        """Keyword arguments of `llava_integration.attach_mir`."""
-        return {
-            "images": self.mir_images,
-            "texts": self.mir_texts,
-            "probe": self.mir_probe,
-            "num_samples": self.mir_num_samples,
-            "seed": self.mir_seed,
-            "every": parse_schedule(self.mir_every),
-            "also_on": self.events(),
-            "dry_run": self.mir_dry_run,
-            "batch_size": self.mir_batch_size,
-            "root": self.mir_root,
-            "standard_error": self.mir_standard_error,
-            "bias_gauge": self.mir_bias_gauge,
-            "probe_loss": self.mir_probe_loss,
-            "solve": self.mir_solve,
-            "capture_budget_gb": self.mir_capture_budget_gb,
-            "stop": self.stop_rule(),
-            "on_error": self.mir_on_error,
-            "max_failures": self.mir_max_failures or None,
-            "watchdog_seconds": self.mir_watchdog_seconds or None,
-            "abort_on_hang": self.mir_abort_on_hang,
-            "save_probe": self.mir_save_probe,
-            "keep_best": self.mir_keep_best,
-            "continue_after_stop": self.mir_continue_after_stop,
-        }
+    def options(self) -> dict[str, Any]:
+        """The flags as keyword arguments of `attach_mir`, the probe's left out.
+
+        Raises:
+            ConfigError: one breaks its rule.
+        """
+        found: dict[str, Any] = {}
+        for each in fields(MIRConfig):
+            value, flag = getattr(self, f"mir_{each.name}"), each.metadata["flag"]
+            found[each.name] = None if "none" in flag and value == flag["none"] else value
+        found["stop"] = self._stop()
+        config = MIRConfig(**found)
+        return {each.name: getattr(config, each.name) for each in fields(MIRConfig)}
+
+    def _stop(self) -> PlateauRule | None:
+        asked = getattr(self, "mir_stop")  # noqa: B009  # the field is made below
+        if asked not in STOP_RULES:
+            raise ConfigError(f"mir_stop must be one of {', '.join(STOP_RULES)}, got {asked!r}")
+        values = {each.name: getattr(self, f"mir_stop_{each.name}") for each in _rule_fields()}
+        rule = PlateauRule(**{**values, "horizon": values["horizon"] or None}, observe_only=asked == "observe")
+        return None if asked == "none" else rule
 
 
-def parse_schedule(text: str) -> int | Schedule:
-    """A schedule as written on a command line.
+def _rule_fields() -> list[dataclasses.Field[Any]]:
+    return [each for each in fields(PlateauRule) if each.name != "observe_only"]
 
-    Raises:
-        ConfigError: of no known form, or a number breaks its rule.
-    """
-    words = str(text).strip().lower()
-    try:
-        if words.endswith("ep"):
-            return EveryEpochs(float(words[:-2]))
-        if words.endswith("%"):
-            return TimeShare(float(words[:-1]) / 100)
-        if words.startswith("log"):
-            return LogSpaced(int(words[3:]))
-        if "," in words:
-            return AtSteps(tuple(int(word) for word in words.split(",") if word.strip()))
-        return EverySteps(int(words)).steps
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"mir_every must be one of {_FORMS}, got {text!r}") from error
+
+def _flag(each: dataclasses.Field[Any], prefix: str) -> tuple[str, Any, Any]:
+    """A field of :class:`MIRArguments` for an option: name, type, field."""
+    how = each.metadata.get("flag", {})
+    hints = {"str": str, "int": int, "float": float, "bool": bool}
+    words = str(each.type).partition(" |")[0]
+    kind = how.get("type", hints.get(words, str))
+    default = how.get("default", each.default)
+    if default is None and "none" in how:
+        default = how["none"]
+    made = field(default=default, metadata={"help": each.metadata["help"].replace("%", "%%")})
+    return f"{prefix}{each.name}", kind if default is not None else kind | None, made
+
+
+MIRArguments = dataclasses.make_dataclass(
+    "MIRArguments",
+    [
+        *(_flag(each, "mir_") for each in fields(ProbeSource)),
+        *(_flag(each, "mir_") for each in fields(MIRConfig)),
+        *(_flag(each, "mir_stop_") for each in _rule_fields()),
+    ],
+    bases=(_Arguments,),
+    namespace={"__doc__": "MIR's options as flags, for `HfArgumentParser` beside a script's own dataclasses."},
+)
+MIRArguments.__module__ = __name__
+
+
+def _stop_rule(stop: Any) -> Any:
+    """The rule that ``stop=`` means."""
+    if isinstance(stop, str):
+        if stop not in STOP_RULES:
+            raise ConfigError(f"stop must be one of {', '.join(STOP_RULES)}, a rule or None, got {stop!r}")
+        return None if stop == "none" else PlateauRule(observe_only=stop == "observe")
+    if stop is not None and (isinstance(stop, type) or not callable(getattr(stop, "verdict", None))):
+        raise ConfigError(f"stop must be None or a rule with verdict(records), got {stop!r}; use PlateauRule()")
+    return stop
+
+
+def _check_whole(name: str, value: Any, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}: {unit}")
+
+
+def _check_positive(name: str, value: Any, unit: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number above 0, got {value!r}: {unit}")

@@ -10,8 +10,8 @@ fresh projector's outputs grow, and only then falls. Reasons and measured rates:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mir_callback.errors import ConfigError
+from mir_callback.record import EvalRecord, as_records
 
 VerdictKind = Literal["going on", "plateau", "rising", "too noisy", "no data"]
 
@@ -178,7 +179,7 @@ def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return later, earlier
 
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[EvalRecord]
 
 # No two logarithms of floating-point numbers lie farther apart.
 _LARGEST_DELTA = 1000
@@ -203,6 +204,10 @@ _CHECKED_WINDOWS = 2
 _BEND = 4.5
 
 
+def _option(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
 @dataclass(frozen=True)
 class PlateauRule:
     """Stop when going on would confidently bring little.
@@ -217,29 +222,20 @@ class PlateauRule:
     and to up to three times as many where noise demands it. A new training stage (a record's `stage` changes) starts
     all over.
 
-    Attributes:
-        window: fewest evaluations the line is fitted to, at least 4.
-        min_delta: fall of MIR within the horizon that is still worth going on for, in MIR (log10 units); at most 1000.
-        warmup: evaluations at the start of a stage that the line is never fitted to, the one at step 0 included.
-        horizon: how far ahead is looked: a part of the planned run below 1, or a number of steps; None for the length
-            of ``window`` evaluations, which is also what a history gets that does not know its run's `max_steps`.
-        patience: evaluations in a row that must find the plateau, at least 1.
-        patience_steps: steps for which evaluations must have found nothing else.
-        log_steps: fit against the logarithm of the step: for runs whose MIR falls by as much with every doubling.
-        observe_only: say what it would do, and never stop.
-
     Raises:
         ConfigError: a value breaks its rule.
     """
 
-    window: int = 7
-    min_delta: float = 0.02
-    warmup: int = 5
-    horizon: float | None = 0.1
-    patience: int = 1
-    patience_steps: int = 0
-    log_steps: bool = False
-    observe_only: bool = False
+    window: int = _option(7, "fewest evaluations the line is fitted to, at least 4")
+    min_delta: float = _option(0.02, "fall of MIR within the horizon that is still worth going on for, at most 1000")
+    warmup: int = _option(5, "evaluations at the start of a stage that the line is never fitted to, step 0 included")
+    horizon: float | None = _option(
+        0.1, "how far ahead to look: a part of the planned run, or a number of steps; 0 or None for the window's length"
+    )
+    patience: int = _option(1, "evaluations in a row that must find the plateau")
+    patience_steps: int = _option(0, "steps for which evaluations must have found the plateau")
+    log_steps: bool = _option(False, "fit against the logarithm of the step, if MIR falls with every doubling")
+    observe_only: bool = _option(False, "say what it would do, and never stop")
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -263,20 +259,19 @@ class PlateauRule:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
-    def verdict(self, history: Records) -> Verdict:
+    def verdict(self, records: Iterable[EvalRecord | Mapping[str, Any]]) -> Verdict:
         """Judge a history.
 
         Args:
-            history: records with `step` and `mir` (None or NaN where an evaluation failed), oldest first, from the
-                start of the run; used where they are known: `max_steps`, the planned length of the run; `stage`;
-                `influences` of the probe's samples with `probe_fingerprint`.
+            records: the run's, oldest first, or mappings with their `step` and `mir` (None or NaN where an evaluation
+                failed); used where they are known: `max_steps`, `stage`, `influences` with `probe_fingerprint`.
 
         Returns:
             The verdict; the same history always gives the same one.
 
         Ranks: pure. Inside a run rank 0 decides and the others follow.
         """
-        stage = _last_stage(history)
+        stage = _last_stage(as_records(records))
         found = self._look(stage)
         if found.kind != "plateau":
             return found
@@ -289,12 +284,12 @@ class PlateauRule:
 
     def _still_asked(self, stage: Records) -> str | None:
         """What patience still asks for of a stage whose latest evaluation found the plateau."""
-        last, flat = stage[-1]["step"], 1
+        last, flat = stage[-1].step, 1
         since = last
         while flat < len(stage) and (flat < self.patience or last - since < self.patience_steps):
             if self._look(stage[:-flat]).kind != "plateau":
                 break
-            since = stage[-flat - 1]["step"]
+            since = stage[-flat - 1].step
             flat += 1
         if flat < self.patience:
             return f"found by {flat} of {self.patience} evaluations in a row"
@@ -304,25 +299,25 @@ class PlateauRule:
 
     def _look(self, stage: Records) -> Verdict:
         """What the evaluations of a stage say, without patience."""
-        points = [record for record in stage[self.warmup :] if _is_finite(record["mir"])]
-        if stage and not _is_finite(stage[-1]["mir"]):
+        points = [record for record in stage[self.warmup :] if record.mir is not None]
+        if stage and stage[-1].mir is None:
             return Verdict("no data", "the latest evaluation gave no finite MIR")
         if len(points) < self.window:
             return Verdict(
                 "no data", f"{len(points)} of {self.window} evaluations in the window, after {self.warmup} of warm-up"
             )
-        if any(later["step"] <= earlier["step"] for earlier, later in pairwise(points)):
+        if any(later.step <= earlier.step for earlier, later in pairwise(points)):
             return Verdict("no data", "the steps of the window do not increase; the history is damaged")
-        last = float(points[-1]["step"])
+        last = float(points[-1].step)
         horizon, words = self._horizon(points)
         back = _LOOK_BACK * horizon if self.horizon is not None else horizon
-        if last - points[0]["step"] < horizon:
+        if last - points[0].step < horizon:
             return Verdict(
                 "no data", f"evaluations after the warm-up span {last - points[0]['step']:.0f} steps, less than {words}"
             )
-        least = max(self.window, sum(record["step"] >= last - back for record in points))
+        least = max(self.window, sum(record.step >= last - back for record in points))
         points = points[-_GROWTH * least :]
-        steps = np.array([record["step"] for record in points], dtype=np.float64)
+        steps = np.array([record.step for record in points], dtype=np.float64)
         x, ahead = steps, horizon
         if self.log_steps:
             x, ahead = np.log1p(steps), math.log1p(last + horizon) - math.log1p(last)
@@ -331,22 +326,22 @@ class PlateauRule:
             f"in the next {words} MIR would {'fall' if gain >= 0 else 'rise'} by {abs(gain):.4f} (standard error "
             f"{error:.4f}), from {count} evaluations, steps {steps[-count]:.0f} to {last:.0f}"
         )
-        kind, more = self._weigh(gain, error, [r["mir"] for r in stage if _is_finite(r["mir"])], count)
+        kind, more = self._weigh(gain, error, [r.mir for r in stage if r.mir is not None], count)
         return Verdict(kind, f"{told}; {more}" if more else told, gain, error)
 
     def _horizon(self, points: Records) -> tuple[float, str]:
         """Length of the horizon in steps, and in words."""
-        planned = points[-1].get("max_steps")
+        planned = points[-1].max_steps
         if self.horizon is not None and self.horizon >= 1:
             return float(self.horizon), f"{self.horizon:.0f} steps"
         if self.horizon is not None and planned is not None and _is_positive(planned):
             return self.horizon * planned, f"{self.horizon * planned:.0f} steps ({self.horizon:.0%} of the run)"
-        length = float(points[-1]["step"] - points[-self.window]["step"])
+        length = float(points[-1].step - points[-self.window].step)
         return length, f"{length:.0f} steps"
 
     def _gain(self, points: Records, x: Array, ahead: float, least: int) -> tuple[float, float, int]:
         """Expected fall over the horizon, its standard error, and how many evaluations it comes from."""
-        values = np.array([record["mir"] for record in points], dtype=np.float64)
+        values = np.array([record.mir for record in points], dtype=np.float64)
         recent = slice(-_NOISE_WINDOWS * least, None)
         noise = lasting_scatter(x[recent], values[recent], max(1, least // _BLOCKS))
         wanted = _SHARE * self.min_delta / (_STANDARD_ERRORS * ahead)
@@ -380,7 +375,7 @@ def _last_stage(history: Records) -> Records:
     """The records since the last change of `stage`; one that has none belongs to the stage before it."""
     start, current = 0, None
     for number, record in enumerate(history):
-        marker = record.get("stage")
+        marker = record.stage
         if marker is not None and current is not None and marker != current:
             start = number
         current = current if marker is None else marker
@@ -389,7 +384,7 @@ def _last_stage(history: Records) -> Records:
 
 def _line(points: Records, x: Array, noise: float, ahead: float) -> tuple[float, float]:
     """Expected fall along the line through these points, and its standard error; ``noise`` is the least there is."""
-    values = np.array([record["mir"] for record in points], dtype=np.float64)
+    values = np.array([record.mir for record in points], dtype=np.float64)
     slope = theil_sen_slope(x, values)
     noise = max(noise, residual_scatter(x, values, slope))
     influences = _influences(points)
@@ -399,17 +394,10 @@ def _line(points: Records, x: Array, noise: float, ahead: float) -> tuple[float,
 
 def _influences(points: Records) -> Array | None:
     """(N, S), if every record knows them, all finite, and they are of the same samples."""
-    rows = [record.get("influences") for record in points]
-    if any(not isinstance(row, (list, tuple)) or len(row) < 2 for row in rows):
+    rows = [record.influences for record in points if record.influences is not None and len(record.influences) > 1]
+    if len(rows) < len(points) or len({(each.probe_fingerprint, len(each.influences or ())) for each in points}) > 1:
         return None
-    if len({(record.get("probe_fingerprint"), len(record["influences"])) for record in points}) > 1:
-        return None
-    found = np.array(rows, dtype=np.float64)
-    return found if np.isfinite(found).all() else None
-
-
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
+    return np.array(rows, dtype=np.float64)
 
 
 def _is_positive(value: Any) -> bool:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from mir_callback.errors import ConfigError
-from mir_callback.history import Record
+from mir_callback.record import EvalRecord
 
 _EPSILON = 1e-9  # an epoch is a sum of fractions
+_FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,100,1000 (these steps)"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingProgress:
     """Where training stands; the same on every rank.
 
     Attributes:
@@ -60,7 +61,7 @@ class Moment:
 class Schedule(Protocol):
     """Anything that says when to evaluate. Must be pure, and the same on every rank."""
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Whether to evaluate now, ``before`` being one step earlier (or equal, before the first step)."""
         ...
 
@@ -79,7 +80,7 @@ class EverySteps:
                 "schedule such as EveryEpochs(0.1)"
             )
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
         return now.step > 0 and now.step % self.steps == 0
 
@@ -94,11 +95,11 @@ class EveryEpochs:
         """Check the number."""
         _check_positive("EveryEpochs", self.epochs, "epochs", "0.1")
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
         return self._multiples(now) > self._multiples(before)
 
-    def _multiples(self, moment: Moment) -> int:
+    def _multiples(self, moment: TrainingProgress) -> int:
         return math.floor(moment.epoch / self.epochs + _EPSILON)
 
 
@@ -117,7 +118,7 @@ class AtSteps:
             raise ConfigError(f"AtSteps must get steps of at least 0, got {min(given)}; leave it out")
         object.__setattr__(self, "steps", tuple(sorted(set(given))))
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
         return now.step in self.steps
 
@@ -139,7 +140,7 @@ class LogSpaced:
                 "LogSpaced(5)"
             )
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
         if now.step < 1:
             return False
@@ -165,7 +166,7 @@ class TimeShare:
         if self.share >= 1:
             raise ConfigError(f"TimeShare must get a part below 1, got {self.share!r}; 5 % is TimeShare(0.05)")
 
-    def is_due(self, now: Moment, before: Moment) -> bool:
+    def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
         due = self.next_step(now.pace)
         return due is not None and now.step >= due
@@ -192,14 +193,33 @@ class TimeShare:
 
 
 def as_schedule(every: Any) -> Schedule:
-    """The schedule that ``every=`` means.
+    """The schedule that ``every=`` means: a number of steps, a schedule, or its form on a command line.
+
+    ``"50"`` is every 50 steps, ``"0.1ep"`` EveryEpochs(0.1), ``"log5"`` LogSpaced(5), ``"5%"`` TimeShare(0.05) and
+    ``"10,100,1000"`` AtSteps((10, 100, 1000)).
 
     Raises:
-        ConfigError: neither a positive whole number of steps nor a schedule.
+        ConfigError: of no known form, or a number breaks its rule.
     """
     if isinstance(every, Schedule) and not isinstance(every, type):
         return every
-    return EverySteps(every)
+    if not isinstance(every, str):
+        return EverySteps(every)
+    words = every.strip().lower()
+    try:
+        if words.endswith("ep"):
+            return EveryEpochs(float(words[:-2]))
+        if words.endswith("%"):
+            return TimeShare(float(words[:-1]) / 100)
+        if words.startswith("log"):
+            return LogSpaced(int(words[3:]))
+        if "," in words:
+            return AtSteps(tuple(int(word) for word in words.split(",") if word.strip()))
+        return EverySteps(int(words))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"every={every!r} is no schedule; write {_FORMS}") from error
 
 
 def describe(schedule: Schedule) -> str:
@@ -210,7 +230,7 @@ def describe(schedule: Schedule) -> str:
 
 def due_steps(schedule: Schedule, max_steps: int, epochs: float) -> list[int]:
     """The steps at which a schedule that knows no clock is due in a run of ``max_steps`` over ``epochs`` epochs."""
-    moments = [Moment(step, step * epochs / max_steps) for step in range(max_steps + 1)]
+    moments = [TrainingProgress(step, step * epochs / max_steps) for step in range(max_steps + 1)]
     return [now.step for before, now in zip(moments, moments[1:], strict=False) if schedule.is_due(now, before)]
 
 
@@ -225,19 +245,24 @@ DEFAULT_EVENTS = ("start", "end")
 
 
 def check_events(also_on: Any) -> tuple[str, ...]:
-    """The events to evaluate at, in the order of :data:`EVENTS`.
+    """The events to evaluate at, in the order of :data:`EVENTS`; from a collection, or names with commas, or "none".
 
     Raises:
         ConfigError: not a collection of names of events.
     """
-    if isinstance(also_on, str) or not isinstance(also_on, Collection) or any(event not in EVENTS for event in also_on):
+    if isinstance(also_on, str):
+        words = [word.strip() for word in also_on.split(",") if word.strip()]
+        also_on = [] if words == ["none"] else words
+    if not isinstance(also_on, Collection) or any(event not in EVENTS for event in also_on):
         raise ConfigError(
             f"also_on must be a collection of {', '.join(EVENTS)}, got {also_on!r}; the default is {DEFAULT_EVENTS}"
         )
     return tuple(event for event in EVENTS if event in also_on)
 
 
-def is_due_at_start(schedule: Schedule, events: Collection[str], moment: Moment, history: Sequence[Record]) -> bool:
+def is_due_at_start(
+    schedule: Schedule, events: Collection[str], moment: TrainingProgress, history: Sequence[EvalRecord]
+) -> bool:
     """Whether to evaluate before training goes on, where an uninterrupted run would have done so. Ranks: pure.
 
     Args:
@@ -246,7 +271,7 @@ def is_due_at_start(schedule: Schedule, events: Collection[str], moment: Moment,
         moment: step 0, or where the run is resumed.
         history: the evaluations up to there; none of ``moment`` itself.
     """
-    if "start" in events and not any(record["mir"] is not None for record in history):
+    if "start" in events and not any(record.mir is not None for record in history):
         return True
     at_checkpoint = moment.step > 0 and "save" in events
     return at_checkpoint or schedule.is_due(moment, moment)

@@ -318,6 +318,57 @@ class Probe:
         return probe
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeSource:
+    """Where a probe comes from: a saved one, or a draw from two folders.
+
+    Raises:
+        ConfigError: they contradict each other, or a number is none.
+    """
+
+    probe: Any = field(default=None, metadata={"help": "a saved probe (see `mir probe`) instead of the two folders"})
+    images: Any = field(default=None, metadata={"help": "folder of probe images; switches MIR on"})
+    texts: Any = field(default=None, metadata={"help": "folder of probe texts (.txt, .md, .story)"})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "image and text pairs to draw from the folders (default: 100)"}
+    )
+    seed: int | None = field(default=None, metadata={"help": "seed of the draw (default: 0)"})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading."""
+        if (self.images is None) != (self.texts is None):
+            raise ConfigError(
+                f"images and texts go together, got images={self.images!r} and texts={self.texts!r}; a text is drawn "
+                "for every image"
+            )
+        if self.probe is not None and self.images is not None:
+            raise ConfigError("give either a probe or images and texts, got both; a saved probe has its own")
+        if self.probe is not None and (self.num_samples is not None or self.seed is not None):
+            raise ConfigError("num_samples and seed are of a draw from folders, got one with a probe; leave it out")
+        check_draw(1 if self.num_samples is None else self.num_samples, self.seed or 0)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one."""
+        return self.probe is not None or self.images is not None
+
+    def load(self) -> Probe:
+        """Draw or read the probe.
+
+        Raises:
+            ConfigError: there is none.
+            ProbeError: as :meth:`Probe.load` and :meth:`Probe.from_folders`.
+
+        Ranks: any, each for itself.
+        """
+        if not self.is_given:
+            raise ConfigError("no probe: give one (a file that Probe.save wrote will do), or images and texts")
+        if self.probe is not None:
+            return self.probe if isinstance(self.probe, Probe) else Probe.load(self.probe)
+        draw = {"num_samples": self.num_samples, "seed": self.seed}
+        return Probe.from_folders(self.images, self.texts, **{n: v for n, v in draw.items() if v is not None})
+
+
 def _path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
