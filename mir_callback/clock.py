@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from mir_callback import distributed as collectives
-from mir_callback.history import Record
+from mir_callback import distributed
+from mir_callback.record import EvalRecord
 from mir_callback.schedule import Pace, Schedule, TimeShare
 
 
@@ -36,24 +36,23 @@ class Clock:
         self._stretch = 0.0, 0  # training time and step after the last evaluation
         self._paid = 0.0  # evaluation time when the last evaluation was shared: what came after it is part of the next
 
-    def begin(self, step: int, records: Sequence[Record]) -> None:
+    def begin(self, step: int, records: Sequence[EvalRecord]) -> None:
         """Start at ``step``, after these evaluations of the run (the same on every rank).
 
         Steps between the last evaluation and ``step`` count with the time of a step that was known then.
 
         Ranks: each for itself.
         """
-        last = next((record for record in reversed(records) if "train_seconds" in record), None)
+        last = next((record for record in reversed(records) if record.train_seconds is not None), None)
         pace = Pace(step)
         if last is not None:
-            since = (step - last["step"]) * (last["step_seconds"] or 0.0)
             pace = Pace(
                 step=step,
-                evaluated_at=last["step"],
-                train_seconds=last["train_seconds"] + since,
-                eval_seconds=last["eval_seconds"],
-                eval_cost=last["eval_cost"],
-                step_seconds=last["step_seconds"],
+                evaluated_at=last.step,
+                train_seconds=(last.train_seconds or 0.0) + (step - last.step) * (last.step_seconds or 0.0),
+                eval_seconds=last.eval_seconds or 0.0,
+                eval_cost=last.eval_cost,
+                step_seconds=last.step_seconds,
             )
         self.pace, self.began = pace, step
         self._train_seconds, self._eval_seconds = pace.train_seconds, pace.eval_seconds
@@ -82,7 +81,7 @@ class Clock:
             eval_cost=self._eval_seconds - self._paid if self._evaluating else before.eval_cost,
             step_seconds=trained / (step - first) if step > first else before.step_seconds,
         )
-        self.pace = collectives.broadcast_object(mine)
+        self.pace = distributed.broadcast_object(mine)
         if self._evaluating:
             self._paid, self._stretch = self._eval_seconds, (self._train_seconds, step)
         return self.pace
@@ -100,9 +99,3 @@ class Clock:
         else:
             self._train_seconds += now - self._lap
         self._lap, self._evaluating = now, evaluating
-
-
-def pace_fields(pace: Pace) -> Record:
-    """What a history keeps of a pace."""
-    names = ("train_seconds", "eval_seconds", "eval_cost", "step_seconds")
-    return {name: getattr(pace, name) for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option once: its type, default, unit, help and rule. Keyword arguments and command-line flags come from here."""
+"""Every option once: type, default, help and rule. Keyword arguments and command-line flags are made from it."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class MIRConfig:
         return self.stop is not None and not getattr(self.stop, "observe_only", False)
 
     def described(self) -> dict[str, Any]:
-        """Every option as plain values that are equal on ranks where the options are; a rule of a user's by its class."""
+        """Every option as a plain value, equal on ranks if the options are; a rule of a user's by its class."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}
         ours = self.stop is None or isinstance(self.stop, PlateauRule)
         told["every"] = describe(self.schedule)

@@ -1,135 +1,343 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluations of one run: begun, collected, judged, written down and logged. Decides neither when nor what."""
+"""One watched run: is an evaluation due? Evaluate, judge, record, log, keep the best, decide. Knows no Trainer."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from mir_callback import distributed as collectives
-from mir_callback.best_model import BestModel
-from mir_callback.clock import Clock, pace_fields
+from mir_callback import distributed
+from mir_callback.best_model import BestModel, WeightSaver
+from mir_callback.clock import Clock
+from mir_callback.config import MIRConfig, with_options
+from mir_callback.console import evaluation_line
+from mir_callback.dry_run import DryRunDone, summarize
 from mir_callback.early_stopping import Verdict
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.evaluation.evaluate import Wanted, evaluate_beside, evaluate_encoded
-from mir_callback.failures import FailurePolicy, Failures
-from mir_callback.history import DEFINITION_FIELDS, History, Record, changed_circumstances, since_last_stop
-from mir_callback.loggers import UNATTACHED, Reports, evaluation_line, say
-from mir_callback.pending import Pending
-from mir_callback.probe.adapters import Adapter
-from mir_callback.probe.batches import EncodedProbe
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.history import FILE_NAME, History
+from mir_callback.loggers import Loggers
+from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
-from mir_callback.watchdog import Tell, Watchdog
+from mir_callback.record import EvalRecord, changed_circumstances, is_stopped, since_last_stop
+from mir_callback.schedule import EveryEpochs, TrainingProgress, is_due_at_start
+from mir_callback.watchdog import enter_phase, watchdog
+
+log = logging.getLogger(__name__)
 
 
-def progress_fields(args: TrainingArguments, state: TrainerState) -> Record:
-    """What a record says of the run besides its step.
+@dataclass(frozen=True)
+class Decision:
+    """What follows from a step; the same on every rank.
 
-    Returns:
-        `loss`: the training loss the Trainer logged last, None before the first one or if it was not finite.
-        `loss_step`: the step it was logged at, as a rule before this record's: the Trainer logs after its callbacks.
-        `tokens_seen`: input tokens so far on all ranks, None unless the Trainer counts them
-        (`include_num_input_tokens_seen`).
-        `samples_seen`: steps times the batch over all ranks, accumulation included; a batch that an epoch's end cuts
-        short counts as a whole one.
-
-    Ranks: each for itself, with the same result.
+    Attributes:
+        stop: training should end.
+        record: the evaluation made at this step, None if none was due.
     """
-    counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
-    on_each = getattr(state, "train_batch_size", None) or args.train_batch_size  # lowered by auto_find_batch_size
-    batch = on_each * args.gradient_accumulation_steps * args.world_size
-    newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    known = "loss" in newest and math.isfinite(newest["loss"])
-    return {
-        "loss": newest["loss"] if known else None,
-        "loss_step": newest.get("step") if known else None,
-        "tokens_seen": int(state.num_input_tokens_seen) if counted else None,
-        "samples_seen": state.global_step * batch,
-    }
+
+    stop: bool = False
+    record: EvalRecord | None = None
 
 
-class Judge:
-    """Asks a stop rule about every evaluation.
+class MIRMonitor:
+    """Watch MIR while a loop of any kind trains: plain PyTorch, Accelerate, FSDP2, your own.
+
+    On construction it checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step.
+    Training is not changed by it: losses and weights are the same to the last bit.
 
     Args:
-        rule: with `verdict(history)`, or None to judge nothing; one whose `observe_only` is true never stops a run.
+        model: what is trained, bare or wrapped (DDP, DeepSpeed engine, PEFT).
+        probe: the fixed samples; the same on every rank.
+        processor: the model's processor (image processor and tokenizer); not needed with an adapter.
+        adapter: for models that no registered adapter knows, see `mir_callback.probe.adapters`.
+        optimizer: the run's; needed by ZeRO-3 with a bare model, and by schedule-free optimizers.
+        output_dir: where history, probe and best weights go; one for each run.
+        total_steps: planned optimizer steps; a stop rule looks ahead by a part of them.
+        total_epochs: planned epochs, for what a dry run says.
+        start_step: 0, or the step of the checkpoint that training goes on from: the history is then continued.
+        start_status: what :meth:`step` would be told there (epoch, loss, samples_seen, ...), if training is resumed.
+        log: what values are logged with besides an active wandb run: a function of (values, step), an object with
+            `add_scalar` (TensorBoard) or with `log(values, step=...)` (Accelerate, Fabric).
+        save_weights: writes the weights into an empty folder, called on every rank; for ``keep_best``. By default
+            `model.save_pretrained`, where each rank holds the whole model.
+        **options: of :class:`MIRConfig`.
+
+    Attributes:
+        config: the options.
+        is_already_stopped: the run was resumed where its rule had stopped it; nothing is evaluated.
 
     Raises:
-        ConfigError: not a rule.
+        MIRError: an option, the probe, the model or the history is not right; on every rank, before any forward.
+        DryRunDone: with ``dry_run``, after one evaluation; ends the script.
+
+    Ranks: collective, construction and all methods.
+
+    Example:
+        ```
+        monitor = MIRMonitor(model, probe, processor=processor, optimizer=optimizer, output_dir="runs/a",
+                             total_steps=2000, every=50, stop=PlateauRule())
+        for step, batch in enumerate(loader, start=1):
+            ...
+            optimizer.step()
+            if monitor.step(step, loss=loss).stop:  # every rank
+                break
+        monitor.close()
+        ```
     """
 
-    def __init__(self, rule: Any) -> None:
-        if rule is not None and (isinstance(rule, type) or not callable(getattr(rule, "verdict", None))):
-            raise ConfigError(f"stop must be None or a rule with verdict(history), got {rule!r}; use PlateauRule()")
-        self._rule = rule
-        self._stages: dict[int, str] = {}  # by step, until its evaluation is concluded
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        *,
+        processor: Any = None,
+        adapter: Adapter | None = None,
+        optimizer: Any = None,
+        output_dir: str | Path = ".",
+        total_steps: int | None = None,
+        total_epochs: float | None = None,
+        start_step: int = 0,
+        start_status: Mapping[str, Any] | None = None,
+        log: Any = None,
+        save_weights: WeightSaver | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = MIRConfig.from_options(options)
+        self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
+        self._history, self._clock = History(), Clock()
+        self._started = time.perf_counter()
+        self._failures_in_a_row = 0
+        self._is_disabled = self._is_stopped = False
+        self._status: dict[str, Any] = {"epoch": 0.0, "samples_seen": 0} if start_step == 0 else {}
+        self._status |= start_status or {}
+        with self._watched(f"start of MIR at step {start_step}"):
+            enter_phase("comparing options with the other ranks")
+            distributed.require_same(**self.config.described(), start_step=start_step, total_steps=total_steps)
+            enter_phase("encoding the probe")
+            with distributed.fail_together():
+                if not isinstance(probe, Probe):
+                    raise ConfigError(f"probe={probe!r:.60} is no Probe; see Probe.from_folders, Probe.load")
+                self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self._described_options())
+                saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
+                adapter = adapter or find_adapter(model, processor, conversation=self.config.conversation)
+            self._evaluator = Evaluator(model, probe, adapter, self.config)
+            if self.config.dry_run:
+                enter_phase("dry run")
+                self._dry_run(total_epochs)
+            enter_phase("opening the history")
+            self._history.open(output_dir, start_step, self._evaluator.definition)
+            self._files = [Path(output_dir) / FILE_NAME, Path(output_dir) / RUN_PROBE]
+            if self.config.save_probe and distributed.is_main():
+                _keep_probe(probe, self._files[1])
+            self._clock.begin(start_step, self.history)
+            self._num_continued: int | None = len(self.history)  # until circumstances have been compared
+            self._best = None
+            if saver is not None:
+                self._best = BestModel(saver, output_dir, self.history, self._evaluator.definition)
+        self._now = TrainingProgress(start_step, self._status.get("epoch") or 0.0, self._clock.pace)
+        stays = self.config.may_stop and not self.config.continue_after_stop
+        self.is_already_stopped = stays and is_stopped(self.history)
+        if self.is_already_stopped:
+            _say_already_stopped(self.history[-1])
+        elif is_due_at_start(self.config.schedule, self.config.also_on, self._now, self.history):
+            self.evaluate()
 
     @property
-    def may_stop(self) -> bool:
-        """Whether there is a rule that may end training, and not one that only observes. Ranks: pure."""
-        return self._rule is not None and not getattr(self._rule, "observe_only", False)
+    def history(self) -> list[EvalRecord]:
+        """Records of the evaluations so far, newest last; the lines of `<output_dir>/mir_history.jsonl`."""
+        return self._history.records
 
-    def see(self, step: int, model: nn.Module) -> None:
-        """Remember what is trained at a step that is going to be evaluated. Ranks: each for itself."""
-        self._stages[step] = stage_of(model)
+    @property
+    def should_stop(self) -> bool:
+        """Whether the rule has stopped this run, now or before it was resumed."""
+        return self._is_stopped or self.is_already_stopped
 
-    def conclude(self, history: Sequence[Record], record: Record, max_steps: int) -> Verdict | None:
-        """Judge an evaluation, and write into its record what was found and what later verdicts need.
+    def step(
+        self,
+        step: int,
+        *,
+        loss: Any = None,
+        epoch: float | None = None,
+        loss_step: int | None = None,
+        samples_seen: int | None = None,
+        tokens_seen: int | None = None,
+    ) -> Decision:
+        """An optimizer step is done: evaluate if due, and say whether to stop.
 
         Args:
-            history: the run's records before it.
-            record: the evaluation; gets `stage`, `max_steps`, `verdict`, `reason`, `would_stop`, `expected_gain` and
-                `expected_gain_se`.
-            max_steps: planned length of the run.
+            step: optimizer steps so far, counted over restarts.
+            loss: the newest training loss, a number or a tensor of one; read only where an evaluation is due.
+            epoch: epochs done, with fraction; needed by ``every=EveryEpochs(...)``.
+            loss_step: the step of the loss, if not this one.
+            samples_seen: training samples so far, over all ranks.
+            tokens_seen: input tokens so far, over all ranks.
+
+        Raises:
+            ConfigError: no epoch where the schedule counts in epochs.
+            Exception: what a failing evaluation raises, if it is not tolerated.
+
+        Ranks: collective; the same step on every rank.
+        """
+        if epoch is None and isinstance(self.config.schedule, EveryEpochs):
+            raise ConfigError("every=EveryEpochs(...) needs to know the epoch: monitor.step(step, epoch=...)")
+        self._clock.follow(self.config.schedule, step)
+        before, self._now = self._now, TrainingProgress(step, epoch or 0.0, self._clock.pace)
+        seen = {"loss": loss, "loss_step": step if loss_step is None else loss_step}
+        self._status = {"epoch": epoch, "samples_seen": samples_seen, "tokens_seen": tokens_seen, **seen}
+        record = self.evaluate() if self.config.schedule.is_due(self._now, before) else None
+        return Decision(self.should_stop, record)
+
+    def evaluate(self) -> EvalRecord | None:
+        """Evaluate the weights as they are, whatever the schedule says.
 
         Returns:
-            Rank 0's verdict; None without a rule. A rule that fails does not end training.
+            The record; None if this step has one already, the run is stopped, or too many evaluations have failed.
 
         Ranks: collective.
         """
-        record["stage"] = self._stages.pop(record["step"], None)
-        record["max_steps"] = max_steps if max_steps > 0 else None
-        verdict = None if self._rule is None else self._ask(self._rule, [*since_last_stop(list(history)), record])
-        record |= verdict_fields(verdict)
-        return verdict
+        step = self._now.step
+        if self.should_stop or self._is_disabled or self._history.has_step(step):
+            return None
+        with self._watched(f"evaluation at step {step}"), self._clock.evaluating():
+            record = replace(self._measure(step), **self._training_fields(), stage=stage_of(self._model))
+            record = self._with_failures(record)
+            enter_phase("verdict of the stop rule")
+            verdict = self._judge(record)
+            record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
+            record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
+            self._keep(record, verdict)
+        return record
 
-    def _ask(self, rule: Any, history: Sequence[Record]) -> Verdict:
+    def close(self, *, evaluate: bool = True) -> Decision:
+        """Training has ended: evaluate the last step unless it has been, and hand the files to wandb.
+
+        Args:
+            evaluate: False if the model holds other weights by now.
+
+        Ranks: collective.
+        """
+        record = self.evaluate() if evaluate and "end" in self.config.also_on else None
+        self._loggers.close(self._files)
+        return Decision(self.should_stop, record)
+
+    @contextmanager
+    def _watched(self, work: str) -> Iterator[None]:
+        with watchdog(work, distributed.rank(), self.config.watchdog_seconds, abort=self.config.abort_on_hang):
+            yield
+
+    def _described_options(self) -> dict[str, str]:
+        described = self.config.described()
+        return {"every": described["every"], "also_on": ", ".join(self.config.also_on), "stop": described["stop"]}
+
+    def _dry_run(self, total_epochs: float | None) -> None:
+        report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
+        for line in summarize(report, self.config.schedule, self.config.also_on, self._total_steps, total_epochs):
+            log.info(line)
+        raise DryRunDone
+
+    def _measure(self, step: int) -> EvalRecord:
+        """An evaluation; its `mir` is None where it failed and that is tolerated."""
+        started = time.perf_counter()
+        try:
+            report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
+        except Exception as error:
+            # A failure that only this rank has would leave it out of step with the others: better to end loudly.
+            is_tolerated = self.config.on_error == "warn" and bool(self.history)
+            if not is_tolerated or not distributed.is_shared(error):
+                raise
+            log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
+            seconds, words = time.perf_counter() - started, distributed.describe(error)
+            return EvalRecord(step=step, seconds=seconds, error=words, **self._evaluator.definition)
+        return EvalRecord(step=step, **report.to_fields())
+
+    def _training_fields(self) -> dict[str, Any]:
+        """How far the run has come, as a record says it."""
+        loss = self._status.get("loss")
+        loss = None if loss is None else float(loss)
+        if loss is None or not math.isfinite(loss):
+            loss, step = None, None
+        else:
+            step = self._status.get("loss_step")
+        return {**self._status, "loss": loss, "loss_step": step, "max_steps": self._total_steps or None}
+
+    def _with_failures(self, record: EvalRecord) -> EvalRecord:
+        """Count failures in a row; after too many, say that there are no more evaluations."""
+        limit = self.config.max_failures
+        self._failures_in_a_row = self._failures_in_a_row + 1 if record.mir is None else 0
+        self._is_disabled = limit is not None and self._failures_in_a_row >= limit
+        if not self._is_disabled:
+            return record
+        words = (
+            f"{limit} evaluations in a row have failed, the last with {record.error}; no more are tried in this run "
+            "(max_failures), training goes on. A restart tries again"
+        )
+        return replace(record, disabled=words)
+
+    def _judge(self, record: EvalRecord) -> Verdict | None:
+        """Rank 0's verdict on the history with this record; None without a rule. A failing rule ends nothing."""
+        rule = self.config.stop
+        if rule is None:
+            return None
         verdict = Verdict("no data", "another rank decides")
-        if collectives.is_main():
+        if distributed.is_main():
             try:
-                verdict = rule.verdict(history)
+                verdict = rule.verdict([*since_last_stop(self.history), record])
                 if not isinstance(verdict, Verdict):
-                    raise ConfigError(f"stop.verdict(history) must return a Verdict, got {verdict!r}")
+                    raise TypeError(f"stop.verdict(records) returned {verdict!r}, no Verdict")
             except Exception as error:
-                warnings.warn(f"the stop rule failed, training goes on: {type(error).__name__}: {error}", stacklevel=2)
-                verdict = Verdict("no data", f"the stop rule failed: {type(error).__name__}: {error}")
-        return collectives.broadcast_object(verdict)
+                words = f"the stop rule failed: {type(error).__name__}: {error}"
+                log.warning("%s; training goes on", words)
+                verdict = Verdict("no data", words)
+        return distributed.broadcast_object(verdict)
+
+    def _keep(self, record: EvalRecord, verdict: Verdict | None) -> None:
+        """Write the record down, log it, keep the weights if they are the best, and note a stop."""
+        enter_phase("writing the history")
+        try:
+            self._history.append(record)
+        except (OSError, ValueError) as error:
+            log.warning("step %d: MIR could not be written to disk: %s", record.step, error)
+        enter_phase("logging")
+        self._loggers.send(record, self.history)
+        log.info(evaluation_line(record, verdict))
+        if record.disabled is not None:
+            log.warning("step %d: %s", record.step, record.disabled)
+        if self._num_continued is not None and record.mir is not None:
+            changed = changed_circumstances(self.history[: self._num_continued], record)
+            self._num_continued = None
+            if changed:
+                log.warning(changed)
+        enter_phase("keeping the best model")
+        if self._best is not None:
+            self._best.offer(record)
+        self._is_stopped = verdict is not None and verdict.stop
 
 
-def verdict_fields(verdict: Verdict | None) -> Record:
+MIRMonitor.__init__ = with_options(MIRMonitor.__init__)  # type: ignore[method-assign]
+
+
+def verdict_fields(verdict: Verdict | None) -> dict[str, Any]:
     """What a record keeps of a verdict.
 
     `verdict` "plateau" in a history means a run that was stopped: one that is only observed goes on, and says in
     `would_stop` that it would not have. Ranks: pure.
     """
     if verdict is None:
-        return {"verdict": None, "reason": None}
-    watching = verdict.would_stop and not verdict.stop
+        return {}
+    is_observed = verdict.would_stop and not verdict.stop
     return {
-        "verdict": "going on" if watching else verdict.kind,
-        "reason": f"only observing, would stop: {verdict.reason}" if watching else verdict.reason,
+        "verdict": "going on" if is_observed else verdict.kind,
+        "reason": f"only observing, would stop: {verdict.reason}" if is_observed else verdict.reason,
         "would_stop": verdict.would_stop,
         "expected_gain": verdict.expected_gain,
         "expected_gain_se": verdict.expected_gain_se,
@@ -142,200 +350,38 @@ def stage_of(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def keep_probe(probe: Probe, folder: str | Path) -> None:
-    """Save the probe in a run's output folder, or say why it is not there: training does not depend on it.
-
-    Ranks: rank 0 only.
-    """
+def _keep_probe(probe: Probe, path: Path) -> None:
+    """Save the probe beside the history, or say why it is not there: training does not depend on it."""
     try:
-        probe.save(Path(folder) / RUN_PROBE)
+        probe.save(path)
     except ProbeError as error:
-        warnings.warn(f"the probe is not kept beside the run: {error}", stacklevel=2)
+        log.warning("the probe is not kept beside the run: %s", error)
 
 
-@dataclass(frozen=True)
-class How:
-    """How all evaluations of a run are made.
-
-    Attributes:
-        wanted: what they find.
-        solve: "now" or "background".
-        policy: what failures lead to.
-        watchdog: watches their phases.
-        told: options of the callback, for the definition in the settings of trackers.
-    """
-
-    wanted: Wanted
-    solve: str
-    policy: FailurePolicy
-    watchdog: Watchdog
-    told: Mapping[str, str]
+def _say_already_stopped(last: EvalRecord) -> None:
+    log.info(
+        "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, give "
+        "continue_after_stop=True (--mir_continue_after_stop), or stop=None",
+        *(last.step, last.reason),
+    )
 
 
-class Evaluations:
-    """Makes evaluations when told to, at most one of a step, and keeps what becomes of them.
+def _default_saver(model: nn.Module) -> Callable[[Path], None]:
+    """`save_pretrained` of a model that every rank holds whole."""
+    top: Any = model
+    while isinstance(getattr(top, "module", None), nn.Module):
+        top = top.module
+    is_sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
+    is_sharded = is_sharded or any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules())
+    if is_sharded or not hasattr(top, "save_pretrained"):
+        why = "its weights are sharded" if is_sharded else f"{type(top).__name__} has no save_pretrained"
+        raise ConfigError(
+            f"keep_best does not know how to save this model: {why}; give save_weights, a function that writes the "
+            "weights into a folder on every rank, or attach to a Trainer"
+        )
 
-    Args:
-        how: they are made.
-        judge: of the run.
+    def save(folder: Path) -> None:
+        if distributed.is_main():
+            top.save_pretrained(str(folder))
 
-    Attributes:
-        judge: as given.
-        history: of the run.
-        reports: where values are logged.
-        clock: time of training and of evaluations.
-        failures: of the run.
-        best: keeps the best weights, or None.
-        adapter: of the run's model; None before :meth:`open`, as the probe is.
-        encoded: this rank's probe.
-        held: whether the run was resumed where its rule had stopped it; nothing is evaluated then.
-
-    Ranks: all methods are collective.
-    """
-
-    def __init__(self, how: How, judge: Judge) -> None:
-        self._how = how
-        self.judge = judge
-        self.history = History()
-        self.reports = Reports()
-        self.clock = Clock()
-        self.failures = Failures(how.policy)
-        self.best: BestModel | None = None
-        self.adapter: Adapter | None = None
-        self.encoded: EncodedProbe | None = None
-        self.held = False
-        self._pending: Pending | None = None
-        self._stopped = False  # by the rule, in this run
-        self._progress: Callable[[TrainerState], Record] | None = None
-        self._begun: Record = {}  # how far the run had come when the newest evaluation began
-        self._resumed_at: int | None = None  # number of records continued, until circumstances are compared
-        self._started = time.perf_counter()
-
-    def start(self) -> None:
-        """A run begins: the time that records count as elapsed, and failures, begin anew."""
-        self._started = time.perf_counter()
-        self.failures.reset()
-
-    def open(self, folder: str, args: TrainingArguments, state: TrainerState) -> None:
-        """Start or continue the history in ``folder``, and what depends on it; adapter and probe must be set."""
-        self.history.open(folder, state.global_step, self.definition())
-        records = self.history.records
-        self.clock.begin(state.global_step, records)
-        self._progress = partial(progress_fields, args)
-        self._pending, self._stopped, self._resumed_at = None, False, len(records)
-        self.reports.begin()
-        if not self.reports.attached:
-            say(UNATTACHED)
-        if self.best is not None:
-            for line in self.best.open(folder, records, self.definition()):
-                say(f"[mir] {line}")
-
-    def definition(self) -> dict[str, str]:
-        """What makes the run's values comparable, by DEFINITION_FIELDS."""
-        assert self.encoded is not None
-        values = (self.encoded.fingerprint, self.encoded.tokens_fingerprint, self._how.wanted.root)
-        return dict(zip(DEFINITION_FIELDS, values, strict=True))
-
-    def evaluate(self, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]) -> None:
-        """Evaluate unless this step has been, the run is held or there were too many failures. Collective."""
-        step, model, optimizer = state.global_step, kwargs["model"], kwargs.get("optimizer")
-        if self._is_enough(step):
-            return
-        self.collect(state, control, wait=True)
-        if self._is_enough(step):
-            return
-        self._begun = self._progress(state) if self._progress else {}
-        with self._evaluating(f"evaluation at step {step}") as tell:
-            options = {"wanted": self._how.wanted, "optimizer": optimizer, "tell": tell}
-            self.judge.see(step, model)
-            fields = self._attempt(lambda: self._start(state, model, options), step)
-            if fields is not None:
-                self._conclude(state, control, {"step": step, "epoch": state.epoch} | fields, tell)
-
-    def _is_enough(self, step: int) -> bool:
-        """Whether no evaluation of this step is wanted."""
-        begun = self._pending is not None and self._pending.step == step
-        return begun or self.held or self._stopped or self.failures.disabled or self.history.has_step(step)
-
-    def _start(self, state: TrainerState, model: nn.Module, options: dict[str, Any]) -> Record | None:
-        """What a record says of an evaluation; None if it goes on beside training. Collective."""
-        if self.encoded is None or self.adapter is None:
-            raise ConfigError(
-                "MIRCallback must be added before training begins, got its first event in the middle of a run; "
-                "attach it before trainer.train()"
-            )
-        if self._how.solve == "now":
-            return evaluate_encoded(model, self.encoded, self.adapter, **options).as_dict()
-        begin = partial(evaluate_beside, model, self.encoded, self.adapter, **options)
-        self._pending = Pending(state.global_step, state.epoch, begin)
-        return None
-
-    def collect(self, state: TrainerState, control: TrainerControl, *, wait: bool) -> None:
-        """Conclude the evaluation that goes on beside training if it is finished, or wait until it is. Collective."""
-        pending = self._pending
-        if pending is None:
-            return
-        with self._evaluating(f"evaluation of step {pending.step}, beside training") as tell:
-            tell("looking for results of all ranks")
-            self._pending = None
-            fields = self._attempt(lambda: pending.fields() if pending.advance(wait=wait) else None, pending.step)
-            if fields is None:
-                self._pending = pending
-                return
-            self._conclude(state, control, {"step": pending.step, "epoch": pending.epoch} | fields, tell)
-
-    @contextmanager
-    def _evaluating(self, work: str) -> Iterator[Tell]:
-        """What training waits for: on the clock, and watched."""
-        with self.clock.evaluating(), self._how.watchdog.over(work, collectives.rank()) as tell:
-            yield tell
-
-    def _conclude(self, state: TrainerState, control: TrainerControl, record: Record, tell: Tell) -> None:
-        """The verdict on the history so far, the record of an evaluation, and its log lines. Collective."""
-        record |= self.failures.count(record["mir"] is None, record.get("error"))
-        tell("verdict of the stop rule")
-        verdict = self.judge.conclude(self.history.records, record, state.max_steps)
-        record |= {"elapsed": time.perf_counter() - self._started, "time": time.time()}
-        record |= pace_fields(self.clock.share(state.global_step)) | self._begun
-        tell("writing the history")
-        try:
-            self.history.append(record)
-        except (OSError, TypeError, ValueError) as error:
-            warnings.warn(f"step {record['step']}: MIR could not be written to disk: {error}", stacklevel=2)
-        tell("logging")
-        self.reports.send(record, self.history.records, self._how.told)
-        say(evaluation_line(record, verdict))
-        if "disabled" in record:
-            say(f"[mir] step {record['step']}: {record['disabled']}")
-        tell("keeping the best model")
-        self._after_record(record)
-        if verdict is not None and verdict.stop:
-            self._stopped = control.should_training_stop = True
-
-    def _after_record(self, record: Record) -> None:
-        """Once in a resumed run say what is measured otherwise than before; keep the weights if they are the best."""
-        if self._resumed_at is not None and record["mir"] is not None:
-            told = changed_circumstances(self.history.records[: self._resumed_at], record)
-            self._resumed_at = None
-            if told and collectives.is_main():
-                warnings.warn(told, stacklevel=2)
-        told = self.best.offer(record) if self.best is not None else None
-        if told:
-            say(f"[mir] {told}")
-
-    def _attempt(self, evaluation: Callable[[], Record | None], step: int) -> Record | None:
-        """An evaluation's fields; `mir` None where it failed and that is tolerated."""
-        started = time.perf_counter()
-        try:
-            fields = evaluation()
-        except Exception as error:
-            # A failure that only this rank has would leave it out of step with the others: better to end loudly.
-            tolerated = self.failures.policy.tolerates(first=not self.history.records)
-            if not tolerated or not collectives.is_shared(error):
-                raise
-            warnings.warn(f"step {step}: MIR evaluation failed, training goes on: {error}", stacklevel=2)
-            failed = {"seconds": time.perf_counter() - started, "error": collectives.describe(error)}
-            return {"mir": None, "per_layer": None, **failed, **self.definition()}
-        if fields is not None and not math.isfinite(fields["mir"]):
-            fields |= {"mir": None, "error": "every distance is zero: vision and text tokens cannot be told apart"}
-        return fields
+    return save

@@ -1,159 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer callback: turns Trainer events into evaluations. It owns no maths."""
+"""Hugging Face Trainers, and all that derive from them: Trainer events become calls of a monitor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mir_callback import distributed as collectives
-from mir_callback.best_model import EVAL_METRIC, BestModel, check_best_metric, chooses_by_mir, saver_for
-from mir_callback.dry_run import DryRunDone, epochs_of, rehearse
-from mir_callback.early_stopping import PlateauRule
+from mir_callback import distributed
+from mir_callback.best_model import FOLDER_NAME, WeightSaver
+from mir_callback.config import MIRConfig, with_options
+from mir_callback.console import UNATTACHED, log
 from mir_callback.errors import ConfigError
-from mir_callback.evaluation.evaluate import DEFAULT_BATCH_SIZE, Wanted, adapter_for, encode_for, evaluate_encoded
-from mir_callback.evaluation.memory import check_capture_budget
-from mir_callback.failures import FailurePolicy
-from mir_callback.history import Record, run_folder, stopped
-from mir_callback.loggers import Reports, held_line, say
-from mir_callback.metric.frechet import check_root
-from mir_callback.monitor import Evaluations, How, Judge, keep_probe
-from mir_callback.pending import check_solve
-from mir_callback.probe.adapters import Adapter, require_processor
-from mir_callback.probe.batches import check_batch_size
-from mir_callback.probe.probe import Probe
-from mir_callback.schedule import DEFAULT_EVENTS, Moment, Schedule, as_schedule, check_events, describe, is_due_at_start
-from mir_callback.watchdog import DEFAULT_SECONDS, Tell, Watchdog
+from mir_callback.loggers import Loggers
+from mir_callback.monitor import MIRMonitor
+from mir_callback.probe.adapters import Adapter, find_adapter, require_processor
+from mir_callback.probe.probe import Probe, ProbeSource
+from mir_callback.record import EvalRecord
+
+# The name of MIR among the metrics of a Trainer's own evaluation.
+EVAL_METRIC = "eval_mir"
+
+
+@runtime_checkable
+class OffersSaver(Protocol):
+    """An adapter whose family of models does not save everything that `Trainer.save_model` does, or not like it."""
+
+    def weight_saver(self, trainer: Any) -> WeightSaver | None:
+        """The saver for this Trainer, or None if the Trainer's own is right."""
+        ...
 
 
 class MIRCallback(TrainerCallback):
-    """Compute MIR while a vision-language model trains, log it beside the loss, and stop on its plateau.
+    """Compute MIR while a Trainer trains, log it beside the loss, and stop on its plateau.
 
     Evaluations happen before the first step, every ``every`` optimizer steps, and at the end. Training itself is not
     changed by them: losses and weights are the same to the last bit. A resumed run evaluates at the same steps as one
-    in one go.
-
-    Logged (the Trainer's reporters put `train/` before each):
-
-    =================  ==================================================
-    `mir`              log10 of the summed per-layer distances
-    `mir_layer/NN`     distance of decoder layer NN, counted from 1
-    `mir_seconds`      wall time of the evaluation
-    `mir_best`         lowest MIR of the run so far
-    `mir_best_step`    its step
-    `mir_time_share`   part of the time so far that evaluations took
-    `mir_se`           standard error of `mir` over draws of the probe's samples
-    `mir_mean_share`   part of the distances that the means' gaps make; the rest is the covariances'
-    `mir_norm_ratio`   mean vision norm over mean text norm, mean over layers
-    `mir_cosine`       between the mean vision and the mean text token, mean over layers
-    `mir_vision_rank`  effective rank of the vision tokens, mean over layers; `mir_text_rank` of the text tokens
-    =================  ==================================================
+    in one go. What is logged: see :func:`mir_callback.loggers.log_values`.
 
     Args:
         probe: the fixed samples; the same on every rank.
-        every: optimizer steps between evaluations, or a schedule: EveryEpochs, AtSteps, LogSpaced, TimeShare.
-        stop: a rule that may end training, or None to watch only.
         processor: the model's processor; by default the Trainer's own (`processing_class`).
-        adapter: for models that are not Hugging Face's own, see `llava_integration`.
-        batch_size: probe samples per forward on each rank; halved on all if memory does not suffice.
-        root: "exact", or "paper_fast" to compare with values of the authors' fast mode.
-        standard_error: also find how far MIR would vary with other samples like the probe's (exact root only).
-        bias_gauge: also find MIR with most of the bias of a finite probe removed, logged as `mir_extrapolated`.
-        probe_loss: also find how well the model predicts the probe's texts, logged as `mir_probe_loss` and
-            `mir_probe_perplexity`; takes the logits of all text positions.
-        solve: "now", or "background": training goes on once the forwards and moments are done, the rest runs on a side
-            thread, and the value is logged some steps later, under the step it belongs to. Not with ``keep_best``.
-        capture_budget_gb: GB of token rows that may be kept on each rank's device, see `evaluate_mir`.
-        also_on: all events at which to evaluate besides: "start" (before the first step), "end", "evaluate" (each
-            evaluation of the Trainer's own), "save" (each checkpoint).
-        dry_run: evaluate once before the first step, print what it cost and what ``every`` will, and end the script.
-        on_error: "warn": a failing first evaluation of a run ends it, later ones warn and training goes on; "raise":
-            every one ends the run.
-        max_failures: failed evaluations in a row after which there are no more; None for no limit.
-        watchdog_seconds: a phase of an evaluation that lasts longer is reported by every rank with where it is stuck;
-            None for no watchdog.
-        abort_on_hang: end the process after such a report, with exit code 86.
-        save_probe: keep the probe as `<output_dir>/mir_probe.zip`, where `mir eval` and `mir report` look for it.
-        keep_best: keep the weights with the lowest MIR in `<output_dir>/mir_best/`; needs :meth:`attach`.
-        continue_after_stop: let a run go on that its rule has stopped and that is resumed there; the rule then judges
-            the evaluations after that stop. By default it stays stopped, unless the rule only observes.
+        adapter: for models that no registered adapter knows.
+        **options: of :class:`MIRConfig`; ``keep_best`` needs :meth:`attach`.
 
     Raises:
         ConfigError: an option breaks its rule.
 
     Ranks: construct it on every rank with the same arguments.
+
+    Example:
+        ``MIRCallback(probe, every=50, stop=PlateauRule()).attach(trainer)``
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        every: int | Schedule = 50,
-        stop: PlateauRule | None = None,
-        *,
-        processor: Any = None,
-        adapter: Adapter | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        root: str = "exact",
-        standard_error: bool = True,
-        bias_gauge: bool = False,
-        probe_loss: bool = False,
-        solve: str = "now",
-        capture_budget_gb: float | None = None,
-        also_on: Collection[str] = DEFAULT_EVENTS,
-        dry_run: bool = False,
-        on_error: str = "warn",
-        max_failures: int | None = 3,
-        watchdog_seconds: float | None = DEFAULT_SECONDS,
-        abort_on_hang: bool = False,
-        save_probe: bool = True,
-        keep_best: bool = False,
-        continue_after_stop: bool = False,
-    ) -> None:
-        self._schedule = as_schedule(every)
-        self._events = check_events(also_on)
-        check_root(root)
-        check_capture_budget(capture_budget_gb)
+    def __init__(self, probe: Probe, *, processor: Any = None, adapter: Adapter | None = None, **options: Any) -> None:
         if not isinstance(probe, Probe):
-            raise ConfigError(f"probe must be a Probe, got {type(probe).__name__}; see Probe.from_folders, Probe.load")
-        check_batch_size(batch_size)
-        judge = Judge(stop)
-        switches = {"dry_run": dry_run, "keep_best": keep_best, "continue_after_stop": continue_after_stop}
-        switches |= {"standard_error": standard_error, "bias_gauge": bias_gauge, "probe_loss": probe_loss}
-        switches |= {"save_probe": save_probe}
-        for name, value in switches.items():
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name} must be True or False, got {value!r}")
-        check_solve(solve, keep_best=keep_best)
+            raise ConfigError(f"probe={probe!r:.60} is no Probe; see Probe.from_folders, Probe.load")
+        self.config = MIRConfig.from_options(options)
         self.probe = probe
-        self.every = every
-        self.stop = stop
+        self._options = options
         self._processor = processor
-        self._batch_size = batch_size
-        self._wanted = Wanted(root, standard_error, bias_gauge, probe_loss)
-        self._solve = solve
-        self._budget = capture_budget_gb
-        self._dry_run = dry_run
-        self._save_probe = save_probe
-        self._keep_best = keep_best
-        self._continue_after_stop = continue_after_stop
-        self._given_adapter = adapter
-        self._policy = FailurePolicy(on_error, max_failures)
-        self._watchdog = Watchdog(watchdog_seconds, abort_on_hang)
-        told = {"every": describe(self._schedule), "also_on": ", ".join(self._events), "stop": repr(stop)}
-        self._run = Evaluations(How(self._wanted, solve, self._policy, self._watchdog, told), judge)
-        self._folder: Callable[[TrainingArguments], str] = partial(run_folder, None)
-        # Of a run: set when it begins.
-        self._training = False
-        self._before = Moment(0)
+        self._adapter = adapter
+        self._trainer: Any = None
+        self._monitor: MIRMonitor | None = None  # of the run that trains or has trained last
+        self._is_training = False
 
     @property
-    def history(self) -> list[Record]:
+    def history(self) -> list[EvalRecord]:
         """Records of the evaluations so far, newest last; the lines of `<output_dir>/mir_history.jsonl`."""
-        return self._run.history.records
+        return [] if self._monitor is None else self._monitor.history
 
     def attach(self, trainer: Any) -> MIRCallback:
         """Add this callback to a Trainer and log through it.
@@ -169,63 +88,61 @@ class MIRCallback(TrainerCallback):
 
         Ranks: every rank.
         """
-        handler = getattr(trainer, "callback_handler", None)
-        if handler is None:
-            raise ConfigError(f"trainer must be a transformers Trainer, got {type(trainer).__name__}")
-        others = [other for other in handler.callbacks if isinstance(other, MIRCallback) and other is not self]
+        others = [other for other in callbacks_of(trainer) if isinstance(other, MIRCallback) and other is not self]
         if others:
             raise ConfigError(
-                f"trainer must have one MIRCallback, got {len(others)} already; they would write one history file: "
-                "remove the other with trainer.remove_callback"
+                "this Trainer has a MIRCallback already, and two would write one history file; remove the other with "
+                "trainer.remove_callback"
             )
-        if self._given_adapter is None:
-            found = getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
-            require_processor(self._processor or found)
-        if self not in handler.callbacks:
+        if self._adapter is None:
+            require_processor(self._processor or processor_of(trainer))
+        if self not in callbacks_of(trainer):
             trainer.add_callback(self)
-        self._run.reports = Reports(trainer)
-        self._folder = partial(run_folder, trainer)
-        if self._keep_best:
-            self._run.best = BestModel(saver_for(trainer, self._given_adapter))
+        self._trainer = trainer
         return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything, open the history and evaluate before the first step. Errors here end the run."""
-        self._run.start()
         _claim(state, self)
-        with self._watchdog.over(f"start of MIR at step {state.global_step}", collectives.rank()) as tell:
-            self._prepare(args, kwargs, tell)
-            if self._dry_run:
-                tell("dry run")
-                self._rehearse(args, state, kwargs)
-            tell("opening the history")
-            folder = self._folder(args)
-            self._run.open(folder, args, state)
-            if self._save_probe and collectives.is_main():
-                keep_probe(self.probe, folder)
-            self._before, self._training = self._moment(state), True
-        stays = self._run.judge.may_stop and not self._continue_after_stop
-        self._run.held = stays and stopped(self.history)
-        if self._run.held:
-            control.should_training_stop = True
-            say(held_line(self.history[-1]))
-        elif is_due_at_start(self._schedule, self._events, self._before, self.history):
-            self._run.evaluate(state, control, kwargs)
+        self._is_training, self._monitor = False, None
+        trainer = self._trainer
+        if trainer is None and self.config.keep_best:
+            raise ConfigError(
+                "keep_best needs the Trainer, which knows how to save its model; use "
+                "MIRCallback(..., keep_best=True).attach(trainer)"
+            )
+        if trainer is None:
+            log.info(UNATTACHED)
+        _check_best_metric(args)
+        self._monitor = MIRMonitor(
+            kwargs["model"],
+            self.probe,
+            processor=self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer"),
+            adapter=self._adapter,
+            optimizer=kwargs.get("optimizer"),
+            output_dir=run_folder(trainer, args),
+            total_steps=state.max_steps if state.max_steps > 0 else None,
+            total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
+            start_step=state.global_step,
+            start_status=_status(args, state),
+            log=self._loggers(),
+            save_weights=_saver_of(trainer, self._adapter) if self.config.keep_best else None,
+            **self._options,
+        )
+        self._is_training = True
+        control.should_training_stop = control.should_training_stop or self._monitor.should_stop
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Evaluate if due, and stop training if the rule says so."""
-        self._run.clock.follow(self._schedule, state.global_step)
-        now, before = self._moment(state), self._before
-        self._before = now
-        self._run.collect(state, control, wait=False)
-        if self._schedule.is_due(now, before) or ("end" in self._events and control.should_training_stop):
-            self._run.evaluate(state, control, kwargs)
-        if control.should_save:  # a run resumed from this checkpoint must find the value in its history
-            self._run.collect(state, control, wait=True)
+        monitor = self._running()
+        monitor.step(state.global_step, **_status(args, state))
+        if control.should_training_stop and "end" in self.config.also_on:
+            monitor.evaluate()
+        control.should_training_stop = control.should_training_stop or monitor.should_stop
         return control
 
     def on_evaluate(
@@ -236,12 +153,14 @@ class MIRCallback(TrainerCallback):
         The weights are measured now, unless they have been at this step, if that was asked for or the Trainer is to
         choose by MIR; where that fails `eval_mir` is NaN, which is never best.
         """
-        metrics, chosen = kwargs.get("metrics"), chooses_by_mir(args)
-        if self._training and (chosen or "evaluate" in self._events):
-            self._run.evaluate(state, control, kwargs)
-            self._run.collect(state, control, wait=True)
-        value = self.history[-1]["mir"] if self._training and self._run.history.has_step(state.global_step) else None
-        if metrics is not None and self._training and (value is not None or chosen):
+        if not self._is_training:
+            return control
+        metrics, is_chosen = kwargs.get("metrics"), _chooses_by_mir(args)
+        if is_chosen or "evaluate" in self.config.also_on:
+            self._evaluate(control)
+        newest = self.history[-1] if self.history and self.history[-1].step == state.global_step else None
+        value = None if newest is None else newest.mir
+        if metrics is not None and (value is not None or is_chosen):
             metrics[EVAL_METRIC] = math.nan if value is None else value
         return control
 
@@ -249,67 +168,201 @@ class MIRCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Evaluate the weights of a checkpoint, if asked to."""
-        if self._training and "save" in self._events:
-            self._run.evaluate(state, control, kwargs)
+        if self._is_training and "save" in self.config.also_on:
+            self._evaluate(control)
         return control
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate the final weights if the last step has not been; not if other weights were loaded meanwhile."""
-        if "end" in self._events and not args.load_best_model_at_end:
-            self._run.evaluate(state, control, kwargs)
-        self._run.collect(state, control, wait=True)
-        self._training = False
+        if self._is_training:
+            self._running().close(evaluate=not args.load_best_model_at_end)
+        self._is_training = False
 
-    def _prepare(self, args: TrainingArguments, kwargs: dict[str, Any], tell: Tell) -> None:
-        """Agree on the options and encode the probe; if one rank fails all do. Collective."""
-        tell("comparing options with the other ranks")
-        stop = repr(self.stop) if isinstance(self.stop, PlateauRule) else type(self.stop).__qualname__
-        collectives.require_same(
-            every=describe(self._schedule),
-            also_on=self._events,
-            stop=stop,
-            observe_only=not self._run.judge.may_stop,
-            continue_after_stop=self._continue_after_stop,
-            failure_policy=self._policy,
-            keep_best=self._keep_best,
-            wanted=self._wanted,
-            solve=self._solve,
-            dry_run=self._dry_run,
+    def _running(self) -> MIRMonitor:
+        if self._monitor is None:
+            raise ConfigError("this MIRCallback was added in the middle of a run; add it before trainer.train()")
+        return self._monitor
+
+    def _evaluate(self, control: TrainerControl) -> None:
+        monitor = self._running()
+        monitor.evaluate()
+        control.should_training_stop = control.should_training_stop or monitor.should_stop
+
+    def _loggers(self) -> Loggers:
+        trainer, described = self._trainer, self.config.described()
+        options = {"every": described["every"], "also_on": ", ".join(self.config.also_on), "stop": described["stop"]}
+        if trainer is None:
+            return Loggers(options=options)
+        return Loggers(through=_log_through(trainer), reporters=lambda: callbacks_of(trainer), options=options)
+
+
+MIRCallback.__init__ = with_options(MIRCallback.__init__)  # type: ignore[method-assign]
+
+
+def attach_mir(
+    trainer: Any,
+    probe: Probe | str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    texts: str | Path | None = None,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    processor: Any = None,
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> MIRCallback:
+    """Watch MIR in a Trainer, whatever its model: LLaVA's code bases, Hugging Face's models, registered adapters.
+
+    Args:
+        trainer: a transformers Trainer or one derived from it, before `train()`.
+        probe: a probe, or where one was saved; or else
+        images: folder of probe images, and
+        texts: folder of probe texts.
+        num_samples: image and text pairs drawn from the folders, 100 if not given.
+        seed: of the draw, 0 if not given.
+        processor: the model's; by default the Trainer's own.
+        adapter: what encodes the probe; by default the one registered for the model.
+        **options: of :class:`MIRConfig`.
+
+    Returns:
+        The attached callback.
+
+    Raises:
+        ConfigError, ProbeError: something is missing or cannot be read.
+        UnsupportedModelError: no adapter knows the model.
+
+    Ranks: collective, with the same arguments; an error on one rank is one on all.
+
+    Example:
+        ``attach_mir(trainer, images="textvqa/val", texts="cnn/stories", every=50, stop="plateau")``
+    """
+    with distributed.fail_together():
+        callbacks_of(trainer)  # refuses what is no Trainer
+        config = MIRConfig.from_options(options)
+        model = getattr(trainer, "model", None)
+        if adapter is None:
+            if not isinstance(model, nn.Module):
+                raise ConfigError(f"this {type(trainer).__name__} has no model yet; attach MIR once it has")
+            found = processor or processor_of(trainer)
+            adapter = find_adapter(model, found, conversation=config.conversation, trainer=trainer)
+        source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
+        samples = source.load()
+    return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)
+
+
+attach_mir = with_options(attach_mir)
+
+
+def callbacks_of(trainer: Any) -> list[Any]:
+    """The callbacks of a Trainer; ConfigError if it is none."""
+    handler = getattr(trainer, "callback_handler", None)
+    if handler is None:
+        raise ConfigError(f"{type(trainer).__name__} is no transformers Trainer; for a loop of your own see MIRMonitor")
+    callbacks: list[Any] = handler.callbacks
+    return callbacks
+
+
+def processor_of(trainer: Any) -> Any:
+    """What a Trainer processes its data with: `processing_class`, before transformers 4.46 `tokenizer`."""
+    return getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
+
+
+def run_folder(trainer: Any, args: TrainingArguments) -> str:
+    """Where the run that begins now keeps what it writes: its `output_dir`, or in a hyperparameter search the trial's.
+
+    Args:
+        trainer: its Trainer, or None where that is not known.
+        args: its TrainingArguments.
+
+    Ranks: all, once training is prepared.
+    """
+    trial = getattr(trainer, "_trial", None)
+    return str((args.output_dir if trial is None else trainer._get_output_dir(trial)) or ".")
+
+
+class TrainerSaver:
+    """What `Trainer.save_model` writes: whole weights, or DeepSpeed's shards where it may not consolidate them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        engine = getattr(trainer, "deepspeed", None)
+        if engine is None or engine.zero_optimization_stage() != 3 or engine.zero_gather_16bit_weights_on_model_save():
+            return
+        log.info(
+            "%s will hold DeepSpeed's shards with the optimizer's state, as the Trainer's own checkpoints do; "
+            "zero_to_fp32.py in it makes weights of them. For whole weights set "
+            "stage3_gather_16bit_weights_on_model_save to true in the DeepSpeed configuration",
+            FOLDER_NAME,
         )
-        check_best_metric(args)
-        if self._keep_best and self._run.best is None:
-            raise ConfigError(
-                "keep_best needs the Trainer, which knows how to save its model: the callback must be attached, got "
-                "one that is not; use MIRCallback(..., keep_best=True).attach(trainer)"
-            )
-        tell("encoding the probe")
-        processor = self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer")
-        model = kwargs["model"]
-        self._run.adapter = adapter_for(model, processor, self._given_adapter)
-        self._run.encoded = encode_for(
-            model,
-            self.probe,
-            self._run.adapter,
-            batch_size=self._batch_size,
-            wanted=self._wanted,
-            capture_budget_gb=self._budget,
+
+    def __call__(self, folder: Path) -> None:
+        """See :class:`WeightSaver`."""
+        self._trainer.save_model(str(folder), _internal_call=True)  # internal: nothing is pushed to a hub
+
+
+def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
+    """The adapter's own saver for this Trainer if it has one, else the Trainer's."""
+    offered = adapter.weight_saver(trainer) if isinstance(adapter, OffersSaver) else None
+    return offered or TrainerSaver(trainer)
+
+
+def _log_through(trainer: Any) -> Callable[[dict[str, float], EvalRecord], None]:
+    """Log through `Trainer.log`, which reaches every reporter and `state.log_history`, on all ranks.
+
+    Logging clears `control.should_log`, which would swallow the loss of the same step: it is put back.
+    """
+
+    def write(values: dict[str, float], record: EvalRecord) -> None:
+        is_due = trainer.control.should_log
+        try:
+            trainer.log(values)
+        finally:
+            trainer.control.should_log = is_due
+
+    return write
+
+
+def _status(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """How far a run has come, as :meth:`MIRMonitor.step` takes it.
+
+    The loss is the one logged last, as a rule before this step: the Trainer logs after its callbacks. Samples are steps
+    times the batch over all ranks, accumulation included; a batch that an epoch's end cuts short counts as a whole one.
+    Tokens are known if the Trainer counts them (`include_num_input_tokens_seen`).
+    """
+    is_counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
+    on_each = getattr(state, "train_batch_size", None) or args.train_batch_size  # lowered by auto_find_batch_size
+    newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    return {
+        "epoch": state.epoch or 0.0,
+        "loss": newest.get("loss"),
+        "loss_step": newest.get("step"),
+        "samples_seen": state.global_step * on_each * args.gradient_accumulation_steps * args.world_size,
+        "tokens_seen": int(state.num_input_tokens_seen) if is_counted else None,
+    }
+
+
+def _epochs_of(max_steps: int, dataloader: Any, args: TrainingArguments) -> float:
+    """How many epochs ``max_steps`` are; the Trainer takes a loader without a length for one epoch."""
+    try:
+        return max_steps / math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    except (TypeError, ZeroDivisionError):
+        return 1.0
+
+
+def _chooses_by_mir(args: TrainingArguments) -> bool:
+    """Whether the Trainer is to choose its best checkpoint by MIR."""
+    return getattr(args, "metric_for_best_model", None) in (EVAL_METRIC, EVAL_METRIC.removeprefix("eval_"))
+
+
+def _check_best_metric(args: TrainingArguments) -> None:
+    """Refuse a Trainer that would keep the checkpoint with the highest MIR."""
+    if _chooses_by_mir(args) and args.greater_is_better is not False:
+        raise ConfigError(
+            f"greater_is_better is {args.greater_is_better} with metric_for_best_model={args.metric_for_best_model!r}, "
+            "as transformers sets it by itself; lower MIR is better: give TrainingArguments greater_is_better=False"
         )
-
-    def _rehearse(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
-        """Evaluate once, say what it cost, and end the script. Collective."""
-        run = self._run
-        assert run.encoded is not None
-        assert run.adapter is not None
-        epochs = epochs_of(state.max_steps, kwargs.get("train_dataloader"), args.gradient_accumulation_steps)
-        evaluate = partial(evaluate_encoded, kwargs["model"], run.encoded, run.adapter, wanted=self._wanted)
-        evaluate = partial(evaluate, optimizer=kwargs.get("optimizer"))
-        say(rehearse(evaluate, self._schedule, self._events, state.max_steps, epochs))
-        raise DryRunDone
-
-    def _moment(self, state: TrainerState) -> Moment:
-        return Moment(state.global_step, state.epoch or 0.0, self._run.clock.pace)
 
 
 def _claim(state: TrainerState, callback: MIRCallback) -> None:
@@ -319,6 +372,6 @@ def _claim(state: TrainerState, callback: MIRCallback) -> None:
     """
     if vars(state).setdefault("_mir_callback", id(callback)) != id(callback):
         raise ConfigError(
-            "a Trainer must have one MIRCallback, got a second one; both would write one history file: remove one of "
-            "them with trainer.remove_callback"
+            "this Trainer has a second MIRCallback, and both would write one history file; remove one of them with "
+            "trainer.remove_callback"
         )

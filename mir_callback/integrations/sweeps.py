@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mir_callback import distributed as collectives
+from mir_callback import distributed
 from mir_callback.errors import ConfigError
-from mir_callback.history import DEFINITION_FIELDS, Record, is_candidate, lowest_record, run_folder
-from mir_callback.integrations.huggingface import MIRCallback
+from mir_callback.integrations.huggingface import MIRCallback, run_folder
+from mir_callback.record import DEFINITION_FIELDS, EvalRecord, lowest_record
 
 OBJECTIVES = ("mir", "mir_best")
 BACKENDS = ("optuna", "ray")
@@ -87,7 +87,7 @@ class TrialReporter(TrainerCallback):
         Ranks: any; the same on all.
         """
         record = objective_record(self._callback.history, self._objective)
-        return math.nan if record is None else float(record["mir"])
+        return math.nan if record is None or record.mir is None else record.mir
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,7 +116,7 @@ class TrialReporter(TrainerCallback):
         value = self._trainer.objective = self.current()
         if self._backend() == "ray" and math.isnan(value):
             _tell_ray({"objective": value, "step": state.global_step})  # else an earlier step's report would stand
-        if self._pruned and collectives.is_main():
+        if self._pruned and distributed.is_main():
             import optuna
 
             raise optuna.TrialPruned(f"pruned at step {state.global_step}, MIR {value:.4f}")
@@ -132,20 +132,20 @@ class TrialReporter(TrainerCallback):
             if chosen is None:
                 continue
             # Where the Trainer evaluates during training, it reports to the engine itself, with `current`.
-            due = is_candidate(newest) and not _evaluates(args)
+            due = newest.is_trained and not _evaluates(args)
             if self._backend() == "optuna":
                 folder = run_folder(self._trainer, args)
                 self._pruned |= _tell_optuna(self._trainer._trial, newest, chosen, folder, report=due)
             elif due:
-                _tell_ray({"objective": chosen["mir"], "mir": newest["mir"], "step": newest["step"]})
+                _tell_ray({"objective": chosen.mir, "mir": newest.mir, "step": newest.step})
 
 
-def objective_record(history: Sequence[Record], objective: str) -> Record | None:
+def objective_record(history: Sequence[EvalRecord], objective: str) -> EvalRecord | None:
     """The evaluation whose MIR is the objective of a trial; None where the newest one failed, or there is none.
 
     Ranks: pure.
     """
-    if not history or history[-1]["mir"] is None:
+    if not history or history[-1].mir is None:
         return None
     return (lowest_record(history) if objective == "mir_best" else None) or history[-1]
 
@@ -175,7 +175,7 @@ def _checked(trainer: Any, objective: str, backend: str | None, options: Mapping
         raise ConfigError(
             f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; for a wandb sweep see docs/sweeps.md"
         )
-    if options.get("pruner") is not None and collectives.world_size() > 1 and _evaluates(trainer.args):
+    if options.get("pruner") is not None and distributed.world_size() > 1 and _evaluates(trainer.args):
         raise ConfigError(
             f'eval_strategy must be "no" to prune trials on several ranks, got {trainer.args.eval_strategy}: the '
             "Trainer would end a trial on rank 0 alone at its own evaluations, and the others would wait for ever"
@@ -189,7 +189,7 @@ def _evaluates(args: Any) -> bool:
     return str(getattr(strategy, "value", strategy)) != "no"
 
 
-def _tell_optuna(trial: Any, newest: Record, chosen: Record, folder: str, *, report: bool) -> bool:
+def _tell_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder: str, *, report: bool) -> bool:
     """Note how and where a trial's values are made, report the newest, and ask whether to go on. Collective.
 
     Args:
@@ -203,17 +203,17 @@ def _tell_optuna(trial: Any, newest: Record, chosen: Record, folder: str, *, rep
         Whether the trial is to end, on every rank.
     """
     pruned = False
-    with collectives.all_or_none():
-        if collectives.is_main():
-            definition = {field: newest[field] for field in DEFINITION_FIELDS if field in newest}
+    with distributed.fail_together():
+        if distributed.is_main():
+            definition = {field: newest[field] for field in DEFINITION_FIELDS}
             _check_study(trial, definition)
-            attributes = {"mir_definition": definition, "mir_folder": folder, "mir_se": chosen.get("mir_se")}
+            attributes = {"mir_definition": definition, "mir_folder": folder, "mir_se": chosen.mir_se}
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
             if report:
-                trial.report(chosen["mir"], newest["step"])
+                trial.report(chosen.mir, newest.step)
                 pruned = trial.should_prune()
-    return collectives.broadcast_object(pruned)
+    return distributed.broadcast_object(pruned)
 
 
 def _check_study(trial: Any, definition: Mapping[str, str]) -> None:
