@@ -20,13 +20,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    data = content.encode() if isinstance(content, str) else content
-    with beside(path) as new:
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
         with new.open("wb") as file:
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Loggers:
         """
         run = active_wandb_run()
         there = [path for path in files if path.is_file()]
-        if run is None or not there or not distributed.is_main():
+        if run is None or "wandb" in self._failed or not there or not distributed.is_main():
             return
         with self._guarded("wandb artifacts"):
             import wandb

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mir_callback.record import EvalRecord, as_records
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,11 +70,19 @@ def run_ranks(
     (folder / "output.txt").write_text(finished.stdout + finished.stderr)
     missing = [rank for rank in range(processes) if not (folder / f"rank{rank}.json").exists()]
     assert not missing, f"ranks {missing} wrote nothing:\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    return [read_rank(folder / f"rank{rank}.json") for rank in range(processes)]
 
 
 def write_rank(folder: str | Path, rank: int, value: Any) -> None:
     """Write one rank's result; for the processes started."""
     beside = Path(folder) / f"rank{rank}.tmp"
-    beside.write_text(json.dumps(value))
+    beside.write_text(json.dumps(value, default=EvalRecord.to_dict))
     beside.rename(Path(folder) / f"rank{rank}.json")
+
+
+def read_rank(path: Path) -> Any:
+    """What one rank wrote, a `history` in it as records again."""
+    value = json.loads(path.read_text())
+    if isinstance(value, dict) and isinstance(value.get("history"), list):
+        value["history"] = as_records(value["history"])
+    return value

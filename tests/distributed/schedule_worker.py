@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from mir_callback import MIRCallback, Probe, TimeShare
+from mir_callback import MIRCallback, Probe, TimeShare, monitor
 from mir_callback.clock import Clock
 from tests.distributed.launch import write_rank
+from tests.logs import logged_here
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer
 
@@ -38,10 +38,10 @@ def main(folder: str) -> None:
     trainer.add_callback(FailsOnRank0())
     callback = MIRCallback(probe, every=TimeShare(0.3), also_on=("start", "end")).attach(trainer)
     speed = 1 if dist.get_rank() == 0 else 1000
-    callback._run.clock = Clock(lambda: speed * time.perf_counter())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    monitor.Clock = lambda: Clock(lambda: speed * time.perf_counter())
+    with logged_here() as messages:
         trainer.train()
+    monitor.Clock = Clock
 
     rehearsed = make_trainer(Path(folder) / "rehearsal", steps=40, ddp_backend="gloo")
     MIRCallback(probe, every=10, dry_run=True).attach(rehearsed)
@@ -56,7 +56,7 @@ def main(folder: str) -> None:
         {
             "history": callback.history,
             "losses": losses(trainer),
-            "warnings": sum("could not be logged" in str(warning.message) for warning in caught),
+            "warnings": sum("could not be logged" in message for message in messages),
             "exit": code,
             "steps": rehearsed.state.global_step,
             "left": sorted(os.listdir(Path(folder) / "rehearsal")) if (Path(folder) / "rehearsal").exists() else [],

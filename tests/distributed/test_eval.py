@@ -24,10 +24,10 @@ def test_two_ranks_share_the_probe_and_go_on_together_past_a_broken_checkpoint(t
     done = mir_eval(tmp_path / "run", "--probe", probe.save(tmp_path / "probe.zip"), ranks=2)
     assert done.returncode != 0
     written = read_history(tmp_path / "run" / "mir_eval.jsonl")
-    live = {record["step"]: record["mir"] for record in callback.history}
-    assert [record["step"] for record in written] == [2, 6]
-    assert [record["mir"] for record in written] == pytest.approx([live[2], live[6]], abs=1e-6)
-    assert [record["world_size"] for record in written] == [2, 2]
+    live = {record.step: record.mir for record in callback.history}
+    assert [record.step for record in written] == [2, 6]
+    assert [record.mir for record in written] == pytest.approx([live[2], live[6]], abs=1e-6)
+    assert [record.world_size for record in written] == [2, 2]
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["step", "2"], ["step", "6"]]
     told = [line for line in done.stderr.splitlines() if line.startswith("mir eval: ")]
     assert len(told) == 2
@@ -43,7 +43,7 @@ def test_an_adapter_trained_under_zero3_has_the_value_the_run_measured_itself_fr
         done = mir_eval(tmp_path / "run", "--probe", probe)
         assert done.returncode == 0, done.stderr
         assert "measured before" not in done.stdout
-        values = [record["mir"] for record in read_history(tmp_path / "run" / "mir_eval.jsonl")]
-        assert values == pytest.approx([record["mir"] for record in live[1:]], abs=1e-6)
+        values = [record.mir for record in read_history(tmp_path / "run" / "mir_eval.jsonl")]
+        assert values == pytest.approx([record.mir for record in live[1:]], abs=1e-6)
         for file in (tmp_path / "run").glob(f"checkpoint-*/{name}"):
             file.unlink()

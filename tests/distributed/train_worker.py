@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a training run: `train_worker FOLDER SETUP on|best|beside|off [cpu|cuda]`; SETUP is one of SETUPS.
 
-`best` keeps the best model too, `beside` solves beside training; the extra word `gather` has ZeRO-3 consolidate
+`best` keeps the best model too; the extra word `gather` has ZeRO-3 consolidate
 weights in checkpoints.
 """
 
@@ -145,8 +145,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
     callback = None
     if watched != "off":
         probe = Probe.from_pairs(pairs(NUM_SAMPLES))
-        options = {"keep_best": watched == "best", "solve": "background" if watched == "beside" else "now"}
-        callback = MIRCallback(probe, every=EVERY, batch_size=2, **options).attach(trainer)
+        callback = MIRCallback(probe, every=EVERY, batch_size=2, keep_best=watched == "best").attach(trainer)
     gathered = GatheredWeights()
     trainer.add_callback(gathered)
     leftovers = None

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mir_callback.history import read_history
-from tests.distributed.launch import run_process
+from mir_callback.record import EvalRecord
+from tests.distributed.launch import read_rank, run_process
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Broken:
     @property
     def steps(self) -> list[int]:
         """Steps in the history file."""
-        return [record["step"] for record in self.records]
+        return [record.step for record in self.records]
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[EvalRecord]:
         """The history file, which must be whole."""
         return read_history(self.folder / "run" / "mir_history.jsonl")
 
@@ -65,7 +66,7 @@ def run_broken(
     output = finished.stdout + finished.stderr
     (folder / "output.txt").write_text(output)
     files = [folder / f"rank{rank}.json" for rank in range(processes)]
-    ranks = [json.loads(file.read_text()) if file.exists() else None for file in files]
+    ranks = [read_rank(file) if file.exists() else None for file in files]
     began = float(noted.read_text()) if noted.exists() else started
     return Broken(ranks, output, ended - began, finished.returncode, folder)
 

@@ -19,7 +19,7 @@ def check_went_on(run, message, every):
     assert run.code == 0
     for rank in run.ranks:
         assert (rank["error"], rank["step"]) == (None, STEPS)
-        assert [record["step"] for record in rank["history"]] == steps
+        assert [record.step for record in rank["history"]] == steps
     assert run.ranks[1]["warnings"] == []
     warnings = run.ranks[0]["warnings"]
     assert warnings
@@ -31,9 +31,9 @@ def check_went_on(run, message, every):
         lost.add(int(match[1]))
     assert lost <= set(range(FAULT_STEP, FAULT_STEP + 4))
     # What could not be written at its step was written with the next line that could.
-    kept = {record["step"]: record for record in run.ranks[0]["history"]}
+    kept = {record.step: record for record in run.ranks[0]["history"]}
     assert run.steps == steps
-    assert all(record == kept[record["step"]] for record in run.records)
+    assert all(record == kept[record.step] for record in run.records)
 
 
 def test_training_goes_on_and_no_line_is_torn_when_a_write_breaks_off(tmp_path):
@@ -50,5 +50,5 @@ def test_run_ends_before_its_first_step_when_the_output_folder_is_read_only(read
     for rank in run.ranks:
         assert rank["step"] == 0
         assert "HistoryError" in rank["error"]
-        assert "output_dir must be writable for mir_history.jsonl" in rank["error"]
+        assert "make output_dir writable" in rank["error"]
         assert rank["seconds"] < 10

@@ -9,7 +9,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from llava_integration import attach_mir
-from mir_callback import MIRCallback, Probe
+from mir_callback import MIRCallback, Probe, attach_mir
 from tests.distributed.launch import write_rank
 from tests.distributed.train_worker import deepspeed_config
+from tests.logs import logged_here
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer
 
@@ -167,8 +166,7 @@ def main(folder: str, fault: str, setup: str = "ddp", options: str = "{}") -> No
     settings = {"every": EVERY, "batch_size": 2, **json.loads(options)}
     error, callback = None, None
     started = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with logged_here() as messages:
         try:
             callback = attach(trainer, place, **settings)
             trainer.train()
@@ -180,9 +178,9 @@ def main(folder: str, fault: str, setup: str = "ddp", options: str = "{}") -> No
         "step": trainer.state.global_step,
         "losses": losses(trainer),
         "history": callback.history if callback else [],
-        "warnings": [str(warning.message) for warning in caught if "mir_callback" in warning.filename],
+        "warnings": messages,
     }
-    write_rank(folder, dist.get_rank(), json.loads(json.dumps(seen)))
+    write_rank(folder, dist.get_rank(), seen)
 
 
 if __name__ == "__main__":

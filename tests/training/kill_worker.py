@@ -23,6 +23,7 @@ import torch
 from mir_callback import MIRCallback, Probe
 from mir_callback.best_model import BestModel
 from mir_callback.history import FILE_NAME, History, read_history
+from mir_callback.record import EvalRecord
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import make_trainer
@@ -59,8 +60,8 @@ def killed(work: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def record(step: int, **fields: Any) -> dict[str, Any]:
-    return {"step": step, "mir": 3.0 - step / 100, **DEFINITION, **fields}
+def record(step: int) -> EvalRecord:
+    return EvalRecord(step=step, mir=3.0 - step / 100, **DEFINITION)
 
 
 def history_is_continued(folder: Path, step: int, moment: int) -> bool:
@@ -82,7 +83,7 @@ def history_is_continued(folder: Path, step: int, moment: int) -> bool:
 
 def records_anywhere(folder: Path) -> list[list[int]]:
     """Steps of every history file of the folder."""
-    return [[found["step"] for found in read_history(path)] for path in sorted(folder.glob("mir_history*.jsonl"))]
+    return [[found.step for found in read_history(path)] for path in sorted(folder.glob("mir_history*.jsonl"))]
 
 
 def line_is_written(folder: Path, size: int) -> bool:
@@ -116,23 +117,16 @@ class Numbers:
         for name in ("model-1.safetensors", "model-2.safetensors"):
             (folder / name).write_text(str(self._number))
 
-    def notice(self) -> None:
-        return None
-
 
 def best_is_replaced(folder: Path, moment: int) -> bool:
     """Keep step 50, then step 100; killed at a moment of the second."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    first = BestModel(Numbers(50))
-    first.open(folder, [], DEFINITION)
-    first.offer(record(50))
+    BestModel(Numbers(50), folder, [], DEFINITION).offer(record(50))
 
     def work() -> None:
         die_at(moment, "mir_best")
-        best = BestModel(Numbers(100))
-        best.open(folder, [record(50)], DEFINITION)
-        best.offer(record(100))
+        BestModel(Numbers(100), folder, [record(50)], DEFINITION).offer(record(100))
 
     return killed(work)
 
@@ -140,7 +134,7 @@ def best_is_replaced(folder: Path, moment: int) -> bool:
 def best_after_restart(folder: Path) -> dict[str, Any]:
     """What lies there after the kill, before and after the next start."""
     whole = [path.name for path in sorted(folder.iterdir()) if _is_whole(path)]
-    BestModel(Numbers(0)).open(folder, [record(50)], DEFINITION)
+    BestModel(Numbers(0), folder, [record(50)], DEFINITION)
     files = sorted(path.name for path in folder.iterdir())
     numbers = {(folder / "mir_best" / name).read_text() for name in ("model-1.safetensors", "model-2.safetensors")}
     note = json.loads((folder / "mir_best" / "mir_best.json").read_text())
@@ -160,16 +154,16 @@ def training_is_killed(folder: Path, moment: int) -> bool:
 
     def work() -> None:
         trainer = make_trainer(folder, steps=3)
-        callback = MIRCallback(Probe.from_pairs(pairs(4)), every=1, keep_best=True).attach(trainer)
-        original = callback._run.best.offer
+        MIRCallback(Probe.from_pairs(pairs(4)), every=1, keep_best=True).attach(trainer)
+        original = BestModel.offer
 
-        def offer(record: dict[str, Any]) -> str | None:
-            if record["step"] == 2:
-                callback._run.best.lowest = math.inf
+        def offer(best: BestModel, record: EvalRecord) -> None:
+            if record.step == 2:
+                best.lowest = math.inf
                 die_at(moment, "mir_best")
-            return original(record)
+            original(best, record)
 
-        callback._run.best.offer = offer
+        BestModel.offer = offer
         trainer.train()
 
     return killed(work)
@@ -186,13 +180,13 @@ def main(folder: str) -> None:
             left = records_anywhere(root / "history")
             again = History()
             again.open(root / "history", step, DEFINITION)
-            moments.append([left, [entry["step"] for entry in again.records]])
+            moments.append([left, [entry.step for entry in again.records]])
     for size in (0, 1, 30, 70):
         assert line_is_written(root / "lines", size)
         history = History()
         history.open(root / "lines", 50, DEFINITION)
         history.append(record(60))
-        found["lines"].append([entry["step"] for entry in read_history(root / "lines" / FILE_NAME)])
+        found["lines"].append([entry.step for entry in read_history(root / "lines" / FILE_NAME)])
     while best_is_replaced(root / "best", len(found["best"]) + 1):
         found["best"].append(best_after_restart(root / "best"))
     for moment in (3, 6):

@@ -49,7 +49,7 @@ class Noted(MIRCallback):
 
     def on_train_end(self, *arguments: Any, **kwargs: Any) -> None:
         super().on_train_end(*arguments, **kwargs)
-        self.trials.append([(record["step"], record["mir"]) for record in self.history])
+        self.trials.append([(record.step, record.mir) for record in self.history])
 
 
 def main(folder: str, pruned: str) -> None:

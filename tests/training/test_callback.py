@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callback in real runs of the stock Trainer, on one process (tests/distributed has the sharded ones)."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,9 @@ from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, PlateauRule, Probe, Verdict, evaluate_mir
 from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.history import read_history
 from tests import tiny_models
+from tests.logs import logged
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer, weights
 
@@ -22,21 +22,21 @@ def probe():
 
 
 def file_records(folder):
-    return [json.loads(line) for line in (Path(folder) / "mir_history.jsonl").read_text().splitlines()]
+    return read_history(folder / "mir_history.jsonl")
 
 
 def test_evaluates_at_start_every_n_steps_and_at_the_end(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=5)
     callback = MIRCallback(probe, every=2).attach(trainer)
     trainer.train()
-    assert [record["step"] for record in callback.history] == [0, 2, 4, 5]
+    assert [record.step for record in callback.history] == [0, 2, 4, 5]
     assert file_records(tmp_path) == callback.history
     for record in callback.history:
-        assert math.isfinite(record["mir"])
-        assert len(record["per_layer"]) == tiny_models.LAYERS
-        assert record["probe_fingerprint"] == probe.fingerprint
-        assert record["root"] == "exact"
-        assert record["seconds"] > 0
+        assert math.isfinite(record.mir)
+        assert len(record.per_layer) == tiny_models.LAYERS
+        assert record.probe_fingerprint == probe.fingerprint
+        assert record.root == "exact"
+        assert record.seconds > 0
 
 
 def test_the_probe_is_kept_beside_the_history_unless_that_is_switched_off(tmp_path, probe):
@@ -52,7 +52,7 @@ def test_a_probe_that_cannot_be_kept_is_reported_and_training_goes_on(tmp_path, 
     (tmp_path / "mir_probe.zip").write_text("mine")
     trainer = make_trainer(tmp_path, steps=1)
     callback = MIRCallback(probe).attach(trainer)
-    with pytest.warns(UserWarning, match="the probe is not kept beside the run: path must be free or hold a probe"):
+    with logged("the probe is not kept beside the run: path must be free or hold a probe"):
         trainer.train()
     assert len(callback.history) == 2
     assert (tmp_path / "mir_probe.zip").read_text() == "mine"
@@ -64,7 +64,7 @@ def test_values_are_those_of_the_weights_at_that_step(tmp_path, probe):
     callback = MIRCallback(probe, every=50).attach(trainer)
     trainer.train()
     after = evaluate_mir(trainer.model, probe, processor=trainer.processing_class)
-    assert [record["mir"] for record in callback.history] == [before.mir, after.mir]
+    assert [record.mir for record in callback.history] == [before.mir, after.mir]
     assert before.mir != after.mir
 
 
@@ -88,10 +88,10 @@ def test_no_loss_line_is_swallowed_and_values_reach_the_log_history(tmp_path, pr
     logged = {entry["step"]: entry for entry in trainer.state.log_history if "mir" in entry}
     assert sorted(logged) == [0, 1, 2, 3, 4]
     for record in callback.history:
-        entry = logged[record["step"]]
-        assert entry["mir"] == record["mir"]
-        assert [entry[f"mir_layer/{k:02d}"] for k in (1, 2, 3)] == record["per_layer"]
-        assert entry["mir_seconds"] == record["seconds"]
+        entry = logged[record.step]
+        assert entry["mir"] == record.mir
+        assert [entry[f"mir_layer/{k:02d}"] for k in (1, 2, 3)] == record.per_layer
+        assert entry["mir_seconds"] == record.seconds
 
 
 def test_logging_only_every_few_steps_stays_so(tmp_path, probe):
@@ -106,7 +106,7 @@ def test_plain_callback_writes_history_and_says_once_what_attach_adds(tmp_path, 
     callback = MIRCallback(probe, every=1)
     trainer.add_callback(callback)
     trainer.train()
-    assert [record["step"] for record in file_records(tmp_path)] == [0, 1, 2]
+    assert [record.step for record in file_records(tmp_path)] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert printed.count("MIRCallback(...).attach(trainer) would send them through Trainer.log") == 1
     assert not any("mir" in entry for entry in trainer.state.log_history)
@@ -138,7 +138,7 @@ class AtStep:
         self.step = step
 
     def verdict(self, history):
-        return Verdict("plateau" if history[-1]["step"] == self.step else "going on", "because the test says so")
+        return Verdict("plateau" if history[-1].step == self.step else "going on", "because the test says so")
 
 
 def test_training_stops_at_the_step_the_rule_names(tmp_path, probe, capsys):
@@ -146,8 +146,8 @@ def test_training_stops_at_the_step_the_rule_names(tmp_path, probe, capsys):
     callback = MIRCallback(probe, every=2, stop=AtStep(4)).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 4
-    assert [record["verdict"] for record in callback.history] == ["going on", "going on", "plateau"]
-    assert callback.history[-1]["reason"] == "because the test says so"
+    assert [record.verdict for record in callback.history] == ["going on", "going on", "plateau"]
+    assert callback.history[-1].reason == "because the test says so"
     assert "step 4: MIR" in capsys.readouterr().out
 
 
@@ -156,7 +156,7 @@ def test_plateau_rule_stops_a_run_that_does_not_move(tmp_path, probe):
     callback = MIRCallback(probe, every=1, stop=PlateauRule(window=4, warmup=2, horizon=None)).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 5
-    assert [record["verdict"] for record in callback.history] == ["no data"] * 5 + ["plateau"]
+    assert [record.verdict for record in callback.history] == ["no data"] * 5 + ["plateau"]
 
 
 class Broken:
@@ -169,16 +169,16 @@ class Broken:
 def test_a_stop_rule_that_fails_is_reported_and_training_goes_on(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=2)
     callback = MIRCallback(probe, every=1, stop=Broken()).attach(trainer)
-    with pytest.warns(UserWarning, match="the stop rule failed, training goes on: KeyError: 'bug'"):
+    with logged("the stop rule failed: KeyError: 'bug'; training goes on"):
         trainer.train()
     assert trainer.state.global_step == 2
-    assert callback.history[-1]["reason"] == "the stop rule failed: KeyError: 'bug'"
+    assert callback.history[-1].reason == "the stop rule failed: KeyError: 'bug'"
 
 
 def test_a_second_callback_is_refused(tmp_path, probe):
     trainer = make_trainer(tmp_path)
     MIRCallback(probe).attach(trainer)
-    with pytest.raises(ConfigError, match="trainer must have one MIRCallback, got 1 already"):
+    with pytest.raises(ConfigError, match="has a MIRCallback already"):
         MIRCallback(probe).attach(trainer)
 
 
@@ -201,14 +201,14 @@ def test_a_failed_evaluation_warns_leaves_a_line_and_training_goes_on(tmp_path, 
     trainer = make_trainer(tmp_path, steps=4, learning_rate=0.0, max_grad_norm=0.0)
     trainer.add_callback(Poison(2, 2))
     callback = MIRCallback(probe, every=2, stop=PlateauRule()).attach(trainer)
-    with pytest.warns(UserWarning, match="step 2: MIR evaluation failed, training goes on: layer 2, vision"):
+    with logged("step 2: MIR evaluation failed, training goes on: layer 2, vision"):
         trainer.train()
     assert trainer.state.global_step == 4
     failed = file_records(tmp_path)[1]
-    assert failed["mir"] is None
-    assert failed["error"].startswith("NumericsError: layer 2, vision: hidden states must be finite")
-    assert failed["probe_fingerprint"] == probe.fingerprint
-    assert failed["verdict"] == "no data"
+    assert failed.mir is None
+    assert failed.error.startswith("NumericsError: layer 2, vision: hidden states must be finite")
+    assert failed.probe_fingerprint == probe.fingerprint
+    assert failed.verdict == "no data"
     assert "step 2: evaluation FAILED" in capsys.readouterr().out
     assert callback.history[1] == failed
 
@@ -243,7 +243,7 @@ def test_resumed_run_continues_its_history(tmp_path, probe):
     resumed = make_trainer(tmp_path / "whole", steps=6, save_strategy="steps", save_steps=3)
     second = MIRCallback(probe, every=2).attach(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert [record["step"] for record in second.history] == [0, 2, 4, 6]
+    assert [record.step for record in second.history] == [0, 2, 4, 6]
     assert second.history[:2] == first.history[:2]
     assert len(list((tmp_path / "whole").glob("mir_history*.jsonl"))) == 2
 
@@ -254,9 +254,9 @@ def test_resume_with_another_probe_is_refused(tmp_path, probe):
     trainer.train()
     resumed = make_trainer(tmp_path, steps=6)
     MIRCallback(Probe.from_pairs(pairs(5, seed=1)), every=2).attach(resumed)
-    with pytest.raises(HistoryError, match="probe_fingerprint must be that of the history being continued"):
+    with pytest.raises(HistoryError, match="with another probe_fingerprint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert [record["step"] for record in file_records(tmp_path)] == [0, 2, 3]
+    assert [record.step for record in file_records(tmp_path)] == [0, 2, 3]
 
 
 def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe):
@@ -264,8 +264,8 @@ def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe
     single = evaluate_mir(tiny_models.llava(dropout=0.1)[0], probe, processor=trainer.processing_class)
     callback = MIRCallback(probe).attach(trainer)
     trainer.train()
-    assert callback.history[0]["mir"] == pytest.approx(single.mir, abs=0.05)
-    assert callback.history[0]["mir"] != pytest.approx(single.mir, abs=1e-7)
+    assert callback.history[0].mir == pytest.approx(single.mir, abs=0.05)
+    assert callback.history[0].mir != pytest.approx(single.mir, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -273,10 +273,10 @@ def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe
     [
         ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
         ({"root": "fast"}, "root must be one of exact, paper_fast, got 'fast'"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1 sample, got 0"),
-        ({"stop": PlateauRule}, r"stop must be None or a rule with verdict\(history\), got <class"),
-        ({"stop": True}, r"stop must be None or a rule with verdict\(history\), got True"),
-        ({"probe": "folder"}, "probe must be a Probe, got str"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"stop": PlateauRule}, r"stop must be None or a rule with verdict\(records\), got <class"),
+        ({"stop": True}, r"stop must be None or a rule with verdict\(records\), got True"),
+        ({"probe": "folder"}, "is no Probe; see Probe.from_folders"),
     ],
 )
 def test_error_names_the_option_when_it_breaks_its_rule(probe, options, message):
@@ -292,5 +292,5 @@ def test_error_at_attach_when_the_trainers_processor_cannot_handle_images(tmp_pa
 
 
 def test_error_when_attached_to_something_else(probe):
-    with pytest.raises(ConfigError, match="trainer must be a transformers Trainer, got int"):
+    with pytest.raises(ConfigError, match="int is no transformers Trainer"):
         MIRCallback(probe).attach(3)

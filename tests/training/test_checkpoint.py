@@ -10,8 +10,10 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.best_model import FOLDER_NAME, NOTE_NAME, BestModel, lowest_record
+from mir_callback.best_model import FOLDER_NAME, NOTE_NAME, BestModel
 from mir_callback.errors import ConfigError
+from mir_callback.record import EvalRecord, lowest_record
+from tests.logs import logged
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer, weights
 
@@ -52,13 +54,13 @@ def finished(tmp_path_factory, probe):
 def test_the_weights_kept_are_those_of_the_step_with_the_lowest_mir(finished):
     folder, _, callback, taken = finished
     best = lowest_record(callback.history)
-    assert best["mir"] == min(record["mir"] for record in callback.history if record["step"] > 0)
+    assert best.mir == min(record.mir for record in callback.history if record.step > 0)
     note = note_of(folder)
-    assert (note["step"], note["mir"]) == (best["step"], best["mir"])
+    assert (note["step"], note["mir"]) == (best.step, best.mir)
     for field in ("probe_fingerprint", "tokens_fingerprint", "pixels_fingerprint", "root", "dtype", "world_size"):
         assert note[field] == best[field]
     kept = AutoModelForImageTextToText.from_pretrained(folder / FOLDER_NAME).state_dict()
-    expected = taken[best["step"]]
+    expected = taken[best.step]
     assert kept.keys() == expected.keys()
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
 
@@ -122,11 +124,11 @@ def test_a_failing_save_warns_training_goes_on_and_the_older_best_stays(tmp_path
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                callback._run.best.lowest = 100.0  # whatever comes is better
+                callback._monitor._best.lowest = 100.0  # whatever comes is better
                 (tmp_path / "mir_best.new").write_text("")
 
     trainer.add_callback(FullDisk())
-    with pytest.warns(UserWarning, match="step 2: the best model could not be saved, training goes on and what was"):
+    with logged("step 2: the best model could not be saved, what was"):
         trainer.train()
     assert trainer.state.global_step == 4
     assert note_of(tmp_path)["step"] == 1
@@ -143,25 +145,22 @@ class Files:
         (folder / self.name).write_text(self.value)
         (folder / "config.json").write_text("{}")
 
-    def notice(self):
-        return None
-
 
 def record(step, mir):
-    return {"step": step, "mir": mir, **DEFINITION, "dtype": "float32", "world_size": 1}
+    return EvalRecord(step=step, mir=mir, **DEFINITION, dtype="float32", world_size=1)
 
 
 def opened(folder, records=(), saver=None, **changes):
-    best = BestModel(saver or Files())
-    best.open(folder, list(records), {**DEFINITION, **changes})
-    return best
+    return BestModel(saver or Files(), folder, list(records), {**DEFINITION, **changes})
 
 
 def test_only_lower_values_of_trained_weights_are_kept(tmp_path):
     best = opened(tmp_path)
-    kept = [best.offer(record(step, mir)) is not None for step, mir in enumerate((1, 3, 2, None, 2, float("nan"), 1.5))]
-    assert kept == [False, True, True, False, False, False, True]
-    assert note_of(tmp_path)["step"] == 6
+    kept = []
+    for step, mir in enumerate((1, 3, 2, None, 2, float("nan"), 1.5)):
+        best.offer(record(step, mir))
+        kept.append((tmp_path / FOLDER_NAME).exists() and note_of(tmp_path)["step"])
+    assert kept == [False, 1, 2, 2, 2, 2, 6]
 
 
 def test_the_lowest_value_is_that_of_what_is_kept_or_else_of_the_history(tmp_path):
@@ -176,7 +175,7 @@ def test_the_lowest_value_is_that_of_what_is_kept_or_else_of_the_history(tmp_pat
 
 def test_error_when_the_saver_writes_no_weights(tmp_path):
     best = opened(tmp_path, saver=Files("training_args.bin"))
-    with pytest.warns(UserWarning, match=r"the Trainer wrote no weights into .*config\.json, training_args\.bin"):
+    with logged(r"no weights were written into .*config\.json, training_args\.bin"):
         best.offer(record(1, 2.0))
     assert list(tmp_path.iterdir()) == []
 
@@ -184,7 +183,7 @@ def test_error_when_the_saver_writes_no_weights(tmp_path):
 def whole(folder, step, mir=2.0):
     folder.mkdir()
     (folder / "model.safetensors").write_text(str(step))
-    (folder / NOTE_NAME).write_text(json.dumps(record(step, mir)))
+    (folder / NOTE_NAME).write_text(json.dumps({"step": step, "mir": mir, **DEFINITION}))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.clock import Clock, pace_fields
-from mir_callback.schedule import EverySteps, Moment, Pace, TimeShare
+from mir_callback.clock import Clock
+from mir_callback.record import EvalRecord
+from mir_callback.schedule import EverySteps, Pace, TimeShare, TrainingProgress
 
 
 class Run:
@@ -23,19 +24,19 @@ class Run:
     def evaluate(self, seconds, *, logging=0.0):
         with self.clock.evaluating():
             self.seconds += seconds
-            self.records.append({"step": self.step, "mir": 2.0, **pace_fields(self.clock.share(self.step))})
+            self.records.append(EvalRecord(step=self.step, mir=2.0, **self.clock.share(self.step).to_fields()))
             self.seconds += logging
 
     def train(self, seconds, evaluation_seconds):
         self.seconds += seconds
-        before = Moment(self.step, pace=self.clock.pace)
+        before = TrainingProgress(self.step, pace=self.clock.pace)
         self.step += 1
         self.clock.follow(self.schedule, self.step)
-        if self.schedule.is_due(Moment(self.step, pace=self.clock.pace), before):
+        if self.schedule.is_due(TrainingProgress(self.step, pace=self.clock.pace), before):
             self.evaluate(evaluation_seconds)
 
     def evaluated(self, after=-1):
-        return [record["step"] for record in self.records if record["step"] > after]
+        return [record.step for record in self.records if record.step > after]
 
 
 def test_time_of_training_and_of_evaluations_add_up():
@@ -48,7 +49,7 @@ def test_time_of_training_and_of_evaluations_add_up():
         Pace(4, 4, 8.0, 8.5, 3.5, 2.0),  # what came after the first one's record is paid with the second
         Pace(8, 8, 16.0, 11.5, 3.0, 2.0),
     ]
-    fields = [pace_fields(pace) for pace in expected]
+    fields = [pace.to_fields() for pace in expected]
     assert [{name: record[name] for name in fields[0]} for record in run.records] == fields
     assert run.clock.pace == expected[-1]
     assert run.clock.pace.time_share == pytest.approx(11.5 / 27.5)
@@ -67,7 +68,7 @@ def test_times_go_on_where_the_history_ends():
 
 
 def test_a_history_without_times_starts_them_anew():
-    assert Run(EverySteps(4), 6, [{"step": 4, "mir": 2.0}]).clock.pace == Pace(6)
+    assert Run(EverySteps(4), 6, [EvalRecord(step=4, mir=2.0)]).clock.pace == Pace(6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -97,7 +98,7 @@ def test_time_share_of_a_resumed_run_is_due_where_an_unbroken_one_is(share, cost
     whole.evaluate(cost)
     for _ in range(1000):
         whole.train(0.5, cost)
-    kept = [record for record in whole.records if record["step"] <= resumed_at]
+    kept = [record for record in whole.records if record.step <= resumed_at]
     resumed = Run(TimeShare(share), resumed_at, kept)
     for _ in range(1000 - resumed_at):
         resumed.train(0.5, cost)

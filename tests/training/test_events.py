@@ -16,7 +16,7 @@ def probe():
 
 
 def steps(callback):
-    return [record["step"] for record in callback.history]
+    return [record.step for record in callback.history]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_records_say_how_the_time_was_spent(tmp_path, probe):
     callback = MIRCallback(probe, every=2).attach(trainer)
     trainer.train()
     last = callback.history[-1]
-    assert last["eval_seconds"] >= sum(record["seconds"] for record in callback.history)
-    assert last["train_seconds"] + last["eval_seconds"] <= last["elapsed"] + 0.1
-    assert last["step_seconds"] > 0
+    assert last.eval_seconds >= sum(record.seconds for record in callback.history)
+    assert last.train_seconds + last.eval_seconds <= last.elapsed + 0.1
+    assert last.step_seconds > 0
     logged = [entry for entry in trainer.state.log_history if "mir_time_share" in entry]
-    share = last["eval_seconds"] / (last["train_seconds"] + last["eval_seconds"])
+    share = last.eval_seconds / (last.train_seconds + last.eval_seconds)
     assert logged[-1]["mir_time_share"] == pytest.approx(share)
 
 
@@ -92,7 +92,7 @@ def test_a_callback_added_in_the_middle_of_a_run_is_an_error(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=2)
     callback = MIRCallback(probe, every=1)
     trainer.state.global_step = 1
-    with pytest.raises(ConfigError, match="must be added before training begins"):
+    with pytest.raises(ConfigError, match="add it before trainer.train"):
         callback.on_step_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
@@ -108,7 +108,7 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(tmp_path, probe, capsys
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[mir]")]
     assert said[0].startswith("[mir] dry run: MIR ")
     assert "one evaluation: " in said[1]
-    assert "GiB" in said[1]
+    assert "GB beyond what was held" in said[1]
     assert "14 evaluations in 100 steps with EveryEpochs(epochs=0.5), about" in said[2]  # 12 halves, start, end
     assert "no step was trained and no history was written" in said[3]
 

@@ -9,6 +9,8 @@ from mir_callback import MIRCallback, PlateauRule, Probe, Verdict
 from mir_callback.history import read_history
 from mir_callback.loggers import due_alert
 from mir_callback.monitor import verdict_fields
+from mir_callback.record import EvalRecord
+from tests.logs import logged
 from tests.samples import pairs
 from tests.training import wandb_file
 from tests.training.runs import make_trainer
@@ -37,16 +39,16 @@ def test_records_keep_the_verdict_its_figures_and_what_it_was_based_on(tmp_path,
     callback = MIRCallback(probe, every=1, stop=PlateauRule(**QUICK)).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 3
-    assert [record["verdict"] for record in callback.history] == ["no data"] * 3 + ["plateau"]
+    assert [record.verdict for record in callback.history] == ["no data"] * 3 + ["plateau"]
     last = callback.history[-1]
-    assert last["would_stop"] is True
-    assert last["expected_gain"] == pytest.approx(0, abs=1e-9)
-    assert last["expected_gain_se"] == pytest.approx(0, abs=1e-9)
-    assert {record["max_steps"] for record in callback.history} == {8}
-    assert len({record["stage"] for record in callback.history}) == 1
+    assert last.would_stop is True
+    assert last.expected_gain == pytest.approx(0, abs=1e-9)
+    assert last.expected_gain_se == pytest.approx(0, abs=1e-9)
+    assert {record.max_steps for record in callback.history} == {8}
+    assert len({record.stage for record in callback.history}) == 1
     assert read_history(tmp_path / "mir_history.jsonl") == callback.history
     logged = [entry for entry in trainer.state.log_history if "mir_expected_gain" in entry]
-    assert [(entry["step"], entry["mir_expected_gain"]) for entry in logged] == [(3, last["expected_gain"])]
+    assert [(entry["step"], entry["mir_expected_gain"]) for entry in logged] == [(3, last.expected_gain)]
     said = capsys.readouterr().out
     assert f"plateau; stopping training: {last['reason']}" in said
     assert "no data: 3 of 4 evaluations in the window" in said
@@ -59,15 +61,15 @@ def test_observing_changes_no_step_and_a_resumed_run_goes_on(tmp_path, probe, ca
     callback = MIRCallback(probe, every=1, stop=rule).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 5
-    assert [record["verdict"] for record in callback.history] == ["no data"] * 3 + ["going on"] * 3
-    assert [record["would_stop"] for record in callback.history] == [False] * 3 + [True] * 3
-    assert callback.history[3]["reason"].startswith("only observing, would stop: in the next")
+    assert [record.verdict for record in callback.history] == ["no data"] * 3 + ["going on"] * 3
+    assert [record.would_stop for record in callback.history] == [False] * 3 + [True] * 3
+    assert callback.history[3].reason.startswith("only observing, would stop: in the next")
     assert "plateau; only observing, training goes on: " in capsys.readouterr().out
     trainer = make_trainer(tmp_path, steps=7, **options)
     again = MIRCallback(probe, every=1, stop=rule).attach(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 7
-    assert [record["step"] for record in again.history] == list(range(8))
+    assert [record.step for record in again.history] == list(range(8))
 
 
 def test_a_run_in_two_parts_gets_the_verdicts_of_one_in_one_go(tmp_path, probe):
@@ -104,20 +106,20 @@ def test_training_other_parameters_begins_a_new_stage(tmp_path, probe):
     trainer.add_callback(Unfreeze(3))
     callback = MIRCallback(probe, every=1, stop=PlateauRule(**QUICK, observe_only=True)).attach(trainer)
     trainer.train()
-    first, second = callback.history[0]["stage"], callback.history[-1]["stage"]
+    first, second = callback.history[0].stage, callback.history[-1].stage
     assert first != second
-    assert [record["stage"] for record in callback.history] == [first] * 4 + [second] * 3
-    assert [record["would_stop"] for record in callback.history] == [False] * 3 + [True] + [False] * 3
-    assert callback.history[-1]["reason"] == "3 of 4 evaluations in the window, after 0 of warm-up"
+    assert [record.stage for record in callback.history] == [first] * 4 + [second] * 3
+    assert [record.would_stop for record in callback.history] == [False] * 3 + [True] + [False] * 3
+    assert callback.history[-1].reason == "3 of 4 evaluations in the window, after 0 of warm-up"
 
 
 def test_no_rule_no_verdict(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=1)
     callback = MIRCallback(probe, every=1).attach(trainer)
     trainer.train()
-    assert [record["verdict"] for record in callback.history] == [None, None]
-    assert "would_stop" not in callback.history[0]
-    assert callback.history[0]["max_steps"] == 1
+    assert [record.verdict for record in callback.history] == [None, None]
+    assert callback.history[0].would_stop is None
+    assert callback.history[0].max_steps == 1
 
 
 def test_wandb_is_alerted_once_on_the_plateau_and_has_the_reason(tmp_path, probe, wandb_folder):
@@ -131,8 +133,8 @@ def test_wandb_is_alerted_once_on_the_plateau_and_has_the_reason(tmp_path, probe
     assert alert.text == f"step 3, MIR {last['mir']:.4f}: {last['reason']}"
     assert alert.level == "INFO"
     summary = wandb_file.summary(wandb_folder)
-    assert (summary["mir_verdict"], summary["mir_reason"]) == ("plateau", last["reason"])
-    assert summary["train/mir_expected_gain"] == last["expected_gain"]
+    assert (summary["mir_verdict"], summary["mir_reason"]) == ("plateau", last.reason)
+    assert summary["train/mir_expected_gain"] == last.expected_gain
 
 
 def test_wandb_is_alerted_once_when_the_rule_only_observes(tmp_path, probe, wandb_folder):
@@ -163,17 +165,17 @@ def test_an_alert_that_fails_ends_nothing(tmp_path, probe, wandb_folder, monkeyp
     callback = MIRCallback(probe, every=1, stop=Script(*["rising", "going on"] * 3)).attach(trainer)
     wandb.init()
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "alert", refuse)
-    with pytest.warns(UserWarning, match="could not be logged to wandb alerts.*no alerts today"):
+    with logged("could not be logged to wandb alerts.*no alerts today"):
         trainer.train()
     wandb.finish()
-    assert [record["step"] for record in callback.history] == [0, 1, 2, 3, 4]
+    assert [record.step for record in callback.history] == [0, 1, 2, 3, 4]
     assert len([row for row in wandb_file.rows(wandb_folder) if "train/mir" in row]) == 5
 
 
 def alerts_of(*verdicts, stages=None):
     """Number of each evaluation that alerts, with the title."""
     records = [
-        {"step": number, "mir": 2.0, "stage": (stages or "a" * len(verdicts))[number], **verdict_fields(verdict)}
+        EvalRecord(step=number, mir=2.0, stage=(stages or "a" * len(verdicts))[number], **verdict_fields(verdict))
         for number, verdict in enumerate(verdicts)
     ]
     found = [due_alert(records[:number], record) for number, record in enumerate(records)]

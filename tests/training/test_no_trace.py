@@ -99,8 +99,8 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, probe, name):
     watched = run(tmp_path / "watched", options, prepare, probe)
     assert [step for step, *_ in plain["log"]] == [1, 2, 3, 4]
     assert len({loss for _, loss, *_ in plain["log"]}) == 4
-    assert [record["step"] for record in watched["callback"].history] == [0, 1, 2, 3, 4]
-    assert all(record["mir"] is not None for record in watched["callback"].history)
+    assert [record.step for record in watched["callback"].history] == [0, 1, 2, 3, 4]
+    assert all(record.mir is not None for record in watched["callback"].history)
     for field in ("log", "random", "flags"):
         assert watched[field] == plain[field], field
     for field in ("weights", "optimizer"):
@@ -113,7 +113,7 @@ def test_a_schedule_free_run_is_measured_at_the_weights_it_would_save(tmp_path, 
     options, _ = SETUPS["schedule-free optimizer"]
     watched = run(tmp_path, options, nothing, probe)
     trainer = watched["trainer"]
-    last = watched["callback"].history[-1]["mir"]
+    last = watched["callback"].history[-1].mir
 
     training = evaluate_mir(trainer.model, probe, processor=trainer.processing_class, batch_size=2).mir
     trainer.optimizer.eval()

@@ -15,12 +15,12 @@ def test_records_say_loss_tokens_and_samples_when_the_trainer_counts_them(tmp_pa
     logged = dict(losses(trainer))
     assert sorted(logged) == [2, 4]
     # A step's loss is logged after its evaluation.
-    assert [record["loss"] for record in callback.history] == [None, None, None, logged[2], logged[2]]
-    assert [record["loss_step"] for record in callback.history] == [None, None, None, 2, 2]
-    assert [record["samples_seen"] for record in callback.history] == [
+    assert [record.loss for record in callback.history] == [None, None, None, logged[2], logged[2]]
+    assert [record.loss_step for record in callback.history] == [None, None, None, 2, 2]
+    assert [record.samples_seen for record in callback.history] == [
         step * MICRO_BATCH * ACCUMULATION for step in range(5)
     ]
-    tokens = [record["tokens_seen"] for record in callback.history]
+    tokens = [record.tokens_seen for record in callback.history]
     assert tokens[0] == 0
     assert tokens == sorted(set(tokens))
     assert tokens[-1] == trainer.state.num_input_tokens_seen
@@ -31,7 +31,7 @@ def test_tokens_are_unknown_when_the_trainer_does_not_count_them(tmp_path, count
     trainer = make_trainer(tmp_path, steps=1, include_num_input_tokens_seen=counts)
     callback = MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
     trainer.train()
-    assert [record["tokens_seen"] for record in callback.history] == [None, None]
+    assert [record.tokens_seen for record in callback.history] == [None, None]
 
 
 def test_a_resumed_run_continues_what_its_records_say(tmp_path):
@@ -45,21 +45,7 @@ def test_a_resumed_run_continues_what_its_records_say(tmp_path):
     again = MIRCallback(Probe.from_pairs(pairs(4)), every=2).attach(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     logged = dict(losses(resumed))
-    assert [(record["tokens_seen"], record["samples_seen"]) for record in again.history] == [
-        (record["tokens_seen"], record["samples_seen"]) for record in straight.history
+    assert [(record.tokens_seen, record.samples_seen) for record in again.history] == [
+        (record.tokens_seen, record.samples_seen) for record in straight.history
     ]
-    assert [record["loss"] for record in again.history] == [None, *(logged[step] for step in (1, 3, 5))]
-
-
-def test_an_evaluation_beside_training_says_how_far_the_run_was_when_it_began(tmp_path):
-    trainer = make_trainer(tmp_path, steps=6, include_num_input_tokens_seen=True)
-    callback = MIRCallback(Probe.from_pairs(pairs(4)), every=2, solve="background").attach(trainer)
-    trainer.train()
-    counted = {entry["step"]: entry["num_input_tokens_seen"] for entry in trainer.state.log_history if "loss" in entry}
-    logged = dict(losses(trainer))
-    assert [record["step"] for record in callback.history] == [0, 2, 4, 6]
-    for record in callback.history[1:]:
-        step = record["step"]
-        assert record["samples_seen"] == step * MICRO_BATCH * ACCUMULATION
-        assert record["tokens_seen"] == counted[step]
-        assert record["loss"] == logged[step - 1]
+    assert [record.loss for record in again.history] == [None, *(logged[step] for step in (1, 3, 5))]

@@ -2,13 +2,14 @@
 """What other trackers hold afterwards, read back with their own readers; and what happens when one fails."""
 
 import os
-import warnings
 
 import pytest
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe
 from mir_callback.loggers import log_values
+from mir_callback.record import EvalRecord
+from tests.logs import logged
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer
 
@@ -23,7 +24,7 @@ def values_of(callback):
     found = {}
     for count, record in enumerate(callback.history, start=1):
         for name, value in log_values(record, callback.history[:count]).items():
-            found[name, record["step"]] = value
+            found[name, record.step] = value
     return found
 
 
@@ -77,7 +78,7 @@ def test_trackio_has_every_value_at_its_step_and_the_definition(tmp_path, probe,
     trainer.train()
     rows = [row for row in SQLiteStorage.get_logs("mir", "one") if "train/mir" in row]
     assert [(row["train/global_step"], row["train/mir"]) for row in rows] == [
-        (record["step"], record["mir"]) for record in callback.history
+        (record.step, record.mir) for record in callback.history
     ]
     assert SQLiteStorage.get_run_config("mir", "one")["mir"]["probe_fingerprint"] == probe.fingerprint
 
@@ -94,12 +95,10 @@ def test_a_reporter_that_raises_costs_one_warning_and_no_loss_line(tmp_path, pro
     trainer = make_trainer(tmp_path, steps=4)
     trainer.add_callback(Refusing())
     callback = MIRCallback(probe, every=1).attach(trainer)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with logged("could not be logged") as messages:
         trainer.train()
-    told = [str(warning.message) for warning in caught if "could not be logged" in str(warning.message)]
-    assert told == [
-        "MIR could not be logged to the Trainer's reporters, training goes on: ConnectionError: no route to the "
+    assert messages == [
+        "MIR could not be logged to what the loop logs with, training goes on: ConnectionError: no route to the "
         "tracking server; the values are in the history file, and further failures there are not reported"
     ]
     assert [step for step, _ in losses(trainer)] == [1, 2, 3, 4]
@@ -111,13 +110,13 @@ def test_without_any_reporter_there_is_the_history_and_the_log(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=2)
     callback = MIRCallback(probe, every=1).attach(trainer)
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "mir" in entry]
-    assert [entry["mir"] for entry in logged] == [record["mir"] for record in callback.history]
+    entries = [entry for entry in trainer.state.log_history if "mir" in entry]
+    assert [entry["mir"] for entry in entries] == [record.mir for record in callback.history]
     assert sorted(os.listdir(tmp_path)) == ["mir_history.jsonl", "mir_probe.zip"]
 
 
 def record(step, mir, **fields):
-    return {"step": step, "mir": mir, "per_layer": [1.0, 2.0], "seconds": 0.5, **fields}
+    return EvalRecord(step=step, mir=mir, per_layer=[1.0, 2.0], seconds=0.5, **fields)
 
 
 def test_values_hold_the_best_so_far_and_the_share_of_the_time():
@@ -143,9 +142,9 @@ def test_companions_are_logged_as_one_number_each():
         "vision_rank": [10.0, 20.0],
         "text_rank": [30.0, 50.0],
     }
-    logged = log_values(record(1, 0.5, mir_se=0.01, companions=companions))
-    assert logged["mir_se"] == 0.01
-    assert logged["mir_mean_share"] == 0.5
-    assert logged["mir_norm_ratio"] == 3.0
-    assert logged["mir_cosine"] == 0.0
-    assert (logged["mir_vision_rank"], logged["mir_text_rank"]) == (15.0, 40.0)
+    values = log_values(record(1, 0.5, mir_se=0.01, companions=companions))
+    assert values["mir_se"] == 0.01
+    assert values["mir_mean_share"] == 0.5
+    assert values["mir_norm_ratio"] == 3.0
+    assert values["mir_cosine"] == 0.0
+    assert (values["mir_vision_rank"], values["mir_text_rank"]) == (15.0, 40.0)

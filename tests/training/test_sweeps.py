@@ -12,7 +12,9 @@ from mir_callback import MIRCallback, Probe, hyperparameter_search
 from mir_callback.errors import ConfigError
 from mir_callback.history import read_history
 from mir_callback.integrations.sweeps import objective_record
+from mir_callback.record import EvalRecord
 from tests.distributed.launch import run_ranks
+from tests.logs import logged
 from tests.samples import pairs
 from tests.training import wandb_file
 from tests.training.runs import make_trainer
@@ -59,7 +61,7 @@ def searched(tmp_path_factory):
 
 def test_best_run_has_the_lowest_final_mir_when_all_trials_are_finished(searched):
     folder, best, study, _ = searched
-    finals = {number: records_of(folder, number)[-1]["mir"] for number in range(len(RATES))}
+    finals = {number: records_of(folder, number)[-1].mir for number in range(len(RATES))}
     assert {trial.number: trial.value for trial in study.trials} == finals
     assert len(set(finals.values())) == len(RATES)
     assert (int(best.run_id), best.objective) == min(finals.items(), key=lambda item: item[1])
@@ -73,15 +75,15 @@ def test_each_trial_has_its_own_history_and_weights_when_one_callback_serves_all
     starts = set()
     for trial in study.trials:
         records = records_of(folder, trial.number)
-        assert [record["step"] for record in records] == [0, 1, 2]
+        assert [record.step for record in records] == [0, 1, 2]
         assert sorted(path.name for path in (folder / f"run-{trial.number}").glob("mir_history*")) == [
             "mir_history.jsonl"
         ]
         note = json.loads((folder / f"run-{trial.number}" / "mir_best" / "mir_best.json").read_text())
-        assert note["mir"] == min(record["mir"] for record in records[1:])
-        assert trial.intermediate_values == {record["step"]: record["mir"] for record in records[1:]}
+        assert note["mir"] == min(record.mir for record in records[1:])
+        assert trial.intermediate_values == {record.step: record.mir for record in records[1:]}
         assert trial.user_attrs["mir_folder"] == str(folder / f"run-{trial.number}")
-        assert trial.user_attrs["mir_se"] == records[-1]["mir_se"]
+        assert trial.user_attrs["mir_se"] == records[-1].mir_se
         starts.add(records[0]["mir"])
     assert len(starts) == 1  # a new model each, from the same seed
 
@@ -92,7 +94,7 @@ def test_trial_equals_a_run_of_its_own_when_made_with_the_same_rate(searched, tm
     trainer = searching_trainer(tmp_path, learning_rate=trial.params["learning_rate"])
     alone = MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
     trainer.train()
-    assert [record["mir"] for record in alone.history] == [record["mir"] for record in records_of(folder, trial.number)]
+    assert [record.mir for record in alone.history] == [record.mir for record in records_of(folder, trial.number)]
     assert (tmp_path / "mir_history.jsonl").exists()  # and a run that is no trial stays where it was
 
 
@@ -100,24 +102,22 @@ def test_lowest_value_is_the_objective_when_asked_for(tmp_path):
     trainer = searching_trainer(tmp_path, steps=2)
     MIRCallback(Probe.from_pairs(pairs(2)), every=1).attach(trainer)
     _, study = search(trainer, "mir_best", trials=2)
-    lows = [min(record["mir"] for record in records_of(tmp_path, n)[1:]) for n in range(2)]
+    lows = [min(record.mir for record in records_of(tmp_path, n)[1:]) for n in range(2)]
     assert [trial.value for trial in study.trials] == lows
-    assert lows != [records_of(tmp_path, n)[-1]["mir"] for n in range(2)]
+    assert lows != [records_of(tmp_path, n)[-1].mir for n in range(2)]
 
 
-@pytest.mark.parametrize("solve", ["now", "background"])
-def test_trial_ends_soon_after_the_pruned_evaluation_when_the_pruner_says_so(tmp_path, solve):
+def test_trial_ends_at_the_pruned_evaluation_when_the_pruner_says_so(tmp_path):
     trainer = searching_trainer(tmp_path, steps=8)
-    MIRCallback(Probe.from_pairs(pairs(4)), every=1 if solve == "now" else 2, solve=solve).attach(trainer)
+    MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
     _, study = search(trainer, pruner=PruneLater(), trials=2)
     finished, pruned = study.trials
     assert finished.state == optuna.trial.TrialState.COMPLETE
-    assert records_of(tmp_path, 0)[-1]["step"] == 8
+    assert records_of(tmp_path, 0)[-1].step == 8
     assert pruned.state == optuna.trial.TrialState.PRUNED
     last = records_of(tmp_path, 1)[-1]
-    # Solved beside training, the value of step 2 is known at a later step, and that step's weights are measured too.
-    assert last["step"] == 2 if solve == "now" else 2 < last["step"] <= 5
-    assert pruned.value == last["mir"]
+    assert last.step == 2
+    assert pruned.value == last.mir
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_trainers_own_evaluation_reports_mir_when_there_is_one(tmp_path):
     trainer = searching_trainer(tmp_path, evaluated=2, eval_strategy="steps", eval_steps=2, steps=4)
     MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
     _, study = search(trainer, trials=1)
-    by_step = {record["step"]: record["mir"] for record in records_of(tmp_path, 0)}
+    by_step = {record.step: record.mir for record in records_of(tmp_path, 0)}
     assert study.trials[0].intermediate_values == {step: by_step[step] for step in (2, 4)}
     assert study.trials[0].value == by_step[4]
 
@@ -162,9 +162,9 @@ def test_trial_fails_when_its_last_evaluation_has_failed(tmp_path):
         return model
 
     trainer.model_init = init
-    with pytest.warns(UserWarning, match="broken on purpose"), pytest.raises(ValueError, match="No trials"):
+    with logged("broken on purpose"), pytest.raises(ValueError, match="No trials"):
         search(trainer, trials=1)
-    assert [record["mir"] is None for record in callback.history] == [False, True, True]
+    assert [record.mir is None for record in callback.history] == [False, True, True]
 
 
 def test_study_is_refused_when_it_was_measured_with_another_probe(tmp_path):
@@ -197,8 +197,8 @@ def test_each_trial_is_a_wandb_run_that_says_how_it_was_measured(tmp_path, monke
         run.rename(tmp_path / f"{number}" / "wandb" / run.name)
         assert wandb_file.settings(tmp_path / f"{number}")["mir"]["probe_fingerprint"] == (callback.probe.fingerprint)
         records = read_history(tmp_path / "out" / f"rate-{number}" / "mir_history.jsonl")
-        assert wandb_file.summary(tmp_path / f"{number}")["mir_best"] == records[-1]["mir"]
-        assert study.trials[number].value == records[-1]["mir"]
+        assert wandb_file.summary(tmp_path / f"{number}")["mir_best"] == records[-1].mir
+        assert study.trials[number].value == records[-1].mir
 
 
 @pytest.mark.parametrize("pruned", ["pruned", pytest.param("finished", marks=pytest.mark.slow)])
@@ -241,11 +241,11 @@ def test_trainer_is_refused_when_a_trial_could_not_be_measured_or_made(tmp_path)
 
 
 def test_objective_is_that_of_the_newest_or_the_lowest_record():
-    history = [{"step": step, "mir": mir} for step, mir in enumerate([1.0, 3.0, 2.0, 2.5])]
+    history = [EvalRecord(step=step, mir=mir) for step, mir in enumerate([1.0, 3.0, 2.0, 2.5])]
     assert objective_record(history, "mir") is history[3]
     assert objective_record(history, "mir_best") is history[2]  # the untrained weights are no candidate
     assert objective_record(history[:1], "mir_best") is history[0]
-    failed = [*history, {"step": 4, "mir": None}]
+    failed = [*history, EvalRecord(step=4)]
     assert objective_record(failed, "mir") is None
     assert objective_record(failed, "mir_best") is None
     assert objective_record([], "mir") is None

@@ -15,7 +15,7 @@ from mir_callback import early_stopping as trend
 def test_slope_is_scipys(seed, count):
     rng = np.random.default_rng(seed)
     x, y = np.cumsum(rng.uniform(0.1, 5, count)), rng.standard_normal(count)
-    assert trend.slope(x, y) == pytest.approx(theilslopes(y, x).slope)
+    assert trend.theil_sen_slope(x, y) == pytest.approx(theilslopes(y, x).slope)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0])
@@ -46,7 +46,7 @@ def test_noise_that_lingers_counts_for_more():
 
 def test_the_standard_error_of_a_slope_is_that_of_repeated_noise():
     rng, x = np.random.default_rng(0), np.arange(12.0)
-    slopes = [trend.slope(x, rng.standard_normal(12)) for _ in range(4000)]
+    slopes = [trend.theil_sen_slope(x, rng.standard_normal(12)) for _ in range(4000)]
     assert 1 / trend.spread(x) == pytest.approx(np.std(slopes), rel=0.1)
 
 

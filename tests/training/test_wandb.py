@@ -27,13 +27,13 @@ def test_mir_stands_at_its_own_step_beside_every_loss(tmp_path, wandb_folder, at
     found = wandb_file.rows(wandb_folder)
     mir = {row["train/global_step"]: row for row in found if "train/mir" in row}
     assert {step: row["train/mir"] for step, row in mir.items()} == {
-        record["step"]: record["mir"] for record in callback.history
+        record.step: record.mir for record in callback.history
     }
     assert sorted(mir) == [0, 1, 2, 3]
     for record in callback.history:
-        row = mir[record["step"]]
-        assert [row[f"train/mir_layer/{k:02d}"] for k in (1, 2, 3)] == record["per_layer"]
-        assert row["train/mir_seconds"] == record["seconds"]
+        row = mir[record.step]
+        assert [row[f"train/mir_layer/{k:02d}"] for k in (1, 2, 3)] == record.per_layer
+        assert row["train/mir_seconds"] == record.seconds
     logged = {row["train/global_step"]: row["train/loss"] for row in found if "train/loss" in row}
     assert logged == dict(losses(trainer))
     assert sorted(logged) == [1, 2, 3]
@@ -51,12 +51,12 @@ def test_one_row_a_step_holds_values_chart_and_heat_map(tmp_path, wandb_folder):
     assert steps == sorted(steps)
     assert wandb_file.axes(wandb_folder)["*"] == "train/global_step"
     for row, record in zip(ours, callback.history, strict=True):
-        assert row["mir/layers_over_steps/values"] == record["per_layer"]  # a heat map, layer x step
+        assert row["mir/layers_over_steps/values"] == record.per_layer  # a heat map, layer x step
         assert row["mir/layers_over_steps/bins"] == [0.5, 1.5, 2.5, 3.5]
         (folder,) = wandb_folder.glob("wandb/offline-run-*")
         table = json.loads((folder / "files" / row["mir/per_layer_table/path"]).read_text())
         drawn = [value for _, line, value in table["data"] if line == f"step {record['step']}"]
-        assert drawn == record["per_layer"]
+        assert drawn == record.per_layer
     assert any("visualize/mir/per_layer" in name for name in wandb_file.settings(wandb_folder))
 
 
@@ -76,11 +76,11 @@ def test_run_settings_and_summary_say_how_and_how_well(tmp_path, wandb_folder):
     assert "warmup=7" in ours["stop"]
     for name in ("tokens_fingerprint", "root", "dtype", "num_vision_tokens", "world_size"):
         assert ours[name] == first[name]
-    best = min(callback.history, key=lambda record: record["mir"])
+    best = min(callback.history, key=lambda record: record.mir)
     summary = wandb_file.summary(wandb_folder)
-    assert (summary["mir_best"], summary["mir_best_step"]) == (best["mir"], best["step"])
-    assert (summary["train/mir_best"], summary["train/mir_best_step"]) == (best["mir"], best["step"])
-    assert summary["train/mir"] == callback.history[-1]["mir"]
+    assert (summary["mir_best"], summary["mir_best_step"]) == (best.mir, best.step)
+    assert (summary["train/mir_best"], summary["train/mir_best_step"]) == (best.mir, best.step)
+    assert summary["train/mir"] == callback.history[-1].mir
     updates = [r for r in wandb_file.finished(wandb_folder) if "tokens_fingerprint" in str(r.config)]
     assert len(updates) == 1  # once, not with every evaluation
 
@@ -93,7 +93,7 @@ def test_values_reach_a_run_that_the_trainer_does_not_report_to(tmp_path, wandb_
     wandb.finish()
     found = wandb_file.rows(wandb_folder)
     assert [(row["train/global_step"], row["train/mir"]) for row in found] == [
-        (record["step"], record["mir"]) for record in callback.history
+        (record.step, record.mir) for record in callback.history
     ]
     assert all("mir/layers_over_steps/values" in row for row in found)
     assert wandb_file.axes(wandb_folder)["train/mir*"] == "train/global_step"

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watchdog on its own."""
+
+import subprocess
+import sys
+import threading
+import time
+
+from mir_callback.watchdog import EXIT_CODE, enter_phase, watchdog
+
+
+def test_phase_is_reported_with_its_stack_at_growing_intervals_when_it_lasts(capfd):
+    with watchdog("evaluation at step 7", 3, 0.1):
+        enter_phase("forward of batch 2 of 9")
+        time.sleep(0.5)
+    said = capfd.readouterr().err
+    assert (
+        said.count("[mir] rank 3: STUCK? evaluation at step 7: forward of batch 2 of 9, for 0 s") == 3
+    )  # after 0.1, 0.2, 0.4 s
+    assert "time.sleep(0.5)" in said
+
+
+def test_nothing_is_said_and_no_thread_is_left_when_phases_are_short(capfd):
+    before = threading.active_count()
+    with watchdog("evaluation", 0, 0.2):
+        for _ in range(10):
+            enter_phase("a short phase")
+            time.sleep(0.05)
+    assert threading.active_count() == before
+    assert capfd.readouterr().err == ""
+
+
+def test_process_ends_with_a_code_of_its_own_when_asked_to():
+    code = (
+        "import time; from mir_callback.watchdog import watchdog\n"
+        "with watchdog('evaluation', 0, 0.2, abort=True): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == EXIT_CODE
+    assert "ends itself with exit code 86 (abort_on_hang)" in done.stderr
