@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["mir_callback", "mir_callback.*", "llava_integration", "llava_integration.*"]),
     package_data={"": ["py.typed"], "mir_callback.analysis.page": ["page.*"]},
     install_requires=[
-        *["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "psutil"],
+        *["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "psutil", "filelock"],
         *["matplotlib", "rich", "scipy", "jinja2"],  # the `mir` command: pictures, tables, Student's t, pages
     ],
     entry_points={"console_scripts": ["mir = mir_callback.cli:main"]},
@@ -47,7 +47,7 @@ setup(
         "optuna": OPTUNA,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
         "test": [
-            *["pytest", "hypothesis", "mpmath", "scikit-learn", "peft", "schedulefree"],
+            *["pytest", "hypothesis", "mpmath", "scikit-learn", "peft", "schedulefree", "lightning"],
             *[*DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
         ],
         "checks": ["ruff", "mypy", "codespell"],
