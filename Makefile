@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu clean distclean preflight \
+.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu docs clean distclean preflight \
   llava-left-out browser-left-out
 
 help: ## show this list
@@ -95,6 +95,9 @@ bench-gpu: $(STAMP) ## on a GPU: a whole evaluation of a 7B model, and the parts
 	$(PY) benchmarks/parts.py --output $(RESULTS)/gpu_parts.md
 	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
 	$(PY) benchmarks/quote.py
+
+docs: $(STAMP) ## write docs/reference.md from the code
+	$(PY) docs/generate.py
 
 clean: ## remove caches and build products; .venv/ and runs/ stay
 	rm -rf .cache build dist *.egg-info .hypothesis
