@@ -23,11 +23,11 @@ from mir_callback.checkpoints.discover import (
     PROJECTOR_FILE,
     SHARDS,
     Checkpoint,
+    find_storage,
     read_json,
-    storage_of,
 )
-from mir_callback.checkpoints.huggingface import stored_weights, weights_of_shards
-from mir_callback.checkpoints.load import DTYPES, LoadOptions, Opened, base_of, folder_of, require_complete
+from mir_callback.checkpoints.huggingface import read_shards, read_weights
+from mir_callback.checkpoints.load import DTYPES, LoadOptions, Opened, fetch_base, fetch_folder, require_complete
 from mir_callback.errors import ConfigError
 
 # Fields that only LLaVA's own configurations have.
@@ -44,8 +44,8 @@ def opens(config: Mapping[str, Any]) -> bool:
 
 
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
-    """See :class:`mir_callback.checkpoints.load.Family`."""
-    folder, storage = checkpoint.folder, storage_of(checkpoint)
+    """See :data:`mir_callback.checkpoints.load.FAMILIES`."""
+    folder, storage = checkpoint.folder, find_storage(checkpoint)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{folder} must hold whole weights or a projector of LLaVA, got a PEFT adapter, whose checkpoints lack "
@@ -55,7 +55,7 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     places = [folder, checkpoint.run]
     if storage == PROJECTOR:
         named = read_json(folder / "config.json").get("_name_or_path")
-        places.append(base_of(folder, options.base, named, "_name_or_path in config.json"))
+        places.append(fetch_base(folder, options.base, named, "_name_or_path in config.json"))
     tokenizer = _tokenizer(options.processor, places, config)
     if storage == PROJECTOR:
         model = _with_projector(checkpoint, config, options, places[-1], tokenizer)
@@ -110,10 +110,10 @@ def _whole(checkpoint: Checkpoint, config: Any, options: LoadOptions, *, sharded
     """All weights from the checkpoint, the tower's too, which LLaVA by itself takes from where it first had them."""
     given: dict[str, Any] = {"torch_dtype": DTYPES.get(options.dtype, "auto")}
     if sharded:
-        stored = weights_of_shards(checkpoint)
+        stored = read_shards(checkpoint)
         given |= {"state_dict": stored, "torch_dtype": DTYPES.get(options.dtype) or config.torch_dtype}
     else:
-        stored = stored_weights(checkpoint.folder, _TOWER)
+        stored = read_weights(checkpoint.folder, _TOWER)
     source = None if sharded else str(checkpoint.folder)
     model, found = _class_of(config).from_pretrained(source, config=config, output_loading_info=True, **given)
     model.get_vision_tower().load_model()
@@ -142,7 +142,7 @@ def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
     if given is not None:
-        places = [folder_of(given, weights=False, what="--processor")]
+        places = [fetch_folder(given, weights=False, what="--processor")]
     folder = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
     if folder is None:
         listed = ", ".join(str(place) for place in dict.fromkeys(places))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Trainer knew when it saved a checkpoint, as far as it can be made sense of."""
+"""Which checkpoints a folder stands for: their run, step and way of storage, and what the Trainer knew then."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from mir_callback.checkpoints.results import RESULTS_NAME
 from mir_callback.errors import ConfigError
 from mir_callback.history import FILE_NAME
 from mir_callback.probe.storage import RUN_PROBE
+from mir_callback.record import EvalRecord, is_number
 
 # Ways to store weights.
 WHOLE = "whole weights"
@@ -26,14 +26,14 @@ SHARDS = "DeepSpeed ZeRO shards"
 
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"
 _WHOLE_FILES = tuple(
     f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TRAINER_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # as a Trainer writes it: one name for each step
-_SHARD_FOLDER = re.compile(r"global_step(0|[1-9][0-9]*)")
-_OF_RUNS = (FILE_NAME, RUN_PROBE, RESULTS_NAME)
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")  # as a Trainer writes it: one name for each step
+_SHARD_FOLDER = re.compile(r"global_step(0|[1-9][0-9]{0,14})")
+_RUN_FILES = (FILE_NAME, RUN_PROBE, RESULTS_NAME)
 _FILES_NAMED = 6
 
 
@@ -75,13 +75,8 @@ class Found:
     note: str | None = None
     error: ConfigError | None = None
 
-    @property
-    def run(self) -> Path:
-        """The run they belong to."""
-        return self.checkpoints[0].run
 
-
-def checkpoints_in(folder: Path) -> Found:
+def find_checkpoints(folder: Path) -> Found:
     """The checkpoints that a folder stands for.
 
     A run stands for every `checkpoint-N` in it, and for the weights in the run's folder itself if something tells that
@@ -92,33 +87,32 @@ def checkpoints_in(folder: Path) -> Found:
 
     Ranks: any, each for itself.
     """
-    folder = _placed(folder)
+    folder = _locate(folder)
     numbered = [(path, _CHECKPOINT.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
     found = [Checkpoint(path, folder, int(match[1])) for path, match in numbered if match]
     if not found:
-        return Found([_single(folder)])
+        return Found([_read_single(folder)])
     note, error = None, None
-    if _stored_as(folder) is not None:
+    if _recognize_storage(folder) is not None:
         try:
-            step = _step_of(folder)
+            step = _read_step(folder)
         except ConfigError as caught:
             error = caught
         else:
-            note = _left_out(folder) if step is None else None
-            if step is not None and step not in {checkpoint.step for checkpoint in found}:
+            if step is None:
+                note = (
+                    f"the weights in {folder} itself are left out: nothing there tells their step; to have them "
+                    f"measured put {TRAINER_STATE} beside them (trainer.save_state() writes it, "
+                    '{"global_step": N} is enough), or move them into checkpoint-N'
+                )
+            elif step not in {checkpoint.step for checkpoint in found}:
                 found.append(Checkpoint(folder, folder, step))
     return Found(sorted(found, key=lambda checkpoint: checkpoint.step), note, error)
 
 
-def _left_out(folder: Path) -> str:
-    return (
-        f"the weights in {folder} itself are left out: nothing there tells their step; to have them measured put "
-        f"{TRAINER_STATE} beside them (trainer.save_state() writes it, "
-        '{"global_step": N} is enough), or move them into checkpoint-N'
-    )
-
-
-def select(checkpoints: Sequence[Checkpoint], steps: Collection[int] | None, every: int | None) -> list[Checkpoint]:
+def select_checkpoints(
+    checkpoints: Sequence[Checkpoint], steps: Collection[int] | None, every: int | None
+) -> list[Checkpoint]:
     """The checkpoints at these steps, at multiples of ``every``, or all of them.
 
     Raises:
@@ -126,40 +120,40 @@ def select(checkpoints: Sequence[Checkpoint], steps: Collection[int] | None, eve
 
     Ranks: pure.
     """
-    known = [checkpoint.step for checkpoint in checkpoints]
+    run, known = checkpoints[0].run, [checkpoint.step for checkpoint in checkpoints]
     listed = ", ".join(map(str, known))
     lacking = sorted(set(steps or ()) - set(known))
     if lacking:
-        raise ConfigError(f"--steps must be steps of checkpoints in {checkpoints[0].run} ({listed}), got {lacking}")
+        raise ConfigError(f"--steps: {run} has no checkpoint of step {', '.join(map(str, lacking))}, only {listed}")
     kept = [
         checkpoint
         for checkpoint in checkpoints
         if (steps is None or checkpoint.step in steps) and (every is None or checkpoint.step % every == 0)
     ]
     if not kept:
-        raise ConfigError(f"--every must leave a checkpoint of {checkpoints[0].run} ({listed}), got {every}")
+        raise ConfigError(f"--every {every} leaves no checkpoint of {run}, whose steps are {listed}")
     return kept
 
 
-def storage_of(checkpoint: Checkpoint) -> str:
+def find_storage(checkpoint: Checkpoint) -> str:
     """How the weights of a checkpoint are stored: WHOLE, ADAPTER, PROJECTOR or SHARDS.
 
     Raises:
         ConfigError: in no way known here; the message says what is there.
     """
     folder = checkpoint.folder
-    stored = SHARDS if checkpoint.shards else _stored_as(folder)
-    if stored is not None:
-        return stored
+    storage = SHARDS if checkpoint.shards else _recognize_storage(folder)
+    if storage is not None:
+        return storage
     names = sorted(path.name for path in folder.iterdir())
-    there = ", ".join(names[:_FILES_NAMED]) + (", ..." if len(names) > _FILES_NAMED else "") or "nothing"
+    listed = ", ".join(names[:_FILES_NAMED]) + (", ..." if len(names) > _FILES_NAMED else "") or "nothing"
     sharded = any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in names)
     remedy = (
         f"make whole weights of FSDP's shards: accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT"
         if sharded
         else "name a folder written by save_pretrained, a Trainer, DeepSpeed, PEFT or LLaVA"
     )
-    raise ConfigError(f"{folder} must hold weights that can be opened, got {there}; {remedy}")
+    raise ConfigError(f"{folder} holds no weights that can be opened, only {listed}; {remedy}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,16 +164,30 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__} instead of an object")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} must be a JSON file, got {error}; save the checkpoint anew") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}; save the checkpoint anew")
+        raise ConfigError(f"{path} cannot be read: {error}; save the checkpoint anew") from error
     return value
 
 
-def stamp_of(checkpoint: Checkpoint) -> str:
+def read_trainer_state(checkpoint: Checkpoint) -> EvalRecord:
+    """A record of what the Trainer knew when it saved, without a value yet.
+
+    The Trainer's file may hold anything; what of it is no value of its field counts as not known.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    state = read_json(checkpoint.folder / TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
+    loss, loss_step = _find_newest_loss(state.get("log_history"), checkpoint.step)
+    known = {"step": checkpoint.step, "mir": None, "epoch": state.get("epoch"), "loss": loss, "loss_step": loss_step}
+    return EvalRecord.from_dict({**known, "tokens_seen": state.get("num_input_tokens_seen") or None}, [])
+
+
+def compute_stamp(checkpoint: Checkpoint) -> str:
     """16 hexadecimal digits over names, sizes and times of a checkpoint's files; new when it is saved anew.
 
     Of a run's own folder only the files in it count, which change no more once training is over.
@@ -192,62 +200,61 @@ def stamp_of(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def _placed(folder: Path) -> Path:
-    """A folder's place, links followed; of a link that stands for a checkpoint in a run, its place in that run.
+def _locate(folder: Path) -> Path:
+    """A folder's path, links followed; of a link that stands for a checkpoint in a run, its path in that run.
 
     Checkpoints are moved to other disks with a link left behind, and links are made as names of checkpoints: of the
     link's own folder and the one it leads to, the first that has something of a run's in it is the run.
     """
     if _SHARD_FOLDER.fullmatch(folder.name):
-        return _placed(folder.parent) / folder.name
+        return _locate(folder.parent) / folder.name
     real, named = folder.resolve(), folder.parent.resolve() / folder.name
     if folder.name in ("", "..") or not named.is_symlink():
         return real
     for path in (named, real):
-        run = _run_of(path)
-        if run != path and any((run / name).exists() for name in _OF_RUNS):
+        run = _find_run(path)
+        if run != path and any((run / name).exists() for name in _RUN_FILES):
             return path
     return named if _CHECKPOINT.fullmatch(named.name) else real
 
 
-def _single(folder: Path) -> Checkpoint:
+def _read_single(folder: Path) -> Checkpoint:
     """A folder that is no run: a checkpoint of one, ZeRO shards in a checkpoint, or a model."""
     shards = _SHARD_FOLDER.fullmatch(folder.name)
     if shards and _is_sharded(folder):
-        return Checkpoint(folder.parent, _run_of(folder.parent), int(shards[1]), shards=folder.name)
-    step = _step_of(folder)
-    return Checkpoint(folder, _run_of(folder), step or 0, step_known=step is not None)
+        return Checkpoint(folder.parent, _find_run(folder.parent), int(shards[1]), shards=folder.name)
+    step = _read_step(folder)
+    return Checkpoint(folder, _find_run(folder), step or 0, step_known=step is not None)
 
 
-def _run_of(folder: Path) -> Path:
+def _find_run(folder: Path) -> Path:
     return folder.parent if _CHECKPOINT.fullmatch(folder.name) or (folder / NOTE_NAME).exists() else folder
 
 
-def _step_of(folder: Path) -> int | None:
+def _read_step(folder: Path) -> int | None:
     """The step of the weights in a folder; None where nothing tells."""
-    numbered = _CHECKPOINT.fullmatch(folder.name)
-    if numbered:
+    if numbered := _CHECKPOINT.fullmatch(folder.name):
         return int(numbered[1])
     for name, field in ((TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
         step = read_json(folder / name).get(field)
-        if type(step) is int:
+        if type(step) is int and step >= 0:
             return step
-    named = _SHARD_FOLDER.fullmatch(_latest(folder))
+    named = _SHARD_FOLDER.fullmatch(_read_latest(folder))
     return int(named[1]) if named else None
 
 
-def _latest(folder: Path) -> str:
+def _read_latest(folder: Path) -> str:
     """The shards that DeepSpeed calls its latest ones; empty where it does not say."""
-    told = folder / "latest"
+    latest = folder / "latest"
     try:
-        return told.read_text(encoding="utf-8").strip() if told.is_file() else ""
+        return latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{told} must name the newest shards as text, got {error}; name them: {folder / 'global_stepN'}"
+            f"{latest} does not name the newest shards: {error}; name them: {folder / 'global_stepN'}"
         ) from error
 
 
-def _stored_as(folder: Path) -> str | None:
+def _recognize_storage(folder: Path) -> str | None:
     """Whole weights come first: in 16 bits they are what was trained with, unlike the shards' 32."""
     if (folder / ADAPTER_CONFIG).is_file():
         if any((folder / name).is_file() for name in _ADAPTER_FILES):
@@ -266,31 +273,12 @@ def _is_sharded(folder: Path) -> bool:
     return any(folder.glob("*_model_states.pt"))
 
 
-def state_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the Trainer knew when it saved: fields of a record, finite numbers or None.
-
-    Raises:
-        ConfigError: its state is damaged.
-    """
-    state = read_json(checkpoint.folder / TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
-    loss, step = _newest_loss(state.get("log_history"), checkpoint.step)
-    fields = {"epoch": _finite(state.get("epoch")), "loss": loss, "loss_step": step}
-    return {**fields, "tokens_seen": _finite(state.get("num_input_tokens_seen")) or None}
-
-
-def _newest_loss(log: Any, upto: int) -> tuple[float | None, int | None]:
+def _find_newest_loss(log: Any, upto: int) -> tuple[float | None, int | None]:
     """The last finite loss in a Trainer's log and its step; a log may hold anything."""
     for entry in reversed(log) if isinstance(log, list) else ():
-        loss = _finite(entry.get("loss")) if isinstance(entry, dict) else None
-        if loss is None:
+        if not isinstance(entry, dict) or not is_number(entry.get("loss")):
             continue
         step = entry.get("step") if type(entry.get("step")) is int else None
         if step is None or step <= upto:
-            return loss, step
+            return entry["loss"], step
     return None, None
-
-
-def _finite(value: Any) -> Any:
-    """A number as it is; None for anything else, what is not finite and what no float holds."""
-    known = type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
-    return value if known else None

@@ -7,11 +7,11 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,92 +20,17 @@ from mir_callback.checkpoints.discover import Checkpoint, read_json
 from mir_callback.errors import ConfigError, MIRError
 from mir_callback.probe.adapters import Adapter
 
-_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-_SAFE, _PICKLED = "*.safetensors", ["pytorch_model*.bin", "adapter_model.bin", "mm_projector.bin"]
-
-
-def is_local(name: str) -> bool:
-    """Whether a name means a folder: there is one, or it cannot be a hub name. Ranks: any."""
-    return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def folder_of(name: str, *, weights: bool = True, what: str = "a model") -> Path:
-    """The folder that a name means, fetched from the hub if it is a hub name and not on this machine.
-
-    Args:
-        name: a folder, or a repository such as ``llava-hf/llava-1.5-7b-hf``.
-        weights: also fetch weights, safetensors if there are any.
-        what: what it is, for the message.
-
-    Raises:
-        ConfigError: neither a folder nor a repository that can be fetched.
-
-    Ranks: any; each machine fetches once.
-    """
-    if is_local(name):
-        folder = Path(os.path.expanduser(name))  # pathlib's own refuses the name of a user it does not know
-        if not folder.is_dir():
-            why = "a file; name the folder it is in" if folder.exists() else "which does not exist"
-            raise ConfigError(f"{what} must be a folder or a hub name, got {folder}, {why}")
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *([_SAFE] if weights else [])]))
-        if weights and not any(folder.glob(_SAFE)):
-            folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *_PICKLED]))
-    except Exception as error:  # of the hub's client, of its connection, of the disk: any kind
-        raise ConfigError(
-            f"{what} must be a folder or a hub name, got {name}, which is no folder here and cannot be had from the "
-            f"hub: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    return folder
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds the settings of an image processor. Ranks: any."""
-    return any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-
-
-def one_line(error: BaseException, longest: int = 300) -> str:
-    """The message of a foreign error, which may be a page long, as one line. Ranks: pure."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= longest else f"{words[:longest]}..."
-
-
-def base_of(folder: Path, given: str | None, named: object, where: str) -> Path:
-    """The base model of a checkpoint that does not hold all of its weights.
-
-    Args:
-        folder: the checkpoint's.
-        given: what the user says it is, which goes first.
-        named: what the checkpoint says it is.
-        where: the field of the checkpoint that says so.
-
-    Returns:
-        The base model's folder.
-
-    Raises:
-        ConfigError: nobody says, or it is not there.
-    """
-    name = given or named
-    if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{folder} holds only a part of a model, and {where} must name its base, got none; give --base"
-        )
-    try:
-        return folder_of(name, what="the base model")
-    except ConfigError as error:
-        source = "--base" if given else f"{where} of {folder}"
-        raise ConfigError(
-            f"{folder} holds a part of a model, and the base that {source} names must be there: {error}; give --base "
-            "the folder or hub name of the model it was trained from"
-        ) from error
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
+# Modules with `opens(config)`, whether a checkpoint with this config.json (empty if it has none) is of the family, and
+# `open_checkpoint(checkpoint, options) -> Opened`, which raises MIRError. Asked in this order, and named instead of
+# imported: llava_integration is the floor above, found when it is needed.
+FAMILIES = ("llava_integration.checkpoints", "mir_callback.checkpoints.huggingface")
+
+_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SAFE, _PICKLED = "*.safetensors", ["pytorch_model*.bin", "adapter_model.bin", "mm_projector.bin"]
 _KEYS_NAMED = 4
+_MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -135,26 +60,6 @@ class Opened:
     adapter: Adapter
 
 
-class Family(Protocol):
-    """A module that opens the checkpoints of one family of models."""
-
-    def opens(self, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint with this `config.json` (empty if it has none) is of this family."""
-        ...
-
-    def open_checkpoint(self, checkpoint: Checkpoint, options: LoadOptions) -> Opened:
-        """Open it.
-
-        Raises:
-            MIRError: something is missing or does not fit; names the remedy.
-        """
-        ...
-
-
-# Asked in this order. Named and not imported: llava_integration is the floor above, found when it is needed.
-FAMILIES = ("llava_integration.checkpoints", "mir_callback.checkpoints.huggingface")
-
-
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> Opened:
     """A checkpoint's model on ``device``, in evaluation mode.
 
@@ -166,25 +71,80 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.
     config = read_json(checkpoint.folder / "config.json")
     families = (importlib.import_module(name) for name in FAMILIES)
     family: Any = next(family for family in families if family.opens(config))
+    gc.collect()  # of the checkpoint before, which a failure may still have held
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed and LLaVA tell what they do on stdout
+        with redirect_stdout(sys.stderr):  # DeepSpeed and LLaVA say what they do on stdout
             opened: Opened = family.open_checkpoint(checkpoint, options)
             opened.model.to(device).eval()
     except MIRError:
         raise
     except Exception as error:  # of transformers, PEFT, DeepSpeed, safetensors, pickle, CUDA: any kind
         raise ConfigError(
-            f"{checkpoint.folder} must be a whole checkpoint that can be opened here, got {type(error).__name__}: "
-            f"{one_line(error)}; save it anew, or see whether it needs other versions of its packages"
+            f"{checkpoint.folder} cannot be opened: {shorten_message(error)}; save it anew, or see whether it needs "
+            "other versions of its packages"
         ) from error
     return opened
 
 
-def release() -> None:
-    """Give the memory of a model that nothing refers to any more back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def is_local(name: str) -> bool:
+    """Whether a name means a folder: there is one, or it cannot be a hub name. Ranks: any."""
+    return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def fetch_folder(name: str, *, weights: bool = True, what: str = "the model") -> Path:
+    """The folder that a name means, fetched from the hub if it is a hub name and not on this machine.
+
+    Args:
+        name: a folder, or a repository such as ``llava-hf/llava-1.5-7b-hf``.
+        weights: also fetch weights, safetensors if there are any.
+        what: what it is, for the message.
+
+    Raises:
+        ConfigError: neither a folder nor a repository that can be fetched.
+
+    Ranks: any; each machine fetches once.
+    """
+    if is_local(name):
+        folder = Path(os.path.expanduser(name))  # pathlib's own refuses the name of a user it does not know
+        if not folder.is_dir():
+            why = "is a file; name the folder it is in" if folder.exists() else "does not exist"
+            raise ConfigError(f"{what} {folder} {why}")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *([_SAFE] if weights else [])]))
+        if weights and not any(folder.glob(_SAFE)):
+            folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *_PICKLED]))
+    except Exception as error:  # of the hub's client, of its connection, of the disk: any kind
+        raise ConfigError(
+            f"{what} {name} is no folder here and cannot be had from the hub: {shorten_message(error)}"
+        ) from error
+    return folder
+
+
+def fetch_base(folder: Path, given: str | None, named: object, where: str) -> Path:
+    """The folder of the base model of a checkpoint that does not hold all of its weights.
+
+    Args:
+        folder: the checkpoint's.
+        given: what the user says it is, which goes first.
+        named: what the checkpoint says it is.
+        where: the field of the checkpoint that says so.
+
+    Raises:
+        ConfigError: nobody says, or it is not there.
+    """
+    name = given or named
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{folder} holds only a part of a model, and {where} does not name its base; give --base")
+    try:
+        return fetch_folder(name, what="the base model")
+    except ConfigError as error:
+        source = "--base" if given else where
+        raise ConfigError(f"{folder} holds only a part of a model: {error} (named by {source}); give --base") from error
 
 
 def require_complete(
@@ -207,24 +167,24 @@ def require_complete(
         ConfigError: something is left; the message names it.
     """
     buffers = {name for name, _ in model.named_buffers()}
-    told = [
-        f"{what} {_some(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", set(unexpected) - buffers),
-            ("not fitting", [str(other) for other in others]),
-        )
-        if names
-    ]
-    if told:
+    wrong = {"missing": missing, "unexpected": set(unexpected) - buffers, "not fitting": [str(each) for each in others]}
+    listed = [f"{what} {_list_some(names)}" for what, names in wrong.items() if names]
+    if listed:
         raise ConfigError(
-            f"the weights of {checkpoint.folder} must be all and only those of {type(model).__name__}, got "
-            f"{'; '.join(told)}; a model loaded so would be partly untrained: open it with the class and the versions "
-            "it was saved with"
+            f"the weights of {checkpoint.folder} are not all and only those of {type(model).__name__}: "
+            f"{'; '.join(listed)}; a model loaded so would be partly untrained: open it with the class and the "
+            "versions it was saved with"
         )
 
 
-def _some(names: Collection[str]) -> str:
+def shorten_message(error: BaseException) -> str:
+    """Class and message of a foreign error, whose message may be a page long, as one line. Ranks: pure."""
+    words = " ".join(str(error).split())
+    short = words if len(words) <= _MESSAGE_LENGTH else f"{words[:_MESSAGE_LENGTH]}..."
+    return f"{type(error).__name__}: {short}"
+
+
+def _list_some(names: Collection[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - _KEYS_NAMED} more" if len(listed) > _KEYS_NAMED else ""
     return f"{', '.join(listed[:_KEYS_NAMED])}{more}"

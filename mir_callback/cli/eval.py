@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mir_callback import distributed as collectives
-from mir_callback.checkpoints.discover import Checkpoint, Found, checkpoints_in, select
-from mir_callback.checkpoints.evaluate import LiveValues, MeasureOptions, known_record, measure, probe_of_run
-from mir_callback.checkpoints.load import AUTO, DTYPES, LoadOptions, folder_of, is_local, one_line, release
+from mir_callback import distributed
+from mir_callback.checkpoints.discover import Checkpoint, find_checkpoints, select_checkpoints
+from mir_callback.checkpoints.evaluate import EvalOptions, LiveValues, evaluate_checkpoint, find_record
+from mir_callback.checkpoints.load import AUTO, DTYPES, LoadOptions, fetch_folder, is_local, shorten_message
 from mir_callback.checkpoints.results import RESULTS_NAME, Results
+from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, MIRError
-from mir_callback.evaluation.evaluate import DEFAULT_BATCH_SIZE
-from mir_callback.history import Record
 from mir_callback.metric.frechet import ROOTS
-from mir_callback.probe.batches import check_batch_size
-from mir_callback.probe.probe import Probe
+from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.probe.storage import RUN_PROBE
+from mir_callback.record import EvalRecord
 
 HELP = "measure finished models, or every checkpoint of a run"
 EPILOG = f"""\
@@ -66,7 +63,7 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     opening.add_argument("--autocast", choices=["bfloat16", "float16"], help="as runs with --bf16 or --fp16 train")
     opening.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    opening.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help="samples a forward")
+    opening.add_argument("--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples a forward")
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
     result = parser.add_argument_group("what becomes of the values")
     result.add_argument("--history", metavar="FILE", help=f"(default: {RESULTS_NAME} in the run's folder)")
@@ -82,134 +79,94 @@ def run(options: Namespace) -> None:
 
     Ranks: collective.
     """
-    device = _device(options.device)
-    with _quiet(), collectives.joined(on_gpu=device.type == "cuda"):
-        main = collectives.is_main()
+    transformers_logging.disable_progress_bar()  # one for every checkpoint on every rank
+    transformers_logging.set_verbosity_error()  # it warns of what is refused here
+    device = _find_device(options.device)
+    with distributed.joined(on_gpu=device.type == "cuda"):
         try:
-            _check(options)
-            failed = _measure_all(options, _options(options, device))
+            _check_flags(options)
+            source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
+            loading = LoadOptions(**{each.name: getattr(options, each.name) for each in fields(LoadOptions)})
+            config = MIRConfig(root=options.root, batch_size=options.batch_size)
+            failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured: {', '.join(failed)}; see above")
         except MIRError:
-            if not main:
-                raise SystemExit(2) from None
-            raise
+            if distributed.is_main():
+                raise
+            raise SystemExit(2) from None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a bar of transformers for every checkpoint on every rank, and its warnings of what we refuse anyway."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()
-
-
-def _measure_all(options: Namespace, how: MeasureOptions) -> list[str]:
-    """Measure one run after the other; names of what could not be."""
+def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) -> list[str]:
+    """Evaluate one run after the other; names of what could not be."""
     failed: list[str] = []
     for name in options.models:
         try:
-            with collectives.all_or_none():
-                found = checkpoints_in(folder_of(name))
-                _tell_left_out(found, options, failed)
-                chosen = select(found.checkpoints, options.steps, options.every)
-                probe = _probe(options, found.run)
-            collectives.require_same(checkpoints=[checkpoint.name for checkpoint in chosen])
-            results = Results(_history_of(options, name, found.run), found.run)
-            results.require_same_definition(probe_fingerprint=probe.fingerprint, root=how.root)
+            with distributed.all_or_none():
+                found = find_checkpoints(fetch_folder(name))
+                run = found.checkpoints[0].run
+                if found.error is not None and options.steps is None and options.every is None:
+                    failed.append(_say_failure(str(run), found.error))  # all there is was asked for
+                elif found.error is not None or found.note is not None:
+                    _say(options, f"NOTE: {found.error or found.note}")
+                chosen = select_checkpoints(found.checkpoints, options.steps, options.every)
+                probe = _load_probe(source, run)
+            distributed.require_same(checkpoints=[checkpoint.name for checkpoint in chosen])
+            results = Results(_choose_file(options, name, run), run)
+            results.require_same_definition({"probe_fingerprint": probe.fingerprint, "root": how.config.root})
         except MIRError as error:
             if len(options.models) == 1:
                 raise
-            _fail(failed, name, error)
-            continue
-        _measure_run(chosen, probe, how, results, options, failed)
+            failed.append(_say_failure(name, error))
+        else:
+            failed += _evaluate_run(chosen, probe, how, results, options)
     return failed
 
 
-def _tell_left_out(found: Found, options: Namespace, failed: list[str]) -> None:
-    """Say why weights in a run's own folder are not measured: a failure if all there is was asked for."""
-    if found.error is not None and options.steps is None and options.every is None:
-        _fail(failed, str(found.run), found.error)
-    elif found.error is not None or found.note is not None:
-        _tell(options, f"NOTE: {found.error or found.note}")
-
-
-def _measure_run(
-    chosen: list[Checkpoint],
-    probe: Probe,
-    how: MeasureOptions,
-    results: Results,
-    options: Namespace,
-    failed: list[str],
-) -> None:
-    """Every checkpoint of one run: measured, or known, or told why not. Collective."""
-    run = chosen[0].run
-    _tell(options, f"{run}: probe {probe.fingerprint} of {len(probe)} samples, values go to {results.path}")
+def _evaluate_run(
+    chosen: list[Checkpoint], probe: Probe, how: EvalOptions, results: Results, options: Namespace
+) -> list[str]:
+    """Every checkpoint of one run: evaluated, or known, or said why not; the folders of the last. Collective."""
+    run, failed = chosen[0].run, []
+    _say(options, f"{run}: probe {probe.fingerprint} of {len(probe)} samples, values go to {results.path}")
     live = LiveValues(run)
     if live.problem:
-        _tell(options, f"  NOTE: {live.problem}")
-    told: str | None = None
-    bar = tqdm(chosen, desc="checkpoints", disable=None if collectives.is_main() else True, leave=False)
-    for checkpoint in bar:
-        record = None if options.again else known_record(checkpoint, probe, how, results)
+        _say(options, f"  NOTE: {live.problem}")
+    said: str | None = None
+    for checkpoint in tqdm(chosen, desc="checkpoints", disable=None if distributed.is_main() else True, leave=False):
+        record = None if options.again else find_record(checkpoint, probe, how, results)
         known = record is not None
-        if record is None:
-            try:
-                record = measure(checkpoint, probe, how, results)
-            except Exception as error:
-                if not collectives.is_shared(error):
-                    raise
-                _fail(failed, str(checkpoint.folder), error)
-            release()
-        if results.problem != told:
-            told = results.problem
-            _tell(options, f"  NOTE: {told}")
+        try:
+            record = record or evaluate_checkpoint(checkpoint, probe, how, results)
+        except Exception as error:
+            if not distributed.is_shared(error):
+                raise
+            failed.append(_say_failure(str(checkpoint.folder), error))
+        if results.problem != said:
+            said = results.problem
+            _say(options, f"  NOTE: {said}")
         if record is not None:
             _print(record, known, live, options, step_known=checkpoint.step_known)
-            if record["mir"] is None:
+            if record.mir is None:
                 failed.append(str(checkpoint.folder))
+    return failed
 
 
-def _print(record: Record, known: bool, live: LiveValues, options: Namespace, *, step_known: bool) -> None:
-    """One record, as a line for people or for programs."""
-    if options.json:
-        _write(json.dumps(record, allow_nan=False))
-        sys.stdout.flush()  # a program that reads along has each as soon as it is there
-        return
-    value, notes = live.beside(record, step_known=step_known)
-    for note in notes:
-        _tell(options, f"  NOTE: {note}")
-    shown = f"MIR {record['mir']:.4f}" if record["mir"] is not None else f"no MIR: {record['error']}"
-    beside = f"  live {value:.4f} ({record['mir'] - value:+.1e})" if value is not None else ""
-    cost = "measured before" if known else f"{record['load_seconds'] + record['seconds']:.1f} s"
-    _write(f"  step {record['step']:>7}  {shown}{beside}  {cost}  {record['checkpoint']}")
+def _load_probe(source: ProbeSource, run: Path) -> Probe:
+    """The probe that the flags name, or the one saved in the run's folder."""
+    path = run / RUN_PROBE
+    if source.is_given:
+        return source.load()
+    if not path.exists():
+        raise ConfigError(
+            f"there is no probe, not even {path}; give --probe FILE (mir probe --save writes one), or --images and "
+            "--texts as the run was given them"
+        )
+    return Probe.load(path)
 
 
-def _fail(failed: list[str], name: str, error: Exception) -> None:
-    failed.append(name)
-    told = str(error)
-    if not isinstance(error, MIRError):  # one that nobody has foreseen
-        told = f"it must be measured and recorded, got {type(error).__name__}: {one_line(error)}; please report this"
-    _write(f"mir eval: {told if name in told else f'{name}: {told}'}", sys.stderr)
-
-
-def _tell(options: Namespace, line: str) -> None:
-    """Something for people only."""
-    _write(line, sys.stderr if options.json else sys.stdout)
-
-
-def _write(line: str, stream: Any = None) -> None:
-    """A line past the progress bar, said once for all ranks."""
-    if collectives.is_main():
-        tqdm.write(line, file=stream or sys.stdout)
-
-
-def _history_of(options: Namespace, name: str, run: Path) -> Path:
+def _choose_file(options: Namespace, name: str, run: Path) -> Path:
+    """Where values go: as named, else in the run's folder, of a hub name in this one."""
     if options.history is not None:
         return Path(os.path.expanduser(options.history)).resolve()
     if is_local(name):
@@ -217,47 +174,60 @@ def _history_of(options: Namespace, name: str, run: Path) -> Path:
     return Path(RESULTS_NAME).with_suffix(f".{name.replace('/', '--')}.jsonl").resolve()
 
 
-def _probe(options: Namespace, run: Path) -> Probe:
-    if options.probe is not None:
-        return Probe.load(options.probe)
-    if options.images is None:
-        return probe_of_run(run)
-    draw = {"num_samples": options.num_samples, "seed": options.seed}
-    given = {name: value for name, value in draw.items() if value is not None}
-    return Probe.from_folders(options.images, options.texts, **given)
+def _print(record: EvalRecord, known: bool, live: LiveValues, options: Namespace, *, step_known: bool) -> None:
+    """One record, as a line for people or for programs."""
+    if options.json:
+        _write(record.to_line().rstrip("\n"), sys.stdout)
+        sys.stdout.flush()  # a program that reads along has each as soon as it is there
+        return
+    value, notes = live.find(record, step_known=step_known)
+    for note in notes:
+        _say(options, f"  NOTE: {note}")
+    shown = f"MIR {record.mir:.4f}" if record.mir is not None else f"no MIR: {record.error}"
+    beside = f"  live {value:.4f} ({record.mir - value:+.1e})" if value is not None and record.mir is not None else ""
+    cost = "measured before" if known else f"{(record.load_seconds or 0.0) + (record.seconds or 0.0):.1f} s"
+    _write(f"  step {record.step:>7}  {shown}{beside}  {cost}  {record.checkpoint}", sys.stdout)
 
 
-def _check(options: Namespace) -> None:
+def _say_failure(name: str, error: Exception) -> str:
+    """Why something could not be measured; its name."""
+    why = str(error)
+    if not isinstance(error, MIRError):  # one that nobody has foreseen
+        why = f"it could not be measured and recorded: {shorten_message(error)}; please report this"
+    _write(f"mir eval: {why if name in why else f'{name}: {why}'}", sys.stderr)
+    return name
+
+
+def _say(options: Namespace, line: str) -> None:
+    """Something for people only."""
+    _write(line, sys.stderr if options.json else sys.stdout)
+
+
+def _write(line: str, stream: Any) -> None:
+    """A line past the progress bar, said once for all ranks."""
+    if distributed.is_main():
+        tqdm.write(line, file=stream)
+
+
+def _check_flags(options: Namespace) -> None:
     """Refuse flags that break their rules or contradict each other."""
     for name, value in vars(options).items():
         if value == "" or (name == "models" and "" in value):
             flag = "MODEL" if name == "models" else f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} must not be empty, got ''; is a shell variable unset?")
-    check_batch_size(options.batch_size)
+            raise ConfigError(f"{flag} is empty; is a shell variable unset?")
     if options.every is not None and options.every < 1:
         raise ConfigError(f"--every must be at least 1, got {options.every}; leave it out for all checkpoints")
     if options.steps is not None and options.every is not None:
-        raise ConfigError("only one of --steps and --every can choose checkpoints, got both; leave one out")
-    if (options.images is None) != (options.texts is None):
-        raise ConfigError("--images and --texts must be given together, got one; a text is drawn for every image")
-    if options.probe is not None and options.images is not None:
-        raise ConfigError("only one of --probe and --images can be the probe, got both; leave one out")
+        raise ConfigError("give --steps or --every to choose checkpoints, not both")
     if options.images is None and (options.num_samples is not None or options.seed is not None):
-        raise ConfigError("--num-samples and --seed are of a draw, got one without --images and --texts; leave it out")
+        raise ConfigError("--num-samples and --seed are of a draw, and need --images and --texts; leave them out")
     if options.history is not None and len(options.models) > 1:
         raise ConfigError(
-            f"--history must be given with one model, got {len(options.models)}; a history file is of one run: leave "
-            "it out, and each has its own"
+            f"--history is a file of one run, got {len(options.models)} models; leave it out, and each has its own"
         )
 
 
-def _options(options: Namespace, device: torch.device) -> MeasureOptions:
-    names = ("dtype", "vision_dtype", "base", "processor", "conversation")
-    loading = LoadOptions(**{name: getattr(options, name) for name in names})
-    return MeasureOptions(loading, device, options.autocast, options.batch_size, options.root)
-
-
-def _device(name: str | None) -> torch.device:
+def _find_device(name: str | None) -> torch.device:
     """The device of this rank: the one named, else its own GPU, else the CPU."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     try:
@@ -268,8 +238,8 @@ def _device(name: str | None) -> torch.device:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # how PyTorch refuses names and absent devices
         raise ConfigError(
-            f"--device must be a device of this machine, got {name or 'none'}: {one_line(error)}; "
-            "use cpu, cuda or cuda:0, and no more ranks than there are GPUs"
+            f"--device {name or 'cuda'} is no device of this machine: {shorten_message(error)}; use cpu, cuda or "
+            "cuda:0, and no more ranks than there are GPUs"
         ) from error
     return device
 

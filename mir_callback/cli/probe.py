@@ -26,9 +26,10 @@ examples:
   mir probe --dataset lmms-lab/textvqa --split validation --texts cnn/stories --save probe.zip
   mir probe probe.zip --model llava-hf/llava-1.5-7b-hf --show probe.png
 """
-_OF_DATASET = ("split", "image_column", "text_column")
+_SOURCES = ("questions", "llava_json", "dataset")  # none of them: two folders
+_DATASET_FLAGS = ("split", "image_column", "text_column")
 _DRAW = ("num_samples", "seed", "max_text_tokens")
-_BUILDING = ("images", "texts", "questions", "llava_json", "dataset", *_OF_DATASET, *_DRAW)
+_BUILDING = ("images", "texts", *_SOURCES, *_DATASET_FLAGS, *_DRAW)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -65,19 +66,18 @@ def run(options: Namespace) -> None:
     """
     for name, value in vars(options).items():
         if value == "":
-            raise ConfigError(f"{_flag(name)} must not be empty, got ''; is a shell variable unset?")
+            raise ConfigError(f"{_flag(name)} is empty; is a shell variable unset?")
     if options.show:
         check_sheet_path(options.show)
-    probe = _opened(options) if options.probe else _built(options)
+    probe = _open(options) if options.probe else _build(options)
     if options.save:  # before anything is said, as nobody may be listening
         probe.save(options.save)
     print(f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens")
     sizes = [sample.open_image().size for sample in probe.samples]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
     print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")
-    counts = None
-    if options.model:
-        counts = _counted(probe, options.model)
+    counts = _count_tokens(probe, options.model) if options.model else None
+    if counts is not None:
         _print_counts(counts)
     if options.save:
         print(f"saved to {options.save}")
@@ -85,80 +85,75 @@ def run(options: Namespace) -> None:
         print(f"contact sheet in {draw_sheet(probe, options.show, counts)}")
 
 
-def _opened(options: Namespace) -> Probe:
-    given = [name for name in _BUILDING if getattr(options, name) is not None]
-    if given:
-        flags = ", ".join(_flag(name) for name in given)
-        raise ConfigError(f"a saved probe is opened as it is, got {options.probe} and {flags}; leave one of them out")
+def _open(options: Namespace) -> Probe:
+    if given := _pick(options, _BUILDING):
+        flags = ", ".join(map(_flag, given))
+        raise ConfigError(f"{options.probe} is a saved probe and opened as it is; leave it out, or {flags}")
     return Probe.load(options.probe)
 
 
-def _built(options: Namespace) -> Probe:
-    asked = {name: getattr(options, name) for name in _DRAW}
-    draw = {name: value for name, value in asked.items() if value is not None}
-    stray = [name for name in _OF_DATASET if getattr(options, name) is not None and options.dataset is None]
-    if stray:
-        raise ConfigError(f"{_flag(stray[0])} must be given with --dataset, got it without; see mir probe --help")
-    special = [name for name in ("questions", "llava_json", "dataset") if getattr(options, name)]
-    if len(special) > 1:
-        flags = " and ".join(_flag(name) for name in special)
-        raise ConfigError(f"only one of {flags} can be the source of a probe; leave the others out")
-    match special:
+def _build(options: Namespace) -> Probe:
+    draw, sources = _pick(options, _DRAW), list(_pick(options, _SOURCES))
+    if len(sources) > 1:
+        raise ConfigError(f"a probe has one source, got {' and '.join(map(_flag, sources))}; leave the others out")
+    if options.dataset is None and (stray := list(_pick(options, _DATASET_FLAGS))):
+        raise ConfigError(f"{_flag(stray[0])} is for --dataset, which is not given; see mir probe --help")
+    match sources:
         case ["questions"]:
-            _require(options, "questions", images=True, texts=True)
+            _check_folders(options, "with --questions", images=True, texts=True)
             return Probe.from_textvqa(options.questions, options.images, options.texts, **draw)
         case ["llava_json"]:
-            _require(options, "llava_json", images=True, texts=False)
+            _check_folders(options, "with --llava-json", images=True, texts=False)
             return Probe.from_llava_json(options.llava_json, options.images, **draw)
         case ["dataset"]:
-            _require(options, "dataset", images=False)
-            columns = {name: getattr(options, name) for name in ("image_column", "text_column")}
-            columns = {name: value for name, value in columns.items() if value is not None}
+            _check_folders(options, "with --dataset", images=False)
+            columns = _pick(options, ("image_column", "text_column"))
             dataset = open_dataset(options.dataset, options.split or "validation")
             return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw)
         case _:
-            _require(options, None, images=True, texts=True)
+            _check_folders(options, "to build a probe (or name a saved one)", images=True, texts=True)
             return Probe.from_folders(options.images, options.texts, **draw)
+
+
+def _pick(options: Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _flag(name: str) -> str:
     return name if name == "probe" else "--" + name.replace("_", "-")
 
 
-def _require(options: Namespace, source: str | None, **wanted: bool) -> None:
-    """Refuse --images or --texts where the source does not use them, and their absence where it does."""
-    where = f"with --{source.replace('_', '-')}" if source else "to build a probe (or name a saved one)"
-    for name, needed in wanted.items():
-        if needed and getattr(options, name) is None:
-            raise ConfigError(f"--{name} must be given {where}, got none; see mir probe --help")
-        if not needed and getattr(options, name) is not None:
-            raise ConfigError(f"--{name} must be left out {where}, which brings its own, got {getattr(options, name)}")
+def _check_folders(options: Namespace, where: str, **needed: bool) -> None:
+    """Refuse --images or --texts where the source has its own, and their absence where it has none."""
+    for name, need in needed.items():
+        value = getattr(options, name)
+        if need and value is None:
+            raise ConfigError(f"--{name} is needed {where}; see mir probe --help")
+        if not need and value is not None:
+            raise ConfigError(f"--{name} {value} is of no use {where}, which brings its own; leave it out")
 
 
-def _counted(probe: Probe, name: str) -> TokenCounts:
+def _count_tokens(probe: Probe, name: str) -> TokenCounts:
     """Token counts by a model's processor, or by its tokenizer alone where it has no processor for images."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    processor = _processor_or_tokenizer(name)
+    processor, failures = None, []
+    for kind in (AutoProcessor, AutoTokenizer):
+        try:
+            processor = kind.from_pretrained(name)
+            break
+        except Exception as error:  # whatever a hub client or a damaged folder leads to
+            failures.append(f"{kind.__name__}: {error}")
+    if processor is None:
+        raise ConfigError(
+            f"--model {name} is no model folder or hub name with a processor or tokenizer: {'; '.join(failures)}"
+        )
     if getattr(processor, "image_processor", None) is None:
         return counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     with torch.device("meta"):  # the architecture without its weights
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     return counts_of_model(probe, HuggingFaceAdapter(model, processor))
-
-
-def _processor_or_tokenizer(name: str) -> Any:
-    from transformers import AutoProcessor, AutoTokenizer
-
-    failures = []
-    for kind in (AutoProcessor, AutoTokenizer):
-        try:
-            return kind.from_pretrained(name)
-        except Exception as error:  # whatever a hub client or a damaged folder leads to
-            failures.append(f"{kind.__name__}: {error}")
-    raise ConfigError(
-        f"--model must be a model folder or hub name with a processor or tokenizer, got {name}: {'; '.join(failures)}"
-    )
 
 
 def _print_counts(counts: TokenCounts) -> None:
