@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from mir_callback.checkpoints.discover import checkpoints_in, state_fields
-from mir_callback.checkpoints.load import folder_of, is_local
+from mir_callback.checkpoints.discover import find_checkpoints, read_trainer_state
+from mir_callback.checkpoints.load import fetch_folder, is_local
 from mir_callback.errors import ConfigError
+from mir_callback.record import EvalRecord
 
 WEIGHTS = ("config.json", "model.safetensors")
 
@@ -29,7 +30,7 @@ def run(tmp_path):
 
 
 def found_in(folder):
-    return [(checkpoint.name, checkpoint.step) for checkpoint in checkpoints_in(folder).checkpoints]
+    return [(checkpoint.name, checkpoint.step) for checkpoint in find_checkpoints(folder).checkpoints]
 
 
 TWO = [("checkpoint-2", 2), ("checkpoint-4", 4)]
@@ -38,7 +39,7 @@ TWO = [("checkpoint-2", 2), ("checkpoint-4", 4)]
 def test_weights_in_the_runs_folder_are_left_out_when_nothing_tells_their_step(run):
     put_weights(run)
     (run / "mir_history.jsonl").write_text('{"step": 0, "mir": 1.0}\n{"step": 6, "mir": 1.0}\n')
-    found = checkpoints_in(run)
+    found = find_checkpoints(run)
     assert found_in(run) == TWO
     assert f"the weights in {run} itself are left out: nothing there tells their step" in found.note
     assert "trainer.save_state()" in found.note
@@ -46,7 +47,7 @@ def test_weights_in_the_runs_folder_are_left_out_when_nothing_tells_their_step(r
     # And what it says helps.
     (run / "trainer_state.json").write_text('{"global_step": 6}')
     assert found_in(run) == [*TWO, ("run", 6)]
-    assert checkpoints_in(run).note is None
+    assert find_checkpoints(run).note is None
 
 
 def test_weights_in_the_runs_folder_count_once_when_they_are_of_a_checkpoints_step(run):
@@ -59,10 +60,10 @@ def test_weights_in_the_runs_folder_count_once_when_they_are_of_a_checkpoints_st
 
 def test_step_of_a_finished_model_is_marked_a_guess_when_nothing_tells_it(tmp_path):
     model = put_weights(tmp_path / "model")
-    (only,) = checkpoints_in(model).checkpoints
+    (only,) = find_checkpoints(model).checkpoints
     assert (only.step, only.step_known) == (0, False)
     (model / "trainer_state.json").write_text('{"global_step": 0}')
-    (only,) = checkpoints_in(model).checkpoints
+    (only,) = find_checkpoints(model).checkpoints
     assert (only.step, only.step_known) == (0, True)
 
 
@@ -70,10 +71,10 @@ def test_step_of_a_finished_model_is_marked_a_guess_when_nothing_tells_it(tmp_pa
 def test_torn_state_of_a_run_keeps_no_checkpoint_from_being_found(run, torn):
     (run / "trainer_state.json").write_bytes(torn)
     assert found_in(run) == TWO
-    assert checkpoints_in(run).error is None  # no weights that it could be of
+    assert find_checkpoints(run).error is None  # no weights that it could be of
     put_weights(run)
     assert found_in(run) == TWO
-    assert str(run / "trainer_state.json") in str(checkpoints_in(run).error)
+    assert str(run / "trainer_state.json") in str(find_checkpoints(run).error)
 
 
 def test_names_are_those_a_trainer_writes_when_steps_are_told_by_them(run):
@@ -92,7 +93,7 @@ def test_run_is_that_of_the_link_when_a_checkpoint_lies_on_another_disk(run, tmp
     (run / "checkpoint-6").symlink_to(tmp_path / "disk" / "checkpoint-6")
     (run / "checkpoint-8").symlink_to(tmp_path / "disk" / "moved")
     for step in (6, 8):
-        (only,) = checkpoints_in(run / f"checkpoint-{step}").checkpoints
+        (only,) = find_checkpoints(run / f"checkpoint-{step}").checkpoints
         assert (only.name, only.step, only.run) == (f"checkpoint-{step}", step, run)
     assert [step for _, step in found_in(run)] == [2, 4, 6, 8]
 
@@ -103,9 +104,9 @@ def test_run_is_that_of_the_target_when_the_link_is_a_name_for_a_runs_checkpoint
     for link, target in (("newest", run / "checkpoint-4"), ("checkpoint-4", run / "checkpoint-4"), ("again", run)):
         (tmp_path / link).symlink_to(target)
     for link in ("newest", "checkpoint-4"):
-        (only,) = checkpoints_in(tmp_path / link).checkpoints
+        (only,) = find_checkpoints(tmp_path / link).checkpoints
         assert (only.name, only.step, only.run) == ("checkpoint-4", 4, run)
-    assert checkpoints_in(tmp_path / "again").run == run
+    assert {checkpoint.run for checkpoint in find_checkpoints(tmp_path / "again").checkpoints} == {run}
     monkeypatch.chdir(run / "checkpoint-4")
     assert found_in(tmp_path / "again" / "checkpoint-2" / "sub" / "..") == [("checkpoint-2", 2)]
     monkeypatch.chdir(run)
@@ -117,25 +118,25 @@ def test_run_of_shards_is_that_of_the_link_when_their_checkpoint_lies_on_another
     shards.mkdir(parents=True)
     (shards / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
     (run / "checkpoint-6").symlink_to(tmp_path / "disk" / "moved")
-    (only,) = checkpoints_in(run / "checkpoint-6" / "global_step6").checkpoints
+    (only,) = find_checkpoints(run / "checkpoint-6" / "global_step6").checkpoints
     assert (only.name, only.step, only.run, only.shards) == ("checkpoint-6", 6, run, "global_step6")
 
 
 def test_error_is_one_line_when_the_note_of_the_newest_shards_is_no_text(tmp_path):
     (tmp_path / "latest").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"latest must name the newest shards as text, got .*; name them: .*global_"):
-        checkpoints_in(tmp_path)
+    with pytest.raises(ConfigError, match=r"latest .*global_step"):
+        find_checkpoints(tmp_path)
 
 
 def test_folder_is_missing_in_one_line_when_its_user_does_not_exist():
     assert is_local("~nosuchuser/run")
-    with pytest.raises(ConfigError, match="got ~nosuchuser/run, which does not exist"):
-        folder_of("~nosuchuser/run")
+    with pytest.raises(ConfigError, match="~nosuchuser/run does not exist"):
+        fetch_folder("~nosuchuser/run")
 
 
-def fields_of(run, **state):
+def read_state(run, **state):
     (run / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
-    return state_fields(checkpoints_in(run / "checkpoint-4").checkpoints[0])
+    return read_trainer_state(find_checkpoints(run / "checkpoint-4").checkpoints[0])
 
 
 def test_loss_is_the_newest_finite_one_when_others_are_not(run):
@@ -149,8 +150,8 @@ def test_loss_is_the_newest_finite_one_when_others_are_not(run):
         {"step": 5, "loss": 0.25},
         {"step": 4, "mir": 1.0},
     ]
-    fields = fields_of(run, epoch=0.5, log_history=log, num_input_tokens_seen=7)
-    assert fields == {"epoch": 0.5, "loss": 0.5, "loss_step": 2, "tokens_seen": 7}
+    state = read_state(run, epoch=0.5, log_history=log, num_input_tokens_seen=7)
+    assert state == EvalRecord(step=4, epoch=0.5, loss=0.5, loss_step=2, tokens_seen=7)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +159,15 @@ def test_loss_is_the_newest_finite_one_when_others_are_not(run):
     [None, 3, "loss", {"step": 4, "loss": 1.0}, [], [None, 3, "loss", ["loss"]], [{"step": 4, "loss": None}]],
 )
 def test_fields_are_none_when_the_log_holds_nothing_of_the_kind(run, log):
-    nothing = {"epoch": None, "loss": None, "loss_step": None, "tokens_seen": None}
-    assert fields_of(run, log_history=log, epoch=float("nan"), num_input_tokens_seen=float("inf")) == nothing
+    state = read_state(run, log_history=log, epoch=float("nan"), num_input_tokens_seen=float("inf"))
+    assert state == EvalRecord(step=4)
 
 
 def test_loss_without_a_whole_step_is_kept_when_it_is_the_newest(run):
-    assert fields_of(run, log_history=[{"loss": 2.0}])["loss"] == 2.0
-    fields = fields_of(run, log_history=[{"loss": 2.0, "step": "4"}])
-    assert (fields["loss"], fields["loss_step"]) == (2.0, None)
+    for entry in ({"loss": 2.0}, {"loss": 2.0, "step": "4"}):
+        assert read_state(run, log_history=[entry]) == EvalRecord(step=4, loss=2.0)
+
+
+def test_fields_are_left_out_when_a_history_could_not_hold_them(run):
+    state = read_state(run, log_history=[{"loss": 2.0, "step": -1}], epoch=-0.5, num_input_tokens_seen="7")
+    assert state == EvalRecord(step=4, loss=2.0)

@@ -86,17 +86,17 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--images must be given to build a probe (or name a saved one), got none"),
-        (["--images", "images"], "--texts must be given to build a probe"),
+        ([], "--images is needed to build a probe (or name a saved one)"),
+        (["--images", "images"], "--texts is needed to build a probe"),
         (["--images", "images", "--texts", "texts"], "num_samples=100 and 8 usable items"),
-        (["--llava-json", "x", "--dataset", "y"], "only one of --llava-json and --dataset can be the source"),
-        (["--llava-json", "x", "--texts", "texts"], "--images must be given with --llava-json"),
-        (["--dataset", "x", "--images", "images"], "--images must be left out with --dataset, which brings its own"),
+        (["--llava-json", "x", "--dataset", "y"], "one source, got --llava-json and --dataset"),
+        (["--llava-json", "x", "--texts", "texts"], "--images is needed with --llava-json"),
+        (["--dataset", "x", "--images", "images"], "--images images is of no use with --dataset"),
         (["p.zip"], "path must be a saved probe, got p.zip, which does not exist"),
         (["images"], "path must be a saved probe, got images, a folder without probe.json; to draw a probe"),
         (["/dev/null"], "path must be a saved probe (a folder or a .zip), got /dev/null, which is neither"),
-        (["--images", "", "--texts", "texts"], "--images must not be empty, got ''"),
-        (["--images", "images", "--texts", "texts", "--split", "train"], "--split must be given with --dataset"),
+        (["--images", "", "--texts", "texts"], "--images is empty"),
+        (["--images", "images", "--texts", "texts", "--split", "train"], "--split is for --dataset"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/proc/p.zip"],
             "path must be a place to write to, got /proc/p.zip: FileNotFoundError",
@@ -109,11 +109,11 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
             "path must be free or hold a probe, got /dev/full",
         ),
-        (["p.zip", "--seed", "1"], "a saved probe is opened as it is, got p.zip and --seed"),
+        (["p.zip", "--seed", "1"], "p.zip is a saved probe and opened as it is; leave it out, or --seed"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--model", "nowhere"],
-            "--model must be a model folder or hub name",
+            "--model nowhere",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def main(folder: str) -> None:
     )
     callback = MIRCallback(Probe.from_pairs(pairs(5)), every=3).attach(trainer)
     trainer.train()
-    write_rank(folder, dist.get_rank(), callback.history)
+    write_rank(folder, dist.get_rank(), [record.to_dict() for record in callback.history])
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def mir_eval(assets, *arguments):
 
 
 def require_live_values(output):
-    live = {record["step"]: record["mir"] for record in read_history(output / "mir_history.jsonl")}
-    measured = {record["step"]: record["mir"] for record in read_history(output / "mir_eval.jsonl")}
+    live = {record.step: record.mir for record in read_history(output / "mir_history.jsonl")}
+    measured = {record.step: record.mir for record in read_history(output / "mir_eval.jsonl")}
     assert list(measured) == [2, 4]
     assert measured == pytest.approx({step: live[step] for step in measured}, abs=1e-6)
 
@@ -59,9 +59,8 @@ def test_projectors_have_the_values_the_run_measured_itself(assets, tmp_path):
         file.write_text(json.dumps({**config, **({"_name_or_path": base} if base else {})}))
     done = mir_eval(assets, output, "--again")
     assert done.returncode == 2
-    assert "that _name_or_path in config.json of" in done.stderr
-    assert "got nowhere/at/all, which does not exist; give --base" in done.stderr
-    assert "and _name_or_path in config.json must name its base, got none; give --base" in done.stderr
+    assert "nowhere/at/all does not exist (named by _name_or_path in config.json); give --base" in done.stderr
+    assert "_name_or_path in config.json does not name its base; give --base" in done.stderr
     assert "Traceback" not in done.stderr
     done = mir_eval(assets, output, "--again", "--base", assets / "tiny-vicuna")
     assert done.returncode == 0, done.stderr
