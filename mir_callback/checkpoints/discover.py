@@ -19,17 +19,14 @@ from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord, is_number
 
 # Ways to store weights.
-WHOLE = "whole weights"
-ADAPTER = "PEFT adapter"
-PROJECTOR = "projector only"
-SHARDS = "DeepSpeed ZeRO shards"
+WHOLE, ADAPTER, PROJECTOR, SHARDS = "whole weights", "PEFT adapter", "projector only", "DeepSpeed ZeRO shards"
 
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG = "adapter_config.json"
-TRAINER_STATE = "trainer_state.json"
-_WHOLE_FILES = tuple(
-    f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
-)
+_TRAINER_STATE = "trainer_state.json"
+_WHOLE_FILES = [
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+]
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")  # as a Trainer writes it: one name for each step
 _SHARD_FOLDER = re.compile(r"global_step(0|[1-9][0-9]{0,14})")
@@ -102,7 +99,7 @@ def find_checkpoints(folder: Path) -> Found:
             if step is None:
                 note = (
                     f"the weights in {folder} itself are left out: nothing there tells their step; to have them "
-                    f"measured put {TRAINER_STATE} beside them (trainer.save_state() writes it, "
+                    f"measured put {_TRAINER_STATE} beside them (trainer.save_state() writes it, "
                     '{"global_step": N} is enough), or move them into checkpoint-N'
                 )
             elif step not in {checkpoint.step for checkpoint in found}:
@@ -147,12 +144,9 @@ def find_storage(checkpoint: Checkpoint) -> str:
         return storage
     names = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(names[:_FILES_NAMED]) + (", ..." if len(names) > _FILES_NAMED else "") or "nothing"
-    sharded = any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in names)
-    remedy = (
-        f"make whole weights of FSDP's shards: accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT"
-        if sharded
-        else "name a folder written by save_pretrained, a Trainer, DeepSpeed, PEFT or LLaVA"
-    )
+    remedy = "name a folder written by save_pretrained, a Trainer, DeepSpeed, PEFT or LLaVA"
+    if any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in names):
+        remedy = f"make whole weights of FSDP's shards: accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT"
     raise ConfigError(f"{folder} holds no weights that can be opened, only {listed}; {remedy}")
 
 
@@ -181,7 +175,7 @@ def read_trainer_state(checkpoint: Checkpoint) -> EvalRecord:
     Raises:
         ConfigError: the file is damaged.
     """
-    state = read_json(checkpoint.folder / TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
+    state = read_json(checkpoint.folder / _TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
     loss, loss_step = _find_newest_loss(state.get("log_history"), checkpoint.step)
     known = {"step": checkpoint.step, "mir": None, "epoch": state.get("epoch"), "loss": loss, "loss_step": loss_step}
     return EvalRecord.from_dict({**known, "tokens_seen": state.get("num_input_tokens_seen") or None}, [])
@@ -235,23 +229,16 @@ def _read_step(folder: Path) -> int | None:
     """The step of the weights in a folder; None where nothing tells."""
     if numbered := _CHECKPOINT.fullmatch(folder.name):
         return int(numbered[1])
-    for name, field in ((TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
+    for name, field in ((_TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
         step = read_json(folder / name).get(field)
         if type(step) is int and step >= 0:
             return step
-    named = _SHARD_FOLDER.fullmatch(_read_latest(folder))
-    return int(named[1]) if named else None
-
-
-def _read_latest(folder: Path) -> str:
-    """The shards that DeepSpeed calls its latest ones; empty where it does not say."""
-    latest = folder / "latest"
+    latest = folder / "latest"  # where DeepSpeed notes its newest shards
     try:
-        return latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+        shards = _SHARD_FOLDER.fullmatch(latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{latest} does not name the newest shards: {error}; name them: {folder / 'global_stepN'}"
-        ) from error
+        raise ConfigError(f"{latest} cannot be read: {error}; name the shards: {folder / 'global_stepN'}") from error
+    return int(shards[1]) if shards else None
 
 
 def _recognize_storage(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mir_callback import distributed
 from mir_callback.checkpoints.discover import Checkpoint, compute_stamp, read_trainer_state
@@ -23,7 +24,7 @@ from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, read_history
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.probe import Probe
-from mir_callback.record import EvalRecord
+from mir_callback.record import CIRCUMSTANCES, EvalRecord
 
 # What must be the same for a live value to be that of its checkpoint, and what to do where it is not.
 _REMEDIES = {
@@ -33,8 +34,6 @@ _REMEDIES = {
     "pixels_fingerprint": "the image processor has other settings or its image library another version",
     "dtype": "give --dtype or --autocast as the run had it",
 }
-_MOVES_LITTLE = ("pixels_fingerprint", "dtype")  # both values are shown all the same
-
 _UNKNOWN_STEP = (
     "nothing tells the step of these weights: their value is recorded as that of step 0, and none of the run's own "
     "stands beside it; put trainer_state.json beside them (trainer.save_state() writes it)"
@@ -64,7 +63,7 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
 
     Ranks: collective.
     """
-    record = results.find_step(checkpoint.step)
+    record = next((record for record in results.records if record.step == checkpoint.step), None)
     method: dict[str, Any] = {}
     with distributed.all_or_none():
         if distributed.is_main():
@@ -87,6 +86,9 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
 
     Ranks: collective.
     """
+    gc.collect()  # the model before, which a failure may still refer to
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     started = time.perf_counter()
     with distributed.all_or_none():
         record = replace(
@@ -139,13 +141,12 @@ def _require_known_tokens(model: nn.Module, evaluator: Evaluator) -> None:
     """Refuse ids that the model has no embedding of: on a GPU they would end the process."""
     top: Any = unwrap(model)
     known = int(top.get_input_embeddings().weight.shape[0])
-    for batch in evaluator.batches:
-        ids: Tensor = batch.inputs["input_ids"]
-        if int(ids.max()) >= known:
-            raise ConfigError(
-                f"the processor is not the model's: it makes token id {int(ids.max())} for a vocabulary of {known}; "
-                "give --processor the folder or hub name of the model's own"
-            )
+    highest = max(int(batch.inputs["input_ids"].max()) for batch in evaluator.batches)
+    if highest >= known:
+        raise ConfigError(
+            f"the processor is not the model's: it makes token id {highest} for a vocabulary of {known}; give "
+            "--processor the folder or hub name of the model's own"
+        )
 
 
 class LiveValues:
@@ -160,14 +161,13 @@ class LiveValues:
 
     def __init__(self, run: Path) -> None:
         self.problem: str | None = None
-        self._by_step: dict[int, EvalRecord] = {}
         self._said: set[str] = set()
+        records: list[EvalRecord] = []
         path = run / FILE_NAME
         try:
             records = read_history(path) if path.exists() else []
         except (HistoryError, OSError) as error:
             self.problem = f"the values of the run itself cannot be shown beside: {error}"
-            return
         self._by_step = {record.step: record for record in records if record.mir is not None}
 
     def find(self, record: EvalRecord, *, step_known: bool) -> tuple[float | None, list[str]]:
@@ -193,4 +193,4 @@ class LiveValues:
             if name not in self._said
         ]
         self._said.update(changed)
-        return (live.mir if set(changed) <= set(_MOVES_LITTLE) else None), notes
+        return (live.mir if set(changed) <= set(CIRCUMSTANCES) else None), notes

@@ -39,7 +39,6 @@ from mir_callback.probe.adapters import HuggingFaceAdapter
 
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 
 def opens(config: Mapping[str, Any]) -> bool:
@@ -230,14 +229,11 @@ def read_weights(folder: Path, part: str) -> dict[str, Tensor]:
 
     Ranks: any.
     """
-    for stem, suffix in _KINDS:
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            places = read_json(index).get("weight_map", {})
-            files = sorted({folder / file for name, file in places.items() if part in name})
-        else:
-            files = [file for file in (folder / f"{stem}{suffix}",) if file.is_file()]
-        if index.is_file() or files:
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        places = read_json(index).get("weight_map", {}) if index.is_file() else {part: whole}
+        files = sorted({folder / file for name, file in places.items() if part in name})
+        if index.is_file() or files[0].is_file():
             return {name: tensor for file in files for name, tensor in _read_file(file, part)}
     return {}
 

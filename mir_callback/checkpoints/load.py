@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -71,9 +70,6 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.
     config = read_json(checkpoint.folder / "config.json")
     families = (importlib.import_module(name) for name in FAMILIES)
     family: Any = next(family for family in families if family.opens(config))
-    gc.collect()  # of the checkpoint before, which a failure may still have held
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     try:
         with redirect_stdout(sys.stderr):  # DeepSpeed and LLaVA say what they do on stdout
             opened: Opened = family.open_checkpoint(checkpoint, options)
@@ -119,9 +115,7 @@ def fetch_folder(name: str, *, weights: bool = True, what: str = "the model") ->
         if weights and not any(folder.glob(_SAFE)):
             folder = Path(snapshot_download(name, allow_patterns=[*_SETTINGS, *_PICKLED]))
     except Exception as error:  # of the hub's client, of its connection, of the disk: any kind
-        raise ConfigError(
-            f"{what} {name} is no folder here and cannot be had from the hub: {shorten_message(error)}"
-        ) from error
+        raise ConfigError(f"{what} {name} is no folder, and the hub fails: {shorten_message(error)}") from error
     return folder
 
 

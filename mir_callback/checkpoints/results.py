@@ -51,10 +51,6 @@ class Results:
                 records = self._read()
         self.records = distributed.broadcast_object(records)
 
-    def find_step(self, step: int) -> EvalRecord | None:
-        """The record of a step. Ranks: pure."""
-        return next((record for record in self.records if record.step == step), None)
-
     def require_same_definition(self, definition: Mapping[str, str]) -> None:
         """Refuse to put values made in different ways side by side.
 
@@ -99,7 +95,7 @@ class Results:
             others = [other for other in self._read() if other.step != record.step]
             known = {name: record[name] for name in DEFINITION_FIELDS if record[name] is not None}
             _require_same_definition(self.path, others, known)
-            records = _sort([*others, record])
+            records = sorted([*others, record], key=lambda each: each.step)
             write_atomic(self.path, "".join(each.to_line() for each in records))
         return records
 
@@ -116,7 +112,7 @@ class Results:
                     f"{self.path} holds values of {record.run or 'a run that measures itself'}, and these are of "
                     f"checkpoints of {self._run}; choose another file: --history FILE"
                 )
-        return _sort(records)
+        return sorted(records, key=lambda each: each.step)
 
 
 @contextmanager
@@ -163,7 +159,3 @@ def _require_same_definition(path: Path, records: list[EvalRecord], definition: 
                     f"{path} holds values made otherwise: with {name} {record[name]} at step {record.step}, now "
                     f"{value}; measure with the same probe, processor and root, or into another file: --history FILE"
                 )
-
-
-def _sort(records: list[EvalRecord]) -> list[EvalRecord]:
-    return sorted(records, key=lambda record: record.step)

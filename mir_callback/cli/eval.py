@@ -29,8 +29,7 @@ from mir_callback.record import EvalRecord
 HELP = "measure finished models, or every checkpoint of a run"
 EPILOG = f"""\
 a run is a Trainer's output folder: each checkpoint-N in it is measured, and the weights in the folder itself if
-something there tells that they are of another step. Values go to {RESULTS_NAME} in it, and what that holds already is
-not measured again.
+something there tells that they are of another step. Values go to {RESULTS_NAME} in it, once for each checkpoint.
 
 examples:
   mir eval checkpoints/llava-pretrain --probe probe.zip
@@ -58,9 +57,7 @@ def add_flags(parser: ArgumentParser) -> None:
     opening.add_argument("--processor", metavar="NAME", help="if not the one saved with the model")
     opening.add_argument("--conversation", metavar="NAME", help="LLaVA's template (default: plain for projectors)")
     opening.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: that of the weights)")
-    opening.add_argument(
-        "--vision-dtype", choices=[AUTO, *DTYPES], default=AUTO, help="of LLaVA's tower (default: as its train.py)"
-    )
+    opening.add_argument("--vision-dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: as LLaVA trains)")
     opening.add_argument("--autocast", choices=["bfloat16", "float16"], help="as runs with --bf16 or --fp16 train")
     opening.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     opening.add_argument("--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples a forward")
@@ -142,27 +139,23 @@ def _evaluate_run(
             if not distributed.is_shared(error):
                 raise
             failed.append(_say_failure(str(checkpoint.folder), error))
+            continue
         if results.problem != said:
             said = results.problem
             _say(options, f"  NOTE: {said}")
-        if record is not None:
-            _print(record, known, live, options, step_known=checkpoint.step_known)
-            if record.mir is None:
-                failed.append(str(checkpoint.folder))
+        _print(record, known, live, options, step_known=checkpoint.step_known)
+        if record.mir is None:
+            failed.append(str(checkpoint.folder))
     return failed
 
 
 def _load_probe(source: ProbeSource, run: Path) -> Probe:
     """The probe that the flags name, or the one saved in the run's folder."""
-    path = run / RUN_PROBE
     if source.is_given:
         return source.load()
-    if not path.exists():
-        raise ConfigError(
-            f"there is no probe, not even {path}; give --probe FILE (mir probe --save writes one), or --images and "
-            "--texts as the run was given them"
-        )
-    return Probe.load(path)
+    if not (run / RUN_PROBE).exists():
+        raise ConfigError(f"there is no {run / RUN_PROBE}; give --probe (see mir probe), or --images and --texts")
+    return Probe.load(run / RUN_PROBE)
 
 
 def _choose_file(options: Namespace, name: str, run: Path) -> Path:
@@ -191,9 +184,7 @@ def _print(record: EvalRecord, known: bool, live: LiveValues, options: Namespace
 
 def _say_failure(name: str, error: Exception) -> str:
     """Why something could not be measured; its name."""
-    why = str(error)
-    if not isinstance(error, MIRError):  # one that nobody has foreseen
-        why = f"it could not be measured and recorded: {shorten_message(error)}; please report this"
+    why = str(error) if isinstance(error, MIRError) else f"unforeseen {shorten_message(error)}; please report this"
     _write(f"mir eval: {why if name in why else f'{name}: {why}'}", sys.stderr)
     return name
 
@@ -222,18 +213,16 @@ def _check_flags(options: Namespace) -> None:
     if options.images is None and (options.num_samples is not None or options.seed is not None):
         raise ConfigError("--num-samples and --seed are of a draw, and need --images and --texts; leave them out")
     if options.history is not None and len(options.models) > 1:
-        raise ConfigError(
-            f"--history is a file of one run, got {len(options.models)} models; leave it out, and each has its own"
-        )
+        raise ConfigError(f"--history is of one run, got {len(options.models)}; leave it out, and each has its own")
 
 
 def _find_device(name: str | None) -> torch.device:
     """The device of this rank: the one named, else its own GPU, else the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
-            device = torch.device("cuda", local if device.index is None else device.index)
+            own = int(os.environ.get("LOCAL_RANK", "0"))
+            device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # how PyTorch refuses names and absent devices

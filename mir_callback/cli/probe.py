@@ -47,15 +47,11 @@ def add_flags(parser: ArgumentParser) -> None:
     drawing = parser.add_argument_group("the draw")
     drawing.add_argument("--num-samples", type=int, metavar="N", help="image + text pairs (default: 100)")
     drawing.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
-    drawing.add_argument(
-        "--max-text-tokens", type=int, metavar="N", help=f"cut of the texts (default: {DEFAULT_MAX_TEXT_TOKENS})"
-    )
+    drawing.add_argument("--max-text-tokens", type=int, metavar="N", help=f"(default: {DEFAULT_MAX_TEXT_TOKENS})")
     result = parser.add_argument_group("what becomes of it")
     result.add_argument("--save", metavar="PATH", help="write it: one file (.zip) or a folder")
     result.add_argument("--show", metavar="PNG", help="draw a contact sheet of all samples")
-    result.add_argument(
-        "--model", metavar="NAME", help="count tokens as this model's processor (or tokenizer) makes them; no weights"
-    )
+    result.add_argument("--model", metavar="NAME", help="count tokens as this model has them; fetches no weights")
 
 
 def run(options: Namespace) -> None:
@@ -69,7 +65,7 @@ def run(options: Namespace) -> None:
             raise ConfigError(f"{_flag(name)} is empty; is a shell variable unset?")
     if options.show:
         check_sheet_path(options.show)
-    probe = _open(options) if options.probe else _build(options)
+    probe = _open_or_build(options)
     if options.save:  # before anything is said, as nobody may be listening
         probe.save(options.save)
     print(f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens")
@@ -77,22 +73,17 @@ def run(options: Namespace) -> None:
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
     print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")
     counts = _count_tokens(probe, options.model) if options.model else None
-    if counts is not None:
-        _print_counts(counts)
     if options.save:
         print(f"saved to {options.save}")
     if options.show:
         print(f"contact sheet in {draw_sheet(probe, options.show, counts)}")
 
 
-def _open(options: Namespace) -> Probe:
-    if given := _pick(options, _BUILDING):
-        flags = ", ".join(map(_flag, given))
-        raise ConfigError(f"{options.probe} is a saved probe and opened as it is; leave it out, or {flags}")
-    return Probe.load(options.probe)
-
-
-def _build(options: Namespace) -> Probe:
+def _open_or_build(options: Namespace) -> Probe:
+    if options.probe:
+        if given := _pick(options, _BUILDING):
+            raise ConfigError(f"{options.probe} is a saved probe; leave it out, or {', '.join(map(_flag, given))}")
+        return Probe.load(options.probe)
     draw, sources = _pick(options, _DRAW), list(_pick(options, _SOURCES))
     if len(sources) > 1:
         raise ConfigError(f"a probe has one source, got {' and '.join(map(_flag, sources))}; leave the others out")
@@ -107,7 +98,7 @@ def _build(options: Namespace) -> Probe:
             return Probe.from_llava_json(options.llava_json, options.images, **draw)
         case ["dataset"]:
             _check_folders(options, "with --dataset", images=False)
-            columns = _pick(options, ("image_column", "text_column"))
+            columns = _pick(options, _DATASET_FLAGS[1:])
             dataset = open_dataset(options.dataset, options.split or "validation")
             return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw)
         case _:
@@ -135,35 +126,32 @@ def _check_folders(options: Namespace, where: str, **needed: bool) -> None:
 
 
 def _count_tokens(probe: Probe, name: str) -> TokenCounts:
-    """Token counts by a model's processor, or by its tokenizer alone where it has no processor for images."""
+    """Count and show tokens by a model's processor, or by its tokenizer where it has no processor for images."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    processor, failures = None, []
+    failures = []
     for kind in (AutoProcessor, AutoTokenizer):
         try:
             processor = kind.from_pretrained(name)
             break
         except Exception as error:  # whatever a hub client or a damaged folder leads to
             failures.append(f"{kind.__name__}: {error}")
-    if processor is None:
+    else:
         raise ConfigError(
             f"--model {name} is no model folder or hub name with a processor or tokenizer: {'; '.join(failures)}"
         )
     if getattr(processor, "image_processor", None) is None:
-        return counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
-    with torch.device("meta"):  # the architecture without its weights
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
-    return counts_of_model(probe, HuggingFaceAdapter(model, processor))
-
-
-def _print_counts(counts: TokenCounts) -> None:
-    for name, tokens in (("vision", counts.vision), ("text", counts.text)):
-        if tokens is not None:
-            print(f"  {name + ' tokens':13} {_range(tokens)} a sample, {sum(tokens):,} in all")
-    if counts.fingerprint is None:
-        print("  vision tokens are not counted: the model has a tokenizer only")
+        counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
-        print(f"  tokens fingerprint {counts.fingerprint}")
+        with torch.device("meta"):  # the architecture without its weights
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+        counts = counts_of_model(probe, HuggingFaceAdapter(model, processor))
+    for modality, tokens in (("vision", counts.vision), ("text", counts.text)):
+        if tokens is not None:
+            print(f"  {modality + ' tokens':13} {_range(tokens)} a sample, {sum(tokens):,} in all")
+    known = f"tokens fingerprint {counts.fingerprint}" if counts.fingerprint else None
+    print(f"  {known or 'vision tokens are not counted: the model has a tokenizer only'}")
+    return counts
 
 
 def _range(values: Sequence[int]) -> str:

@@ -186,7 +186,7 @@ def test_a_probe_is_drawn_or_found_in_the_runs_folder(run, tmp_path, capsys):
     (tmp_path / "run" / "mir_probe.zip").unlink()
     status, _, error = mir(capsys, "run", "--steps", 2)
     assert status == 2
-    assert f"no probe, not even {tmp_path / 'run' / 'mir_probe.zip'}" in error
+    assert f"there is no {tmp_path / 'run' / 'mir_probe.zip'}" in error
 
 
 def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, own, tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     status, _, error = mir(capsys, "somebody/tiny", "somebody/else", "--probe", "probe.zip")
     assert status == 2
-    assert "the model somebody/else is no folder here" in error
+    assert "the model somebody/else is no folder" in error
     (record,) = results("mir_eval.somebody--tiny.jsonl")
     assert (record.step, record.mir) == (6, pytest.approx(run[-1].mir, abs=1e-6))
 
@@ -279,7 +279,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["nowhere"], "the model nowhere is no folder here"),
+        (["nowhere"], "the model nowhere is no folder"),
         (["./nowhere"], "the model nowhere does not exist"),
         (["probe.zip"], "the model probe.zip is a file; name the folder it is in"),
         (["run", "--steps", "3"], "no checkpoint of step 3, only 2, 4, 6"),
@@ -289,7 +289,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
         (["run", "--images", "x"], "images and texts go together, got images='x'"),
         (["run", "--images", "x", "--texts", "y"], "either a probe or images and texts"),
         (["run", "--seed", "1"], "--num-samples and --seed are of a draw"),
-        (["run", "other", "--history", "h.jsonl"], "--history is a file of one run, got 2 models"),
+        (["run", "other", "--history", "h.jsonl"], "--history is of one run, got 2"),
         (["run", "--device", "gpu"], "--device gpu is no device of this machine"),
         (["run", "--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["run", "--base", ""], "--base is empty"),

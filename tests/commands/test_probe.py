@@ -109,7 +109,7 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
             "path must be free or hold a probe, got /dev/full",
         ),
-        (["p.zip", "--seed", "1"], "p.zip is a saved probe and opened as it is; leave it out, or --seed"),
+        (["p.zip", "--seed", "1"], "p.zip is a saved probe; leave it out, or --seed"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--model", "nowhere"],
