@@ -139,7 +139,9 @@ class Probe:
         Args:
             json_file: the list of records.
             images: the folder the records' `image` paths start from.
-            num_samples, seed, max_text_tokens: as :meth:`from_folders`; the draw depends on the order of the records.
+            num_samples: how many records.
+            seed: of the draw, which depends on the order of the records too.
+            max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: not such a list, fewer usable records than asked, a missing or unreadable image, empty text.
@@ -170,7 +172,9 @@ class Probe:
             questions: TextVQA's question JSON, or JSON lines with an `image` each.
             images: the folder with the images.
             texts: folder of texts, such as CNN/DailyMail's `.story` files.
-            num_samples, seed, max_text_tokens: as :meth:`from_folders`; the draw depends on the order of the questions.
+            num_samples: how many pairs; the paper uses 100.
+            seed: of the draw, which depends on the order of the questions too.
+            max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: not such a file, fewer images or texts than asked, a missing or unreadable image, empty text.
@@ -198,7 +202,9 @@ class Probe:
 
         Args:
             dataset: a `datasets.Dataset` (one split, not streamed).
-            num_samples, seed, max_text_tokens: as :meth:`from_folders`; the draw depends on the order of the rows.
+            num_samples: how many rows.
+            seed: of the draw, which depends on the order of the rows too.
+            max_text_tokens: longer texts are cut to this many tokens.
             texts: where to draw the texts from instead of the same rows: a folder of text files, or another
                 `datasets.Dataset` with the text column.
             image_column: name of a column with the `Image` feature.
