@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llava_integration.common import METHOD, after_image, pad_right, plain_text, require_tokenizer, spliced_masks
 from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
 from mir_callback import distributed
+from mir_callback.console import log
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
@@ -92,7 +93,7 @@ class OriginalLlavaAdapter:
             yield current
 
     def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
-        """See :class:`mir_callback.best_model.OffersSaver`."""
+        """See :class:`mir_callback.integrations.huggingface.OffersSaver`."""
         return projector_saver(trainer)
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
@@ -224,6 +225,7 @@ class ProjectorSaver:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        log.info("only the projector trains, so only %s and the configuration are kept", PROJECTOR_FILE)
 
     def __call__(self, folder: Path) -> None:
         """See :class:`mir_callback.best_model.WeightSaver`."""
@@ -234,10 +236,6 @@ class ProjectorSaver:
         if distributed.is_main():
             self._trainer.model.config.save_pretrained(str(folder))
             torch.save(weights, os.path.join(folder, PROJECTOR_FILE))
-
-    def notice(self) -> str | None:
-        """See :class:`mir_callback.best_model.WeightSaver`."""
-        return f"only the projector trains, so only {PROJECTOR_FILE} and the configuration are kept"
 
 
 def _gather_of(trainer: Any) -> Any:

@@ -237,7 +237,7 @@ def _flag(each: dataclasses.Field[Any], prefix: str) -> tuple[str, Any, Any]:
     return f"{prefix}{each.name}", kind if default is not None else kind | None, made
 
 
-def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> type:
+def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> Any:
     """A dataclass of flags that :class:`transformers.HfArgumentParser` shows under a title."""
     made = dataclasses.make_dataclass("FlagGroup", flags)
     made._argument_group_name = title  # type: ignore[attr-defined]
@@ -245,7 +245,7 @@ def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> type:
 
 
 # The fields of MIRArguments in parts, each shown under its title by the `--help` of the launcher.
-FLAG_GROUPS = [
+FLAG_GROUPS: list[Any] = [
     _flag_group("the probe", *(_flag(each, "mir_") for each in fields(ProbeSource))),
     *(
         _flag_group(

@@ -161,13 +161,7 @@ class HuggingFaceAdapter:
         top: Any = unwrap(model)
         self._longest = getattr(text_config(top), "max_position_embeddings", None)
         self._processor = processor
-        self._tokenizer = getattr(processor, "tokenizer", None)
-        if self._tokenizer is None or getattr(processor, "image_processor", None) is None:
-            raise ConfigError(
-                "processor must handle images and text (have image_processor and tokenizer), got "
-                f"{type(processor).__name__}; pass processor=AutoProcessor.from_pretrained(...), or give the Trainer "
-                "processing_class=processor"
-            )
+        self._tokenizer = require_processor(processor)
         self._vision_ids = vision_token_ids(top)
         self._placeholder = image_placeholder(processor, self._tokenizer, top.config)
 
@@ -223,6 +217,18 @@ class HuggingFaceAdapter:
                 f"max_text_tokens must keep samples within the model's {self._longest} positions, got a sample of "
                 f"{longest} tokens; build the probe with a smaller max_text_tokens"
             )
+
+
+def require_processor(processor: Any) -> Any:
+    """The tokenizer of a processor; ConfigError if it cannot handle images and text."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        raise ConfigError(
+            "processor must handle images and text (have image_processor and tokenizer), got "
+            f"{type(processor).__name__}; pass processor=AutoProcessor.from_pretrained(...), or give the Trainer "
+            "processing_class=processor"
+        )
+    return tokenizer
 
 
 def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
