@@ -74,8 +74,9 @@ def find_target(words: list[str]) -> list[str]:
         raise ConfigError(f"the script behind {SEPARATOR} is neither a file nor a command on the PATH: {words[0]}")
     # Of an installed command the first line names the Python, or where that would be too long the second.
     with open(file, "rb") as opened:
-        head = opened.readline(1000) + opened.readline(1000)
-    if not file.endswith(".py") and not (head.startswith(b"#!") and b"python" in head):
+        first, second = opened.readline(1000), opened.readline(1000)
+    named = second if second.startswith(b"'''exec'") else first
+    if not file.endswith(".py") and not (first.startswith(b"#!") and b"python" in named):
         raise ConfigError(
             f"MIR can only be attached to Python, and {file} is no Python script; put the launcher into it, before the "
             "script that it starts"
