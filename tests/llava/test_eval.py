@@ -39,8 +39,8 @@ def mir_eval(assets, *arguments):
 
 
 def require_live_values(output):
-    live = {record["step"]: record["mir"] for record in read_history(output / "mir_history.jsonl")}
-    measured = {record["step"]: record["mir"] for record in read_history(output / "mir_eval.jsonl")}
+    live = {record.step: record.mir for record in read_history(output / "mir_history.jsonl")}
+    measured = {record.step: record.mir for record in read_history(output / "mir_eval.jsonl")}
     assert list(measured) == [2, 4]
     assert measured == pytest.approx({step: live[step] for step in measured}, abs=1e-6)
 
