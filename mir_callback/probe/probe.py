@@ -44,10 +44,7 @@ class Sample:
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
-                if image.mode.startswith("I") or image.mode == "F":
-                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
-                whole: Image.Image = image.convert("RGB")
-                return whole
+                return _to_rgb(image)
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
             # An UnidentifiedImageError only names an object in memory.
             unknown = isinstance(error, UnidentifiedImageError)
@@ -227,7 +224,7 @@ class Probe:
         """Build a probe from images (PIL) and texts (str) in memory; images are kept as lossless PNG.
 
         Raises:
-            ProbeError: no pairs, something else than an image and a text, or an empty text.
+            ProbeError: no pairs, something else than an image and a text, an unreadable image, an empty text.
 
         Ranks: any.
         """
@@ -237,7 +234,14 @@ class Probe:
             if len(parts) != 2 or not isinstance(parts[0], Image.Image) or not isinstance(parts[1], str):
                 got = " and ".join(type(part).__name__ for part in parts) or "nothing"
                 raise ProbeError(f"pair {index} must be a PIL image and a text, got {got}; open the image first")
-            samples.append(Sample(f"pair {index}", _png(parts[0]), parts[1]))
+            buffer = io.BytesIO()
+            try:
+                _to_rgb(parts[0]).save(buffer, format="PNG")
+            except Exception as error:  # of a file that was opened and is damaged: any kind
+                raise ProbeError(
+                    f"the image of pair {index} must be readable, got {type(error).__name__}: {error}; replace it"
+                ) from error
+            samples.append(Sample(f"pair {index}", buffer.getvalue(), parts[1]))
         return cls(tuple(samples), max_text_tokens)
 
     @cached_property
@@ -363,7 +367,7 @@ def _require_positive_int(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; use a whole number")
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
+    return image.convert("RGB")
