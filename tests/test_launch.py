@@ -9,6 +9,7 @@ import pytest
 from transformers import Trainer
 
 from mir_callback import MIRArguments, Probe
+from mir_callback.history import read_history
 from mir_callback.launch import find_target, main
 from tests.distributed.launch import run_process
 from tests.samples import pairs
@@ -154,6 +155,19 @@ def test_a_console_command_of_python_runs_in_this_process(launch, command, probe
     assert code == 0
     assert out.splitlines() == [f"ran __main__ train-it ['train', 'a.yaml'] {path.parent}", str(os.getpid())]
     assert f"WARNING: {path} ended without training" in err
+
+
+@pytest.mark.parametrize("own", ["", "mir_callback.attach_mir(trainer, sys.argv[2], every=2)"])
+def test_a_trainer_of_the_script_is_measured_once(launch, script, probe, tmp_path, own):
+    script.write_text(
+        "import sys, mir_callback\nfrom tests.training.runs import make_trainer\n"
+        f"trainer = make_trainer(sys.argv[1], steps=2)\n{own}\ntrainer.train()\n"
+    )
+    code, _, err = launch("--mir_probe", probe, "--mir_every", "1", "--", script, tmp_path / "run", probe)
+    assert code is None
+    assert "without training" not in err
+    steps = [record.step for record in read_history(tmp_path / "run" / "mir_history.jsonl")]
+    assert steps == ([0, 2] if own else [0, 1, 2])
 
 
 def test_the_exit_code_of_a_script_that_fails_is_its_own(launch, script, probe):
