@@ -118,7 +118,7 @@ def test_error_names_the_option_when_a_flag_breaks_its_rule(words, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evry": 3}, "there is no option 'evry'; did you mean every"),
+        ({"evory": 3}, "there is no option 'evory'; did you mean every"),
         ({"xyz": 3}, "there is no option 'xyz'; there are root, standard_error"),
         ({"batch_size": 2}, "there is no option 'batch_size'"),
         ({"stop": "soon"}, "stop must be one of none, observe, plateau, a rule or None, got 'soon'"),
