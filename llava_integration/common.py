@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where LLaVA models put image features, observed while they do it.
+"""What LLaVA's code bases have in common: texts with a placeholder for the image, and where its features end up.
 
-In the LLaVA code bases an image is one placeholder id, which `prepare_inputs_labels_for_multimodal` replaces by the
-image's features inside the forward; it also drops padding, truncates and pads anew. It treats labels as it treats
-tokens, and gives image features the ignore label. So marks are passed in place of labels, and the labels that come out
-say what every position of the new sequence is. The ordinary forward does all this itself, no part of it is run twice.
+The placeholder is one id, which `prepare_inputs_labels_for_multimodal` replaces by the image's features inside the
+forward; it also drops padding, truncates and pads anew. It treats labels as it treats tokens, and gives image features
+the ignore label. So marks are passed in place of labels, and the labels that come out say what every position of the
+new sequence is. The ordinary forward does all this itself, no part of it is run twice.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from mir_callback.model.modality import ModalityMasks, modality_masks
 from mir_callback.probe.adapters import LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.probe import Sample
 
+METHOD = "prepare_inputs_labels_for_multimodal"
+IGNORE_INDEX = -100
+_TEXT_MARK = 1
+# Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
+_ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
+_ATTENTION_RESULT, _LABELS_RESULT = 2, 5
+
 
 def require_tokenizer(tokenizer: Any) -> None:
-    """Raise ConfigError unless there is a tokenizer. Ranks: pure."""
+    """Raise ConfigError unless there is a tokenizer."""
     if tokenizer is None:
         raise ConfigError("tokenizer must be given, got None; pass the run's tokenizer, or give it to the Trainer")
 
 
 def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:
-    """A sample's text, cut.
-
-    Args:
-        sample: the sample.
-        tokenizer: decides where ``max_text_tokens`` tokens end.
-        max_text_tokens: longest text.
-        placeholders: what the code base replaces in prompts by something else, such as ``<image>``.
+    """A sample's text, cut to ``max_text_tokens``.
 
     Raises:
-        ProbeError: the text holds a placeholder or a control token of the tokenizer.
-
-    Ranks: pure.
+        ProbeError: the text holds a control token of the tokenizer, or one of the ``placeholders`` that the code base
+            replaces in prompts by something else, such as ``<image>``.
     """
     for token in placeholders:
         if token in sample.text:
@@ -53,18 +53,10 @@ def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholder
 
 
 def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one batch.
+    """Rows of token ids, (n,) each, as one batch: ids (B, S) and their attention mask (B, S) bool.
 
     The fill is never read, as these models drop what the mask leaves out before they embed anything; so a tokenizer
     without a pad token will do. The mask follows the lengths, as texts can hold any id.
-
-    Args:
-        ids: (n,) integers each.
-
-    Returns:
-        Ids (B, S) and their attention mask (B, S) bool.
-
-    Ranks: pure.
     """
     width = max(len(row) for row in ids)
     batch = torch.zeros(len(ids), width, dtype=torch.long)
@@ -76,16 +68,8 @@ def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def after_image(ids: Sequence[Tensor]) -> list[Tensor]:
-    """Of each sample's token ids those after its last image, whose placeholder is negative. Ranks: pure."""
+    """Of each sample's token ids those after its last image, whose placeholder is negative."""
     return [row[int((row < 0).nonzero()[-1]) + 1 :] for row in ids]
-
-
-METHOD = "prepare_inputs_labels_for_multimodal"
-IGNORE_INDEX = -100
-_TEXT_MARK = 1
-# Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
-_ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
-_ATTENTION_RESULT, _LABELS_RESULT = 2, 5
 
 
 @contextmanager

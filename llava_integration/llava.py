@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of LLaVA-VL/LLaVA-NeXT (LLaVA-NeXT, LLaVA-OneVision), whose package is called `llava` too.
+"""Models of the package `llava`: haotian-liu/LLaVA, and LLaVA-VL/LLaVA-NeXT (LLaVA-NeXT, LLaVA-OneVision).
 
-Its image expansion goes by what its own collator hands over, and that is what the adapter gives it: images as a list
-whatever their shapes (of a stacked batch the newline feature of `spatial_unpad` would be missing), the size of every
-image, and for every sample the word "image" (rows beyond the words given are dropped).
+LLaVA-NeXT's image expansion goes by what its own collator hands over, and that is what its adapter gives it: images as
+a list whatever their shapes (of a stacked batch the newline feature of `spatial_unpad` would be missing), the size of
+every image, and for every sample the word "image" (rows beyond the words given are dropped).
 """
 
 from __future__ import annotations
@@ -19,60 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.common import after_image, pad_right, plain_text, require_tokenizer, spliced_masks
+from llava_integration.common import METHOD, after_image, pad_right, plain_text, require_tokenizer, spliced_masks
 from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
-from mir_callback import distributed as collectives
+from mir_callback import distributed
+from mir_callback.console import log
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
+from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
 from mir_callback.probe.probe import Sample
 
 PROJECTOR_FILE = "mm_projector.bin"
 _GATHER = "get_mm_adapter_state_maybe_zero_3"
 
 
-def projector_saver(trainer: Any) -> ProjectorSaver | None:
-    """A saver if the Trainer's own `save_model` writes no weights, because only the projector trains; else None.
-
-    Ranks: all.
-    """
-    arguments = getattr(trainer, "args", None)
-    parts = (getattr(arguments, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
-    alone = getattr(arguments, "tune_mm_mlp_adapter", False) or parts in (["mm_mlp_adapter"], ["mm_vision_resampler"])
-    return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
-
-
-class ProjectorSaver:
-    """`mm_projector.bin` and the configuration, as LLaVA's own stage-1 checkpoints hold them.
-
-    Weights are collected by LLaVA's own function, which gathers one at a time under ZeRO-3.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def __call__(self, folder: Path) -> None:
-        """See :class:`mir_callback.best_model.WeightSaver`."""
-        names = ["mm_projector", "vision_resampler"]
-        if getattr(self._trainer.args, "use_im_start_end", False):
-            names += ["embed_tokens", "embed_in"]
-        weights = _gather_of(self._trainer)(self._trainer.model.named_parameters(), names)
-        if collectives.is_main():
-            self._trainer.model.config.save_pretrained(str(folder))
-            torch.save(weights, os.path.join(folder, PROJECTOR_FILE))
-
-    def notice(self) -> str | None:
-        """See :class:`mir_callback.best_model.WeightSaver`."""
-        return f"only the projector trains, so only {PROJECTOR_FILE} and the configuration are kept"
-
-
-def _gather_of(trainer: Any) -> Any:
-    """The function of LLaVA's trainer module, whichever subclass of its Trainer this is."""
-    for cls in type(trainer).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), _GATHER, None)
-        if found is not None:
-            return found
-    return None
+def make_adapter(
+    model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None
+) -> OriginalLlavaAdapter | None:
+    """The adapter of a model of this package, see :func:`mir_callback.probe.adapters.register_adapter`."""
+    top = unwrap(model)
+    if package_of(top) != "llava" or not hasattr(top, METHOD):
+        return None
+    family = LlavaNextAdapter if is_llava_next(top) else OriginalLlavaAdapter
+    return family(model, processor, conversation=conversation)
 
 
 class OriginalLlavaAdapter:
@@ -125,7 +93,7 @@ class OriginalLlavaAdapter:
             yield current
 
     def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
-        """See :class:`mir_callback.best_model.OffersSaver`."""
+        """See :class:`mir_callback.integrations.huggingface.OffersSaver`."""
         return projector_saver(trainer)
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
@@ -239,3 +207,41 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
         conversation = super()._conversation()
         conversation.tokenizer = self._tokenizer
         return conversation
+
+
+def projector_saver(trainer: Any) -> ProjectorSaver | None:
+    """A saver if the Trainer's own `save_model` writes no weights, because only the projector trains; else None."""
+    arguments = getattr(trainer, "args", None)
+    parts = (getattr(arguments, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
+    alone = getattr(arguments, "tune_mm_mlp_adapter", False) or parts in (["mm_mlp_adapter"], ["mm_vision_resampler"])
+    return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
+
+
+class ProjectorSaver:
+    """`mm_projector.bin` and the configuration, as LLaVA's own stage-1 checkpoints hold them.
+
+    Weights are collected by LLaVA's own function, which gathers one at a time under ZeRO-3.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        log.info("only the projector trains, so only %s and the configuration are kept", PROJECTOR_FILE)
+
+    def __call__(self, folder: Path) -> None:
+        """See :class:`mir_callback.best_model.WeightSaver`."""
+        names = ["mm_projector", "vision_resampler"]
+        if getattr(self._trainer.args, "use_im_start_end", False):
+            names += ["embed_tokens", "embed_in"]
+        weights = _gather_of(self._trainer)(self._trainer.model.named_parameters(), names)
+        if distributed.is_main():
+            self._trainer.model.config.save_pretrained(str(folder))
+            torch.save(weights, os.path.join(folder, PROJECTOR_FILE))
+
+
+def _gather_of(trainer: Any) -> Any:
+    """The function of LLaVA's trainer module, whichever subclass of its Trainer this is."""
+    for cls in type(trainer).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), _GATHER, None)
+        if found is not None:
+            return found
+    return None

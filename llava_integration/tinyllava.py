@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from llava_integration.common import METHOD, after_image, pad_right, plain_text, require_tokenizer, spliced_masks
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
+from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
 from mir_callback.probe.probe import Sample
 
 DEFAULT_CONVERSATION = "pretrain"
+
+
+def make_adapter(
+    model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None
+) -> TinyLlavaAdapter | None:
+    """The adapter of a model of this package, see :func:`mir_callback.probe.adapters.register_adapter`."""
+    top = unwrap(model)
+    if package_of(top) != "tinyllava" or not hasattr(top, METHOD):
+        return None
+    return TinyLlavaAdapter(model, processor, conversation=conversation or conversation_of(trainer))
 
 
 class TinyLlavaAdapter:

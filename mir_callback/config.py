@@ -237,15 +237,33 @@ def _flag(each: dataclasses.Field[Any], prefix: str) -> tuple[str, Any, Any]:
     return f"{prefix}{each.name}", kind if default is not None else kind | None, made
 
 
+def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> Any:
+    """A dataclass of flags that :class:`transformers.HfArgumentParser` shows under a title."""
+    made = dataclasses.make_dataclass("FlagGroup", flags)
+    made._argument_group_name = title  # type: ignore[attr-defined]
+    return made
+
+
+# The fields of MIRArguments in parts, each shown under its title by the `--help` of the launcher.
+FLAG_GROUPS: list[Any] = [
+    _flag_group("the probe", *(_flag(each, "mir_") for each in fields(ProbeSource))),
+    *(
+        _flag_group(
+            title,
+            *(_flag(each, "mir_") for each in fields(MIRConfig) if each.metadata["group"] == group),
+            *(_flag(each, "mir_stop_") for each in _rule_fields() if group == "stop"),
+        )
+        for group, title in GROUPS.items()
+    ),
+]
 MIRArguments = dataclasses.make_dataclass(
     "MIRArguments",
-    [
-        *(_flag(each, "mir_") for each in fields(ProbeSource)),
-        *(_flag(each, "mir_") for each in fields(MIRConfig)),
-        *(_flag(each, "mir_stop_") for each in _rule_fields()),
-    ],
-    bases=(_Arguments,),
-    namespace={"__doc__": "MIR's options as flags, for `HfArgumentParser` beside a script's own dataclasses."},
+    [],
+    bases=(_Arguments, *reversed(FLAG_GROUPS)),  # dataclasses take fields from the last base first
+    namespace={
+        "__doc__": "MIR's options as flags, for `HfArgumentParser` beside a script's own dataclasses.",
+        "_argument_group_name": "MIR",
+    },
 )
 MIRArguments.__module__ = __name__
 

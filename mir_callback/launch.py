@@ -1,51 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an unmodified training script with MIR attached right before its Trainer starts.
+"""Run an unmodified training script or console command with MIR attached right before its Trainer starts.
 
-`python -m mir_callback.launch --help` shows how; `python -m mir_callback.launch` is the same.
+`python -m mir_callback.launch --help` shows how.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
+import os
 import runpy
+import shutil
 import sys
-import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import Trainer
-from transformers.hf_argparser import string_to_bool
+from transformers import HfArgumentParser
 
-from llava_integration.attach import attach_mir, draw_or_load
-from llava_integration.compatibility import explain
-from mir_callback import MIRCallback
-from mir_callback.config import MIRArguments
+from mir_callback.config import FLAG_GROUPS, MIRArguments
+from mir_callback.console import log
 from mir_callback.errors import ConfigError, MIRError
+from mir_callback.probe.probe import Probe
 
 PROGRAM = "python -m mir_callback.launch"
-USAGE = f"""{PROGRAM} FLAGS -- SCRIPT ITS ARGUMENTS
-       torchrun --nproc_per_node 8 -m mir_callback.launch FLAGS -- SCRIPT ITS ARGUMENTS
-       deepspeed --module mir_callback.launch FLAGS -- SCRIPT ITS ARGUMENTS"""
-DESCRIPTION = """Run an unmodified training script with MIR attached right before its Trainer starts.
+SEPARATOR = "--"
+USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
+       torchrun --nproc_per_node 8 -m mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS
+       deepspeed --module mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS"""
+DESCRIPTION = """Run unmodified training code with MIR attached right before its Trainer starts.
 
-The launcher's flags stand before the --, the script and all its own arguments behind it. The script runs as if Python
-had been given it; its model may be an original LLaVA or a Hugging Face vision-language model."""
-EXAMPLE = f"""example:
+The launcher's flags stand before the --, what is run and all its own arguments behind it: a Python script, -m and a
+module, or a console command that is written in Python. It runs in this process, as Python would run it."""
+EXAMPLE = f"""examples:
   {PROGRAM} --mir_images textvqa/val --mir_texts cnn/stories --mir_every 50 -- \\
-      llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ..."""
-GROUPS = {
-    "the probe": ("mir_images", "mir_texts", "mir_probe", "mir_num_samples", "mir_seed"),
-    "failures": ("mir_on_error", "mir_max_failures", "mir_watchdog_seconds", "mir_abort_on_hang"),
-    "stopping": (
-        *("mir_stop", "mir_stop_window", "mir_stop_min_delta", "mir_stop_warmup", "mir_stop_horizon"),
-        *("mir_stop_patience", "mir_stop_patience_steps", "mir_stop_log_steps", "mir_continue_after_stop"),
-    ),
-}
-OTHERS = "the evaluations"
+      llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ...
+  {PROGRAM} --mir_probe probe.zip -- llamafactory-cli train pretrain.yaml"""
 
 
-class FlagParser(argparse.ArgumentParser):
+class FlagParser(HfArgumentParser):
     """Its errors are one line; the usage stays with `--help`."""
 
     def error(self, message: str) -> NoReturn:
@@ -53,132 +46,133 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {PROGRAM} --help\n")
 
 
-class _Layout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Text as written, and every flag's default behind its help."""
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Text as written, each flag in one spelling, and its default behind its help."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return f"{action.option_strings[0]}{' VALUE' if action.nargs is None else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.option_strings[0].startswith("--no_"):  # HfArgumentParser gives it the help of what it switches off
+            return f"the same as --{action.dest} False"
+        shown = action.default not in (None, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
-def make_parser() -> FlagParser:
-    """A parser of every field of :class:`MIRArguments`; `parse_args` gives them by name."""
-    parser = FlagParser(
-        prog=PROGRAM, usage=USAGE, description=DESCRIPTION, epilog=EXAMPLE, formatter_class=_Layout, allow_abbrev=False
-    )
-    group_of = {name: title for title, names in GROUPS.items() for name in names}
-    groups = {title: parser.add_argument_group(title) for title in ("the probe", OTHERS, "failures", "stopping")}
-    types = typing.get_type_hints(MIRArguments)
-    for field in dataclasses.fields(MIRArguments):
-        kind = (typing.get_args(types[field.name]) or (types[field.name],))[0]  # of `str | None`: str
-        optional = field.default is None
-        more: dict[str, Any] = {"type": kind}
-        if kind is bool:  # as HfArgumentParser takes them: `--flag`, `--flag True`, `--flag False`
-            more = {"type": string_to_bool, "nargs": "?", "const": True}
-        groups[group_of.get(field.name, OTHERS)].add_argument(
-            f"--{field.name}",
-            **more,
-            default=argparse.SUPPRESS if optional else field.default,  # a default of None would be shown as one
-            help=field.metadata["help"],
-            metavar="PATH" if optional and kind is str else kind.__name__.upper(),
+def find_target(words: list[str]) -> list[str]:
+    """The command line behind the separator, a console command as the file it is.
+
+    Raises:
+        ConfigError: there is no such script, module or command, or it is not written in Python.
+    """
+    if not words or words == ["-m"]:
+        raise ConfigError(f"there is nothing to run behind {SEPARATOR}: no {'module' if words else 'script'}")
+    if words[0] == "-m":
+        return words
+    file = words[0] if os.path.isfile(words[0]) else shutil.which(words[0])
+    if file is None:
+        raise ConfigError(f"the script behind {SEPARATOR} is neither a file nor a command on the PATH: {words[0]}")
+    # Of an installed command the first line names the Python, or where that would be too long the second.
+    with open(file, "rb") as opened:
+        first, second = opened.readline(1000), opened.readline(1000)
+    named = second if second.startswith(b"'''exec'") else first
+    if not file.endswith(".py") and not (first.startswith(b"#!") and b"python" in named):
+        raise ConfigError(
+            f"MIR can only be attached to Python, and {file} is no Python script; put the launcher into it, before the "
+            "script that it starts"
         )
-    return parser
+    return [file, *words[1:]]
 
 
-def read_flags(words: list[str]) -> MIRArguments:
-    """The options of a command line's own part.
-
-    Raises:
-        ConfigError: a flag breaks its rule.
-        SystemExit: help was asked for (0), or the words are no flags of ours (2).
-    """
-    values: dict[str, Any] = vars(make_parser().parse_args(words))
-    return MIRArguments(**values)
-
-
-def print_usage() -> None:
-    """Show how the launcher is called, on stderr."""
-    make_parser().print_usage(sys.stderr)
+def run(target: list[str]) -> None:
+    """Run a script, or -m and a module, in this process as Python would."""
+    if target[0] == "-m":
+        sys.argv = target[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = target
+        sys.path.insert(0, str(Path(target[0]).resolve().parent))
+        runpy.run_path(target[0], run_name="__main__")
 
 
-SEPARATOR = "--"
-
-
-def main(arguments: list[str]) -> None:
-    """Read our flags up to `--`, then run the script behind it as Python would.
+def main(words: list[str]) -> None:
+    """Read our flags up to `--`, then run what stands behind it.
 
     Raises:
-        SystemExit: 2 after one line on stderr if there is no script or a flag breaks its rule, before the script
-            starts; 0 after `--help`.
+        SystemExit: 2 after one line on stderr if there is nothing to run or a flag breaks its rule, before anything is
+            started; 0 after `--help`; that of what was run.
     """
-    options, script = read_command_line(arguments)
-    attached = attach_before_training(options)
-    sys.argv = script
-    sys.path.insert(0, str(Path(script[0]).resolve().parent))
+    arguments, probe, target = read_command_line(words)
+    attached = attach_before_training(probe, arguments.options())
     try:
-        runpy.run_path(script[0], run_name="__main__")
-    except Exception as error:
-        hint = explain(error)
-        if hint:
-            print(f"[mir] {hint}", file=sys.stderr)
+        run(target)
+    except SystemExit as ended:
+        if ended.code in (None, 0):
+            _check_trained(attached, target)
         raise
-    if not attached:
-        print(
-            f"[mir] WARNING: {script[0]} ended without training a Trainer of transformers; MIR was never measured",
-            file=sys.stderr,
-        )
+    except Exception as error:
+        _explain(error)
+        raise
+    _check_trained(attached, target)
 
 
-def read_command_line(arguments: list[str]) -> tuple[MIRArguments, list[str]]:
-    """Options and the script's command line; exits where :func:`main` says so."""
-    if not arguments:
-        print_usage()
+def read_command_line(words: list[str]) -> tuple[Any, Probe, list[str]]:
+    """Our flags, the probe they name, and what is to be run; exits where :func:`main` says so."""
+    texts = {"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "epilog": EXAMPLE}
+    parser = FlagParser(FLAG_GROUPS, **texts, formatter_class=_Layout, allow_abbrev=False)
+    if not words:
+        parser.print_usage(sys.stderr)
+    at = words.index(SEPARATOR) if SEPARATOR in words else len(words)
+    # DeepSpeed's launcher puts this in front of everything; it belongs to the script.
+    ranks = [word for word in words[:at] if word.startswith("--local_rank=")]
+    values, unknown = parser.parse_known_args([word for word in words[:at] if word not in ranks])
+    if unknown:
+        parser.error(f"{' '.join(unknown)} is no flag of the launcher; what is to be run stands behind {SEPARATOR}")
     try:
-        if {"--help", "-h"} & set(arguments[: arguments.index(SEPARATOR)] if SEPARATOR in arguments else arguments):
-            make_parser().print_help()
-            raise SystemExit(0)
-        ours, script = split(arguments)
-        options = read_flags(ours)
-        if not options.enabled:
-            raise ConfigError(
-                "mir_images and mir_texts, or mir_probe, must be given before --, got none; without them run the script"
-            )
-        sources = options.attach_options()
-        names = ("probe", "images", "texts", "num_samples", "seed")
-        draw_or_load(*(sources[name] for name in names))  # now, and not when the script has loaded its model
+        target = find_target(words[at + 1 :])
+        arguments = MIRArguments(**vars(values))
+        # Read now, and not when the script has loaded its model.
+        return arguments, arguments.probe_source().load(), [*target, *ranks]
     except MIRError as error:
-        make_parser().error(str(error))
-    return options, script
+        parser.error(str(error))
 
 
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our flags and the script's command line.
-
-    DeepSpeed's launcher puts `--local_rank=N` in front of everything; it belongs to the script.
-    """
-    if SEPARATOR not in arguments:
-        raise ConfigError(f"the script must follow {SEPARATOR}, got {' '.join(arguments) or 'nothing'}")
-    at = arguments.index(SEPARATOR)
-    ours, script = arguments[:at], arguments[at + 1 :]
-    if not script or not Path(script[0]).is_file():
-        raise ConfigError(f"the script behind {SEPARATOR} must be a file, got {script[:1] or 'nothing'}")
-    ranks = [word for word in ours if word.startswith("--local_rank=")]
-    return [word for word in ours if word not in ranks], [*script, *ranks]
-
-
-def attach_before_training(options: MIRArguments) -> list[MIRCallback]:
-    """From now on every Trainer that starts training has MIR attached, unless it has already.
+def attach_before_training(probe: Probe, options: dict[str, Any]) -> list[Any]:
+    """From now on every Trainer of this process that starts training has MIR attached, unless it has already.
 
     Returns:
         The callbacks found or attached so far; it grows as Trainers start.
     """
-    attached: list[MIRCallback] = []
+    from transformers import Trainer
+
+    from mir_callback.integrations.huggingface import MIRCallback, attach_mir
+
+    attached: list[Any] = []
     trainer_class: Any = Trainer
     original = trainer_class.train
 
     def train(trainer: Any, *args: Any, **keywords: Any) -> Any:
         found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MIRCallback)]
-        attached.extend(found or [attach_mir(trainer, **options.attach_options())])
+        attached.extend(found or [attach_mir(trainer, probe, **options)])
         return original(trainer, *args, **keywords)
 
     trainer_class.train = train
     return attached
+
+
+def _check_trained(attached: list[Any], target: list[str]) -> None:
+    if not attached:
+        name = " ".join(target[: 2 if target[0] == "-m" else 1])
+        log.warning("%s ended without training a Trainer of transformers in this process: no MIR was measured", name)
+
+
+def _explain(error: Exception) -> None:
+    """Say what is known of failures of LLaVA's code bases with other versions than theirs."""
+    with suppress(ImportError):
+        hint = importlib.import_module("llava_integration.compatibility").explain(error)
+        if hint is not None:
+            log.warning("%s", hint)
 
 
 if __name__ == "__main__":

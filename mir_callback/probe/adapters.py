@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face vision-language models: inputs from the model's own processor, masks from the token ids.
+"""How samples become inputs of one family of models, and which adapter a model gets.
 
-The prompt is the plain one of LLaVA's pre-training: the image, then the text, no roles and no template.
+There is one here for transformers' own models. Other families register a factory: `llava_integration` does for LLaVA's
+code bases, anybody else with :func:`register_adapter` or an entry point of the group "mir_callback.adapters".
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.model.decoder import unwrap
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.model.decoder import text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
 from mir_callback.probe.probe import Sample
 
@@ -60,28 +65,105 @@ class Adapter(Protocol):
         ...
 
 
-_LABELS = ("labels", "label", "label_ids")
+# See :func:`register_adapter`.
+AdapterFactory = Callable[..., Adapter | None]
+ENTRY_POINTS = "mir_callback.adapters"
+_registered: list[AdapterFactory] = []
+_fallbacks: list[AdapterFactory] = []
+
+
+def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None:
+    """Have a factory asked for the adapters of models from now on, before those registered earlier.
+
+    Args:
+        factory: called with the arguments of :func:`find_adapter`; returns an adapter, or None if the model is not of
+            its family.
+        fallback: ask it after those registered without this and after installed entry points.
+
+    Ranks: every rank.
+    """
+    (_fallbacks if fallback else _registered).insert(0, factory)
+
+
+def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None) -> Adapter:
+    """The adapter of a model: the first that a factory makes, else that of transformers' own models.
+
+    Args:
+        model: the model, bare or wrapped.
+        processor: its processor, or what its family needs instead: a tokenizer, or None.
+        conversation: name of a template of the family; None for the run's own.
+        trainer: the Trainer, which may know how the run encodes its data.
+
+    Raises:
+        ConfigError: no model, a processor that cannot handle images, a template where there are none.
+        UnsupportedModelError: nobody knows the model, or its family's adapter cannot take it.
+
+    Ranks: each for itself.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch module, got {type(model).__name__}; pass trainer.model")
+    ours = package_of(model) == "transformers"
+    missing = ""
+    if not ours:
+        try:
+            importlib.import_module("llava_integration")  # registers its factories
+        except ImportError as error:
+            missing = f"; not llava_integration: {error}"
+    factories = [*_registered, *_load_entry_points(), *_fallbacks]
+    for factory in factories:
+        adapter = factory(model, processor, conversation=conversation, trainer=trainer)
+        if adapter is not None:
+            return adapter
+    kind = type(unwrap(model))
+    if not ours:
+        asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "nobody"
+        raise UnsupportedModelError(
+            f"{kind.__module__}.{kind.__name__} is of no kind known here: not one of transformers' own models, and "
+            f"no factory of adapters takes it (asked: {asked}{missing}); write an adapter "
+            "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register its factory with register_adapter"
+        )
+    if conversation is not None:
+        raise ConfigError(f"{kind.__name__} has no conversation templates, got {conversation!r}; leave it out")
+    return HuggingFaceAdapter(model, processor)
+
+
+def package_of(model: nn.Module) -> str:
+    """The package whose forward a model runs: FSDP2 puts classes of its own, without one, before the model's."""
+    kinds = type(unwrap(model)).__mro__
+    return next(kind.__module__ for kind in kinds if "forward" in vars(kind)).partition(".")[0]
+
+
+@cache
+def _load_entry_points() -> tuple[AdapterFactory, ...]:
+    found = []
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            found.append(entry.load())
+        except Exception as error:  # somebody else's package, which is no reason to leave other models alone
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the adapters of {entry.value} cannot be loaded: {reason}", stacklevel=2)
+    return tuple(found)
 
 
 class HuggingFaceAdapter:
-    """Encodes samples through a transformers processor.
+    """Encodes samples through a transformers processor: the image, then the text, as in LLaVA's pre-training.
 
     Args:
         model: a vision-language model of transformers, bare or wrapped; only its configuration is read.
         processor: its processor, with `image_processor` and `tokenizer`.
 
     Raises:
-        ConfigError: the processor cannot handle images and text.
+        ConfigError: the processor cannot handle images and text, or names no image token.
         UnsupportedModelError: the configuration names no image token.
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         top: Any = unwrap(model)
-        self._config = top.config
+        self._longest = getattr(text_config(top), "max_position_embeddings", None)
         self._processor = processor
         self._tokenizer = require_processor(processor)
         self._vision_ids = vision_token_ids(top)
-        self._placeholder = image_placeholder(processor, self._tokenizer, self._config)
+        self._placeholder = image_placeholder(processor, self._tokenizer, top.config)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`Adapter`."""
@@ -102,7 +184,10 @@ class HuggingFaceAdapter:
         return nullcontext()
 
     def _process(self, samples: Sequence[Sample], max_text_tokens: int) -> dict[str, Any]:
-        prompts = [self._placeholder + self._text_of(sample, max_text_tokens) for sample in samples]
+        texts = [cut_text(self._tokenizer, sample.text, max_text_tokens) for sample in samples]
+        for text, sample in zip(texts, samples, strict=True):
+            require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
+        prompts = [self._placeholder + text for text in texts]
         images = [[sample.open_image()] for sample in samples]
         try:
             encoded: Mapping[str, Any] = self._processor(
@@ -114,47 +199,34 @@ class HuggingFaceAdapter:
                 f"probe samples must pass the model's processor {type(self._processor).__name__}, got "
                 f"{type(error).__name__}: {error}; the samples were {names}"
             ) from error
-        inputs = {name: value for name, value in encoded.items() if name not in _LABELS}
+        inputs = {name: value for name, value in encoded.items() if name not in ("labels", "label", "label_ids")}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return inputs
 
-    def _text_of(self, sample: Sample, max_text_tokens: int) -> str:
-        text = cut_text(self._tokenizer, sample.text, max_text_tokens)
-        require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
-        return text
-
     def _check(self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks) -> None:
-        for row, sample in enumerate(samples):
-            counts = {"vision": int(masks.vision[row].sum()), "text": int(masks.text[row].sum())}
-            for modality, count in counts.items():
-                if count == 0:
+        for modality, mask in (("vision", masks.vision), ("text", masks.text)):
+            for sample, found in zip(samples, mask.any(dim=1).tolist(), strict=True):
+                if not found:
                     raise ProbeError(
-                        f"probe sample {sample.name} must give {modality} tokens, got none among "
-                        f"{inputs['input_ids'].shape[1]} positions; check that the processor belongs to this model"
+                        f"probe sample {sample.name} must give {modality} tokens, got none among {mask.shape[1]} "
+                        "positions; check that the processor belongs to this model"
                     )
         longest = int(inputs["attention_mask"].sum(dim=1).max())
-        config = self._config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        limit = getattr(text, "max_position_embeddings", None)
-        if isinstance(limit, int) and longest > limit:
+        if isinstance(self._longest, int) and longest > self._longest:
             raise ProbeError(
-                f"max_text_tokens must keep samples within the model's {limit} positions, got a sample of {longest} "
-                "tokens; build the probe with a smaller max_text_tokens"
+                f"max_text_tokens must keep samples within the model's {self._longest} positions, got a sample of "
+                f"{longest} tokens; build the probe with a smaller max_text_tokens"
             )
 
 
 def require_processor(processor: Any) -> Any:
-    """The tokenizer of a processor that handles images and text.
-
-    Raises:
-        ConfigError: it is None, a bare tokenizer, or otherwise lacks one of the two.
-    """
+    """The tokenizer of a processor; ConfigError if it cannot handle images and text."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ConfigError(
-            "processor must handle images and text (have image_processor and tokenizer), "
-            f"got {type(processor).__name__}; pass processor=AutoProcessor.from_pretrained(...), to MIRCallback or "
-            "evaluate_mir, or give the Trainer processing_class=processor"
+            "processor must handle images and text (have image_processor and tokenizer), got "
+            f"{type(processor).__name__}; pass processor=AutoProcessor.from_pretrained(...), or give the Trainer "
+            "processing_class=processor"
         )
     return tokenizer
 
@@ -162,11 +234,7 @@ def require_processor(processor: Any) -> Any:
 def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
     """What stands for one image in a prompt, as the processor expects it before it expands it.
 
-    Families whose configuration names start and end tokens of an image but whose processor does not add them itself
-    (Qwen-VL) get them around it.
-
-    Raises:
-        ConfigError: the processor names no image token.
+    Qwen-VL's processors do not add the start and end tokens of an image themselves, so they get them around it.
     """
     token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if token is None:
@@ -174,10 +242,9 @@ def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
             f"processor {type(processor).__name__} must name its image token (image_token), got none; "
             "this family needs an adapter"
         )
-    token = str(token)
     start, end = getattr(config, "vision_start_token_id", None), getattr(config, "vision_end_token_id", None)
     if start is None or end is None:
-        return token
+        return str(token)
     before, after = tokenizer.convert_ids_to_tokens([start, end])
     return f"{before}{token}{after}"
 
@@ -192,16 +259,12 @@ def cut_text(tokenizer: Any, text: str, max_tokens: int) -> str:
 
 
 def require_plain_text(tokenizer: Any, text: str, sample: str, more_control_ids: Iterable[int] = ()) -> None:
-    """Refuse a text that the tokenizer reads control tokens in; an unknown character is none.
+    """Refuse a text in which the tokenizer reads one of its control tokens or of ``more_control_ids``.
 
-    Args:
-        tokenizer: the run's.
-        text: a probe text.
-        sample: its sample's name, for the message.
-        more_control_ids: ids to refuse besides the tokenizer's special ones.
+    An unknown character is none of them.
 
     Raises:
-        ProbeError: there is one.
+        ProbeError: there is one; the message names the ``sample``.
     """
     control = {*more_control_ids, *getattr(tokenizer, "all_special_ids", ())}
     unknown = getattr(tokenizer, "unk_token_id", None)

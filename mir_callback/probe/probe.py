@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.probe import sources, storage
-from mir_callback.probe import sources as datasets
+from mir_callback.probe.sources import as_path
 
 # Enters the fingerprint: a change of how samples are encoded makes values that cannot be compared with older ones.
 ENCODING = "image, text; plain prompt; version 1"
@@ -45,19 +44,13 @@ class Sample:
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
-                if image.mode.startswith("I") or image.mode == "F":
-                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
-                whole: Image.Image = image.convert("RGB")
-                return whole
-        except UnidentifiedImageError as error:  # its message names an object in memory
-            raise ProbeError(
-                f"probe image of {self.name} must be a readable image, got {len(self.image)} bytes of no known format; "
-                "replace or remove that file"
-            ) from error
+                return _to_rgb(image)
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
+            # An UnidentifiedImageError only names an object in memory.
+            unknown = isinstance(error, UnidentifiedImageError)
+            told = f"{len(self.image)} bytes of no known format" if unknown else f"{type(error).__name__}: {error}"
             raise ProbeError(
-                f"probe image of {self.name} must be a readable image, got {type(error).__name__}: {error}; "
-                "replace or remove that file"
+                f"probe image of {self.name} must be a readable image, got {told}; replace or remove that file"
             ) from error
 
 
@@ -118,16 +111,12 @@ class Probe:
             ProbeError: an empty or missing folder, fewer files than asked, an unreadable image, an empty text.
             ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
 
-        Ranks: any; every rank that calls it reads the files and gets the same probe.
+        Ranks: any; every rank that calls it reads the files and gets the same probe. So it is with all draws here.
         """
         check_draw(num_samples, seed)
-        image_files = sources.draw(sources.image_files(_path(images)), num_samples, seed, "images", images)
-        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
-        samples = [
-            Sample(f"{_below(images, image)} + {_below(texts, text)}", image.read_bytes(), sources.read_text(text))
-            for image, text in zip(image_files, text_files, strict=True)
-        ]
-        return cls(tuple(samples), max_text_tokens)
+        drawn = sources.images_of_folder(as_path(images, "images"), num_samples, seed)
+        read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
+        return cls(_pair_up(drawn, read), max_text_tokens)
 
     @classmethod
     def from_llava_json(
@@ -148,23 +137,17 @@ class Probe:
             json_file: the list of records.
             images: the folder the records' `image` paths start from.
             num_samples: how many records.
-            seed: the draw depends on it and on the order of the records only.
+            seed: of the draw, which depends on the order of the records too.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: not such a list, fewer usable records than asked, a missing or unreadable image, empty text.
-            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
-
-        Ranks: any; every rank that calls it reads the files and gets the same probe.
+            ConfigError: as :meth:`from_folders`.
         """
         check_draw(num_samples, seed)
-        records = sources.llava_records(_path(json_file))
-        drawn = sources.draw(records, num_samples, seed, "json_file", json_file)
-        samples = [
-            Sample(record.name, sources.read_image_bytes(_path(images) / record.image, record.name), record.text)
-            for record in drawn
-        ]
-        return cls(tuple(samples), max_text_tokens)
+        folder = as_path(images, "images")
+        drawn = sources.records_of_llava_json(as_path(json_file, "json_file"), folder, num_samples, seed)
+        return cls(tuple(Sample(*record) for record in drawn), max_text_tokens)
 
     @classmethod
     def from_textvqa(
@@ -187,24 +170,18 @@ class Probe:
             images: the folder with the images.
             texts: folder of texts, such as CNN/DailyMail's `.story` files.
             num_samples: how many pairs; the paper uses 100.
-            seed: the draw depends on it, on the order of the questions and on the relative names of the texts only.
+            seed: of the draw, which depends on the order of the questions too.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: not such a file, fewer images or texts than asked, a missing or unreadable image, empty text.
-            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
-
-        Ranks: any; every rank that calls it reads the files and gets the same probe.
+            ConfigError: as :meth:`from_folders`.
         """
         check_draw(num_samples, seed)
-        asked = sources.question_images(_path(questions), _path(images))
-        image_files = sources.draw(asked, num_samples, seed, "images", questions)
-        text_files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
-        samples = []
-        for image, text in zip(image_files, text_files, strict=True):
-            name = f"{_below(images, image)} + {_below(texts, text)}"
-            samples.append(Sample(name, sources.read_image_bytes(image, name), sources.read_text(text)))
-        return cls(tuple(samples), max_text_tokens)
+        asked, folder = as_path(questions, "questions"), as_path(images, "images")
+        drawn = sources.images_of_questions(asked, folder, num_samples, seed)
+        read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
+        return cls(_pair_up(drawn, read), max_text_tokens)
 
     @classmethod
     def from_dataset(
@@ -223,47 +200,48 @@ class Probe:
         Args:
             dataset: a `datasets.Dataset` (one split, not streamed).
             num_samples: how many rows.
-            seed: the draw depends on it and on the order of the rows only.
+            seed: of the draw, which depends on the order of the rows too.
+            max_text_tokens: longer texts are cut to this many tokens.
             texts: where to draw the texts from instead of the same rows: a folder of text files, or another
                 `datasets.Dataset` with the text column.
             image_column: name of a column with the `Image` feature.
             text_column: name of a column of strings.
-            max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: not such a dataset, fewer rows than asked, an unreadable image, an empty text.
-            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
-
-        Ranks: any; every rank that calls it reads the data and gets the same probe.
+            ConfigError: as :meth:`from_folders`.
         """
         check_draw(num_samples, seed)
-        rows = datasets.image_rows(dataset, image_column, num_samples, seed)
+        drawn = sources.images_of_dataset(dataset, image_column, num_samples, seed)
         if isinstance(texts, (str, Path)):
-            files = sources.draw(sources.text_files(_path(texts)), num_samples, seed, "texts", texts)
-            spoken = [(_below(texts, file), sources.read_text(file)) for file in files]
+            read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
         else:
-            spoken = datasets.text_rows(dataset if texts is None else texts, text_column, num_samples, seed)
-        samples = [
-            Sample(image_name if texts is None else f"{image_name} + {text_name}", image, text)
-            for (image_name, image), (text_name, text) in zip(rows, spoken, strict=True)
-        ]
-        return cls(tuple(samples), max_text_tokens)
+            read = sources.texts_of_dataset(dataset if texts is None else texts, text_column, num_samples, seed)
+        return cls(_pair_up(drawn, read), max_text_tokens)
 
     @classmethod
-    def from_pairs(cls, pairs: Sequence[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
+    def from_pairs(cls, pairs: Iterable[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
         """Build a probe from images (PIL) and texts (str) in memory; images are kept as lossless PNG.
 
         Raises:
-            ProbeError: no pairs or an empty text.
+            ProbeError: no pairs, something else than an image and a text, an unreadable image, an empty text.
 
         Ranks: any.
         """
         samples = []
-        for index, (image, text) in enumerate(pairs):
-            if not isinstance(image, Image.Image) or not isinstance(text, str):
-                got = f"{type(image).__name__} and {type(text).__name__}"
+        for index, pair in enumerate(pairs):
+            parts = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
+            if len(parts) != 2 or not isinstance(parts[0], Image.Image) or not isinstance(parts[1], str):
+                got = " and ".join(type(part).__name__ for part in parts) or "nothing"
                 raise ProbeError(f"pair {index} must be a PIL image and a text, got {got}; open the image first")
-            samples.append(Sample(f"pair {index}", _png(image), text))
+            buffer = io.BytesIO()
+            try:
+                _to_rgb(parts[0]).save(buffer, format="PNG")
+            except Exception as error:  # of a file that was opened and is damaged: any kind
+                raise ProbeError(
+                    f"the image of pair {index} must be readable, got {type(error).__name__}: {error}; replace it"
+                ) from error
+            samples.append(Sample(f"pair {index}", buffer.getvalue(), parts[1]))
         return cls(tuple(samples), max_text_tokens)
 
     @cached_property
@@ -296,7 +274,7 @@ class Probe:
         Ranks: rank 0 only.
         """
         entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
-        return storage.write(_path(path), entries, self.max_text_tokens, self.fingerprint)
+        return storage.write(as_path(path, "path"), entries, self.max_text_tokens, self.fingerprint)
 
     @classmethod
     def load(cls, path: str | Path) -> Probe:
@@ -307,7 +285,7 @@ class Probe:
 
         Ranks: any.
         """
-        stored = storage.read(_path(path))
+        stored = storage.read(as_path(path, "path"))
         samples = tuple(Sample(*entry) for entry in stored.entries)
         probe = cls(samples, stored.max_text_tokens)
         if probe.fingerprint != stored.fingerprint:
@@ -369,12 +347,12 @@ class ProbeSource:
         return Probe.from_folders(self.images, self.texts, **{n: v for n, v in draw.items() if v is not None})
 
 
-def _path(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))
-
-
-def _below(folder: str | Path, path: Path) -> str:
-    return path.relative_to(_path(folder)).as_posix()
+def _pair_up(images: list[tuple[str, bytes]], texts: list[tuple[str, str]]) -> tuple[Sample, ...]:
+    """Samples of drawn images and texts; those of one row of a dataset have one name."""
+    return tuple(
+        Sample(name if name == text_name else f"{name} + {text_name}", image, text)
+        for (name, image), (text_name, text) in zip(images, texts, strict=True)
+    )
 
 
 def check_draw(num_samples: int, seed: int) -> None:
@@ -389,7 +367,7 @@ def _require_positive_int(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; use a whole number")
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
+    return image.convert("RGB")

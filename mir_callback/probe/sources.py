@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples from Hugging Face datasets. The package `datasets` is not needed to import this, only to have a dataset."""
+"""Where samples are drawn from: folders, LLaVA's and TextVQA's files, Hugging Face datasets.
+
+Images are drawn as (name for messages, bytes of the image file as stored), texts as (name, text). A draw depends on the
+seed and on what there is to draw from, and on nothing else.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,32 +17,23 @@ from mir_callback.errors import ConfigError, ProbeError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".story"})
-IMAGE_PLACEHOLDER = "<image>"
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LlavaRecord:
-    """The usable part of one LLaVA-format record: a name for messages, its one image path, its text."""
+def as_path(given: str | Path, name: str) -> Path:
+    """A path with `~` expanded, also that of a user nobody knows, which pathlib refuses.
 
-    name: str
-    image: str
-    text: str
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Image files below ``folder``, ordered by relative path."""
-    return _files(folder, IMAGE_SUFFIXES, "images")
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Text files below ``folder``, ordered by relative path."""
-    return _files(folder, TEXT_SUFFIXES, "texts")
+    Raises:
+        ProbeError: it is none; the message says which argument.
+    """
+    if not isinstance(given, (str, Path)):
+        raise ProbeError(f"{name} must be a path, got {given!r:.80} of type {type(given).__name__}")
+    return Path(os.path.expanduser(given))
 
 
 def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | Path) -> list[T]:
-    """Choose ``num_samples`` different items, the same ones for the same seed and items.
+    """Choose ``num_samples`` different items.
 
     Raises:
         ProbeError: fewer items than asked.
@@ -52,83 +46,108 @@ def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | 
     return random.Random(seed).sample(items, num_samples)
 
 
-def read_text(path: Path) -> str:
-    """A text file's content, stripped; of a `.story` file the article without its @highlight sections."""
+def images_of_folder(folder: Path, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
+    """Image files of a folder, searched recursively."""
+    files = draw(_files(folder, IMAGE_SUFFIXES, "images"), num_samples, seed, "images", folder)
+    return [(name, _image_bytes(folder / name, name)) for name in files]
+
+
+def texts_of_folder(folder: Path, num_samples: int, seed: int) -> list[tuple[str, str]]:
+    """Text files of a folder, searched recursively; of `.story` files the article without its @highlight sections."""
+    files = draw(_files(folder, TEXT_SUFFIXES, "texts"), num_samples, seed, "texts", folder)
+    return [(name, _read_text(folder / name)) for name in files]
+
+
+def _files(folder: Path, suffixes: frozenset[str], field: str) -> list[str]:
+    """Names below a folder, in order."""
+    if not folder.is_dir():
+        raise ProbeError(f"{field} must be an existing folder, got {folder}; check the path")
+    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
+    if not files:
+        raise ProbeError(
+            f"{field} must hold files ending in {', '.join(sorted(suffixes))}, got none in {folder}; "
+            "check the path or convert the files"
+        )
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(
             f"probe text {path} must be readable UTF-8, got {type(error).__name__}: {error}; convert or remove it"
         ) from error
-    if path.suffix.lower() == ".story":
-        text = text.partition("@highlight")[0]
-    return text.strip()
+    return (text.partition("@highlight")[0] if path.suffix.lower() == ".story" else text).strip()
 
 
-def read_image_bytes(path: Path, name: str) -> bytes:
-    """The bytes of an image file a record points to."""
+def _image_bytes(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a null character in a name is a ValueError
         raise ProbeError(
             f"probe image of {name} must exist at {path}, got {type(error).__name__}; check the images folder"
         ) from error
 
 
-def llava_records(json_file: Path) -> list[LlavaRecord]:
-    """Records with exactly one image, in file order.
+def records_of_llava_json(json_file: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes, str]]:
+    """Records of a LLaVA-format list that have exactly one image, as (name, image, text).
 
     Raises:
         ProbeError: the file is missing, is no JSON list of records, or a record lacks `conversations`.
     """
-    try:
-        data = json.loads(json_file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ProbeError(
-            f"json_file must be a readable LLaVA-format JSON list, got {json_file}: {type(error).__name__}: {error}"
-        ) from error
+    data = _read_json(json_file, "json_file must be a readable LLaVA-format JSON list")
     if not isinstance(data, list):
         raise ProbeError(
             f"json_file {json_file} must hold a list of records, got {type(data).__name__}; "
             'expected [{"id": ..., "image": ..., "conversations": [...]}, ...]'
         )
     records = [_record(entry, index, json_file) for index, entry in enumerate(data)]
-    return [record for record in records if record is not None]
+    usable = [record for record in records if record is not None]
+    drawn = draw(usable, num_samples, seed, "json_file", json_file)
+    return [(name, _image_bytes(images / image, name), text) for name, image, text in drawn]
 
 
-def question_images(questions: Path, images: Path) -> list[Path]:
-    """The image files that a TextVQA question file asks about, each once, in the order of the file.
+def _record(entry: Any, index: int, json_file: Path) -> tuple[str, str, str] | None:
+    """Name, image and text of a record; None if it has no image or several."""
+    name = f"record {entry.get('id', index) if isinstance(entry, dict) else index} of {json_file.name}"
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+        raise ProbeError(
+            f'{name}: conversations must be a list of {{"from": ..., "value": text}}, '
+            f"got {turns!r:.80}; repair or remove that record"
+        )
+    image = entry.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if not isinstance(image, str):
+        return None
+    spoken = (turn["value"].replace("<image>", "").strip() for turn in turns)
+    return name, image, "\n".join(text for text in spoken if text)
 
-    Args:
-        questions: TextVQA's own JSON (`data`: a list with `image_id`), or JSON lines with `image` as LLaVA's evaluation
-            has them.
-        images: the folder with the images; `image_id` stands for a `.jpg` there.
+
+def images_of_questions(questions: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
+    """Images that a TextVQA question file asks about, each once.
+
+    The file is TextVQA's own JSON (`data`: a list with `image_id`, for a `.jpg`), or JSON lines with `image` as LLaVA's
+    evaluation has them.
 
     Raises:
         ProbeError: not such a file, or a question without an image.
     """
-    names = [_question_image(entry, index, questions) for index, entry in enumerate(_questions(questions))]
-    return [images / name for name in dict.fromkeys(names)]
-
-
-def _questions(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        data = json.loads(text)
-    except (OSError, ValueError) as error:
+    data = _read_json(
+        questions, "questions must be a readable TextVQA question file (.json, or .jsonl with one question a line)"
+    )
+    asked = data.get("data") if isinstance(data, dict) else data
+    if not isinstance(asked, list):
         raise ProbeError(
-            f"questions must be a readable TextVQA question file (.json, or .jsonl with one question a line), got "
-            f"{path}: {type(error).__name__}: {error}"
-        ) from error
-    questions = data.get("data") if isinstance(data, dict) else data
-    if not isinstance(questions, list):
-        raise ProbeError(
-            f'questions {path} must hold a list of questions, as such or under "data", got {type(data).__name__}; '
-            "take TextVQA's own JSON or JSON lines"
+            f'questions {questions} must hold a list of questions, as such or under "data", got '
+            f"{type(asked).__name__}; take TextVQA's own JSON or JSON lines"
         )
-    return questions
+    names = dict.fromkeys(_question_image(entry, index, questions) for index, entry in enumerate(asked))
+    drawn = draw(list(names), num_samples, seed, "images", questions)
+    return [(name, _image_bytes(images / name, name)) for name in drawn]
 
 
 def _question_image(entry: Any, index: int, path: Path) -> str:
@@ -143,44 +162,23 @@ def _question_image(entry: Any, index: int, path: Path) -> str:
     )
 
 
-def _record(entry: Any, index: int, json_file: Path) -> LlavaRecord | None:
-    name = f"record {entry.get('id', index) if isinstance(entry, dict) else index} of {json_file.name}"
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        raise ProbeError(
-            f'{name}: conversations must be a list of {{"from": ..., "value": text}}, '
-            f"got {turns!r:.80}; repair or remove that record"
-        )
-    image = entry.get("image")
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if not isinstance(image, str):
-        return None
-    spoken = (turn["value"].replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns)
-    return LlavaRecord(name, image, "\n".join(text for text in spoken if text))
-
-
-def _files(folder: Path, suffixes: frozenset[str], field: str) -> list[Path]:
-    if not folder.is_dir():
-        raise ProbeError(f"{field} must be an existing folder, got {folder}; check the path")
-    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
-    if not files:
-        raise ProbeError(
-            f"{field} must hold files ending in {', '.join(sorted(suffixes))}, got none in {folder}; "
-            "check the path or convert the files"
-        )
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+def _read_json(path: Path, rule: str) -> Any:
+    """The content of a JSON file; of a `.jsonl` file the list of its lines."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProbeError(f"{rule}, got {path}: {type(error).__name__}: {error}") from error
 
 
 def open_dataset(path: str, split: str) -> Any:
     """One split of a dataset: a folder that `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` finds.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package datasets is not installed; nothing else here needs it.
         ProbeError: there is no such dataset or split.
-
-    Ranks: any.
     """
     try:
         import datasets
@@ -201,8 +199,8 @@ def open_dataset(path: str, split: str) -> Any:
         ) from error
 
 
-def image_rows(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
-    """Drawn rows of an image column as (name for messages, bytes of the image file as stored)."""
+def images_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
+    """Rows of an image column, not decoded."""
     stored = _column(dataset, column, "image_column")
     feature = dataset.features[column]
     if type(feature).__name__ != "Image":
@@ -210,24 +208,30 @@ def image_rows(dataset: Any, column: str, num_samples: int, seed: int) -> list[t
             f"image_column must name a column with the Image feature, got {column!r} of type {feature}; "
             f"cast it: dataset.cast_column({column!r}, datasets.Image())"
         )
-    undecoded = stored.cast_column(column, type(feature)(decode=False))
-    drawn = _drawn(dataset, num_samples, seed)
-    return [(f"row {row}", _image_bytes(undecoded[row][column], f"row {row}")) for row in drawn]
+    stored = stored.cast_column(column, type(feature)(decode=False))
+    found = []
+    for row in _draw_rows(dataset, num_samples, seed):
+        image, name = stored[row][column], f"row {row}"
+        if image is None:
+            raise ProbeError(f"probe image of {name} must be there, got none; drop such rows with dataset.filter")
+        content = image["bytes"]
+        found.append((name, _image_bytes(Path(image["path"]), name) if content is None else bytes(content)))
+    return found
 
 
-def text_rows(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, str]]:
-    """Drawn rows of a text column as (name for messages, text)."""
+def texts_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, str]]:
+    """Rows of a text column."""
     stored = _column(dataset, column, "text_column")
-    rows = []
-    for row in _drawn(dataset, num_samples, seed):
+    found = []
+    for row in _draw_rows(dataset, num_samples, seed):
         text = stored[row][column]
         if not isinstance(text, str):
             raise ProbeError(
                 f"text_column must hold strings, got {type(text).__name__} in row {row} of {column!r}; "
                 "name another column"
             )
-        rows.append((f"row {row}", text.strip()))
-    return rows
+        found.append((f"row {row}", text.strip()))
+    return found
 
 
 def _column(dataset: Any, column: str, field: str) -> Any:
@@ -244,13 +248,5 @@ def _column(dataset: Any, column: str, field: str) -> Any:
     return dataset.select_columns([column])
 
 
-def _drawn(dataset: Any, num_samples: int, seed: int) -> list[int]:
+def _draw_rows(dataset: Any, num_samples: int, seed: int) -> list[int]:
     return draw(list(range(len(dataset))), num_samples, seed, "dataset", f"a dataset of {len(dataset)} rows")
-
-
-def _image_bytes(stored: Any, name: str) -> bytes:
-    if stored is None:
-        raise ProbeError(f"probe image of {name} must be there, got none; drop such rows with dataset.filter")
-    if stored["bytes"] is not None:
-        return bytes(stored["bytes"])
-    return read_image_bytes(Path(stored["path"]), name)

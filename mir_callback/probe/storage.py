@@ -6,15 +6,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from mir_callback.errors import ProbeError
+from mir_callback.fs import beside, fsync
 
 # Where a run keeps its probe, in its output folder.
 RUN_PROBE = "mir_probe.zip"
@@ -35,16 +35,17 @@ class StoredProbe:
 
 
 def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> Path:
-    """Write a probe beside its place and rename it there. See :meth:`Probe.save`."""
+    """See :meth:`Probe.save`."""
     files = _files(entries, max_text_tokens, fingerprint)
     if path.exists() and not _is_probe(path):
         raise ProbeError(f"path must be free or hold a probe, got {path}; choose another path or remove what is there")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".zip":
-            _write_zip(path, files)
-        else:
-            _write_folder(path, files)
+        with beside(path) as new:
+            (_write_zip if path.suffix == ".zip" else _write_folder)(new, files)
+            if path.is_dir() or (path.exists() and new.is_dir()):  # only a file takes a file's place in one go
+                os.replace(path, new.with_name("replaced"))
+            os.replace(new, path)
     except OSError as error:
         raise ProbeError(
             f"path must be a place to write to, got {path}: {type(error).__name__}: {error.strerror}; choose another"
@@ -53,7 +54,7 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
 
 
 def read(path: Path) -> StoredProbe:
-    """Read a probe file or folder. See :meth:`Probe.load`."""
+    """See :meth:`Probe.load`."""
     if path.is_dir():
         if not (path / _MANIFEST).is_file():
             raise ProbeError(
@@ -68,7 +69,7 @@ def read(path: Path) -> StoredProbe:
     try:
         with zipfile.ZipFile(path) as archive:
             return _parse(path, archive.read)
-    except zipfile.BadZipFile as error:
+    except (OSError, zipfile.BadZipFile) as error:
         raise ProbeError(f"path must be a saved probe (a folder or a .zip), got {path}: {error}") from error
 
 
@@ -87,34 +88,19 @@ def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
         ) from error
 
 
-def _write_zip(path: Path, files: dict[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as beside:
-        whole = Path(beside) / path.name
-        with zipfile.ZipFile(whole, "w") as archive:
-            for name, content in files.items():
-                # A fixed date: the same probe is the same file, byte for byte.
-                archive.writestr(zipfile.ZipInfo(name), content)
-        _swap(whole, path)
-
-
-def _write_folder(path: Path, files: dict[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as beside:
-        whole = Path(beside) / path.name
+def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
-            (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            (whole / name).write_bytes(content)
-        _swap(whole, path)
+            # A fixed date: the same probe is the same file, byte for byte.
+            archive.writestr(zipfile.ZipInfo(name), content)
+    fsync(path)
 
 
-def _swap(new: Path, path: Path) -> None:
-    """Put a finished file or folder in its place; the old one goes only after the new one stands."""
-    if not path.is_dir() and not new.is_dir():
-        os.replace(new, path)
-        return
-    old = new.with_name("replaced")
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+        fsync(path / name)
 
 
 def _image_member(name: object) -> str:
@@ -126,20 +112,19 @@ def _image_member(name: object) -> str:
 
 
 def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> dict[str, bytes]:
-    samples = []
-    files = {}
-    for index, (name, image, text) in enumerate(entries):
-        member = f"images/{index:05d}.{_suffix(image)}"
-        files[member] = image
-        samples.append({"name": name, "image": member, "text": text})
+    """Names and contents of what a probe is stored as."""
+    images = {f"images/{index:05d}.{_suffix(image)}": image for index, (_, image, _) in enumerate(entries)}
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
         "fingerprint": fingerprint,
         "max_text_tokens": max_text_tokens,
-        "samples": samples,
+        "samples": [
+            {"name": name, "image": member, "text": text}
+            for (name, _, text), member in zip(entries, images, strict=True)
+        ],
     }
-    return {_MANIFEST: json.dumps(manifest, indent=1, ensure_ascii=False).encode(), **files}
+    return {_MANIFEST: json.dumps(manifest, indent=1, ensure_ascii=False).encode(), **images}
 
 
 def _suffix(image: bytes) -> str:

@@ -23,8 +23,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from llava_integration import LlavaNextAdapter
-from llava_integration.attach import recognise
 from mir_callback import Probe, evaluate_mir
+from mir_callback.probe.adapters import find_adapter
 from tests import reference
 from tests.distributed.launch import write_rank
 from tests.llava.next_assets import SIGLIP
@@ -115,7 +115,7 @@ def measure(assets: Path, case: tuple[str, str, str, dict[str, Any]], probe: Pro
     language, tower, template, overrides = case
     conversations.default_conversation = conversations.conv_templates[template]
     model, tokenizer = make_model(assets, language, tower, overrides)
-    adapter = recognise(SimpleNamespace(model=model, tokenizer=tokenizer))
+    adapter = find_adapter(model, tokenizer)
     assert isinstance(adapter, LlavaNextAdapter)
     ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size) for size in (1, 3, 6)]
     expected, vision_tokens = step_by_step(model, tokenizer, probe)

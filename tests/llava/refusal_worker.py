@@ -90,7 +90,7 @@ def truncated(assets: Path) -> str:
 def missing_folder(assets: Path) -> str:
     """What both ranks are told where rank 1 alone lacks the images."""
     model, tokenizer = make_model(assets, {})
-    trainer = SimpleNamespace(model=model, tokenizer=tokenizer)
+    trainer = SimpleNamespace(model=model, tokenizer=tokenizer, callback_handler=SimpleNamespace(callbacks=[]))
     images = assets / "probe" / ("images" if dist.get_rank() == 0 else "elsewhere")
     return told(lambda: attach_mir(trainer, images=images, texts=assets / "probe" / "texts", num_samples=4))
 

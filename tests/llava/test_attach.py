@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attach_mir recognises the model it is given, or says what it knows (the real LLaVA is in test_original)."""
+"""attach_mir finds what it needs in a Trainer, or says what is missing (the real LLaVA is in test_original)."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava_integration import attach_mir
-from mir_callback import PlateauRule, Probe
+from mir_callback import PlateauRule, Probe, attach_mir
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from tests.samples import write_folders
 from tests.training.runs import losses, make_trainer
@@ -23,8 +22,8 @@ def test_a_hugging_face_model_is_attached_with_its_trainers_processor(tmp_path, 
     trainer = make_trainer(tmp_path / "run", steps=2)
     callback = attach_mir(trainer, **folders, num_samples=5, every=1, stop=PlateauRule(), batch_size=3)
     trainer.train()
-    assert [record["step"] for record in callback.history] == [0, 1, 2]
-    assert callback.history[0]["num_samples"] == 5
+    assert [record.step for record in callback.history] == [0, 1, 2]
+    assert callback.history[0].num_samples == 5
     assert [step for step, _ in losses(trainer)] == [1, 2]
 
 
@@ -37,20 +36,20 @@ def test_a_probe_or_where_one_was_saved_takes_the_place_of_the_folders(tmp_path,
 
 def test_the_words_of_the_flags_name_a_stop_rule(tmp_path, folders):
     for word, rule in (("plateau", PlateauRule()), ("observe", PlateauRule(observe_only=True)), ("none", None)):
-        assert attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop=word).stop == rule
+        assert attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop=word).config.stop == rule
     with pytest.raises(ConfigError, match="stop must be one of none, observe, plateau, a rule or None, got 'soon'"):
         attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop="soon")
 
 
 def test_a_draw_beside_a_probe_is_refused(tmp_path, folders):
     probe = Probe.from_folders(**folders, num_samples=4)
-    with pytest.raises(ConfigError, match="num_samples=3 and seed=1 must be left out beside a probe"):
+    with pytest.raises(ConfigError, match="num_samples and seed are of a draw from folders"):
         attach_mir(make_trainer(tmp_path), probe=probe, num_samples=3, seed=1)
 
 
 def test_an_unknown_model_is_refused_with_what_is_known(folders):
-    trainer = SimpleNamespace(model=torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match="is of no kind known here .haotian-liu/LLaVA .*Hugging Face"):
+    trainer = SimpleNamespace(model=torch.nn.Linear(2, 2), callback_handler=SimpleNamespace(callbacks=[]))
+    with pytest.raises(UnsupportedModelError, match="Linear is of no kind known here.*asked: llava_integration.llava"):
         attach_mir(trainer, **folders)
 
 
@@ -58,12 +57,16 @@ def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
     trainer = make_trainer(tmp_path / "run")
     with pytest.raises(ProbeError, match="num_samples=100 and 6 usable items"):
         attach_mir(trainer, **folders)
-    with pytest.raises(ConfigError, match="conversation must be left out for LlavaForConditionalGeneration, got 'v1'"):
+    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration has no conversation templates, got 'v1'"):
         attach_mir(trainer, **folders, num_samples=5, conversation="v1")
-    with pytest.raises(ConfigError, match="trainer must be a transformers Trainer with a model, got int"):
+    with pytest.raises(ConfigError, match="int is no transformers Trainer"):
         attach_mir(3, **folders)
-    for given in ({}, {"images": "i"}, {**folders, "probe": "p.zip"}, {"texts": "t", "probe": "p.zip"}):
-        with pytest.raises(ConfigError, match="either images and texts or probe must be given"):
+    for given, message in (
+        ({}, "no probe"),
+        ({"images": "i"}, "images and texts go together"),
+        ({**folders, "probe": "p.zip"}, "give either a probe or images and texts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             attach_mir(trainer, **given)
     trainer.processing_class = None
     with pytest.raises(ConfigError, match="processor must handle images and text"):

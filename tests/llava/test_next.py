@@ -6,16 +6,15 @@ For the latter, MIR_LLAVA_NEXT_PYTHON names the Python of an environment that ru
 
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from llava_integration import LlavaNextAdapter, OriginalLlavaAdapter
-from llava_integration.attach import recognise
 from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.probe.adapters import find_adapter
 from tests import reference, tiny_models
 from tests.distributed.launch import run_process, run_ranks
 from tests.llava import next_stand_in
@@ -99,7 +98,7 @@ def test_model_is_told_apart_from_the_original_by_its_image_expansion(make_model
             raise NotImplementedError
 
     for kind, expected in ((next_stand_in.LlavaStandIn, LlavaNextAdapter), (Original, OriginalLlavaAdapter)):
-        adapter = recognise(SimpleNamespace(model=make_model(kind), tokenizer=tokenizer), "qwen_1_5")
+        adapter = find_adapter(make_model(kind), tokenizer, conversation="qwen_1_5")
         assert type(adapter) is expected
 
 

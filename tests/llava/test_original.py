@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mir_callback import Probe
-from mir_callback.best_model import lowest_record
+from mir_callback.record import EvalRecord, lowest_record
 from tests.distributed.launch import ROOT, run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES
@@ -146,6 +146,10 @@ def test_history_is_written_and_logged(runs, zero):
     assert len({record["mir"] for record in written}) == 3
 
 
+def best_of(history):
+    return lowest_record(map(EvalRecord.from_dict, history))
+
+
 @pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.slow), "3"])
 def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero):
     output, ranks = runs(zero, "best")
@@ -153,12 +157,12 @@ def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero
     assert [rank["log"] for rank in ranks] == [rank["log"] for rank in plain[1]]
     last = [torch.load(folder / "mm_projector.bin") for folder in (plain[0], output)]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
-    best = lowest_record(ranks[0]["history"])
+    best = best_of(ranks[0]["history"])
     note = json.loads((output / "mir_best" / "mir_best.json").read_text())
-    assert (note["step"], note["mir"]) == (best["step"], best["mir"])
+    assert (note["step"], note["mir"]) == (best.step, best.mir)
     kept = torch.load(output / "mir_best" / "mm_projector.bin")
     assert kept.keys() == last[0].keys()  # what stage 2 reads with --pretrain_mm_mlp_adapter
-    assert digest(kept) == ranks[0]["projectors"][str(best["step"])]
+    assert digest(kept) == ranks[0]["projectors"][str(best.step)]
     files = sorted(path.name for path in (output / "mir_best").iterdir())
     assert files == ["config.json", "mir_best.json", "mm_projector.bin"]
     # The script resumes from whatever this finds.
@@ -178,11 +182,11 @@ def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
         torchrun=False,
         environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
-    best = lowest_record(ranks[0]["history"])
+    best = best_of(ranks[0]["history"])
     kept = load_file(tmp_path / "output" / "mir_best" / "model.safetensors")
     assert (
         digest({name: kept[name] for name in kept if "mm_projector" in name})
-        == (ranks[0]["projectors"][str(best["step"])])
+        == (ranks[0]["projectors"][str(best.step)])
     )
     assert "lm_head.weight" in kept
 
@@ -226,7 +230,7 @@ def test_launcher_refuses_half_given_flags_before_the_script_starts(assets, tmp_
     script.write_text("print('started')")
     done = run_process(["-m", "mir_callback.launch", "--mir_images", "x", "--", str(script)], python=PYTHON)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: mir_texts must be given with")]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: images and texts go together")]
     assert "Traceback" not in done.stderr
     assert "started" not in done.stdout
 
@@ -243,8 +247,9 @@ def test_launcher_names_the_versions_when_llava_met_a_transformers_too_new_for_i
     flags = [*probe, "--mir_num_samples", "2", "--", str(script)]
     done = run_process(["-m", "mir_callback.launch", *flags], python=PYTHON)
     assert done.returncode == 1
-    assert "[mir] ImportError while llava was at work: llava-torch 1.2.2.post1 runs here with transformers 4.53.3" in (
-        done.stderr
+    assert (
+        "[mir] WARNING: ImportError while llava was at work: llava-torch 1.2.2.post1 runs here with transformers 4.53.3"
+        in (done.stderr)
     )
     assert "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS'" in done.stderr
 

@@ -6,9 +6,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from llava_integration import TinyLlavaAdapter, attach_mir
-from llava_integration.attach import recognise
 from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
+from mir_callback.probe.adapters import find_adapter
 from tests import reference
 from tests.llava import tinyllava_stand_in as stand_in
 from tests.samples import pairs, write_folders
@@ -107,8 +107,8 @@ def test_training_is_bit_identical_with_the_line_added(tmp_path):
     callback = attach_mir(watched, images=images, texts=texts, num_samples=COUNT, every=2)
     for trainer in (plain, watched):
         trainer.train()
-    assert [record["step"] for record in callback.history] == [0, 2, 4]
-    assert len({record["mir"] for record in callback.history}) == 3
+    assert [record.step for record in callback.history] == [0, 2, 4]
+    assert len({record.mir for record in callback.history}) == 3
     assert losses(plain) == losses(watched)
     expected = weights(plain)
     assert all(torch.equal(value, expected[name]) for name, value in weights(watched).items())
@@ -121,7 +121,8 @@ def test_training_is_bit_identical_with_the_line_added(tmp_path):
 )
 def test_template_is_the_runs_own_unless_asked(tmp_path, probe, of_run, asked, used):
     trainer = make_trainer(tmp_path, of_run)
-    found = recognise(trainer, asked).encode(probe.samples, 100).token_ids
+    adapter = find_adapter(trainer.model, None, conversation=asked, trainer=trainer)
+    found = adapter.encode(probe.samples, 100).token_ids
     expected = TinyLlavaAdapter(trainer.model, conversation=used).encode(probe.samples, 100).token_ids
     assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 

@@ -102,7 +102,7 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
             "logged": [[e["step"], e["mir"]] for e in trainer.state.log_history if "mir" in e],
             "images": seen["images"],
             "projectors": seen["projectors"],
-            "history": seen["callback"].history if "callback" in seen else [],
+            "history": [record.to_dict() for record in seen["callback"].history] if "callback" in seen else [],
         },
     )
 

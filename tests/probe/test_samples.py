@@ -209,10 +209,38 @@ def test_linked_folders_are_searched(folders, tmp_path):
     assert probe.fingerprint == Probe.from_folders(images, texts, num_samples=12).fingerprint
 
 
-@pytest.mark.parametrize("pair", [("a.png", "text"), (None, "text"), (Image.new("RGB", (4, 4)), None)])
-def test_error_when_a_pair_is_no_image_and_text(pair):
-    with pytest.raises(ProbeError, match="pair 0 must be a PIL image and a text, got"):
-        Probe.from_pairs([pair])
+PICTURE = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("pair", "got"),
+    [
+        (("a.png", "text"), "str and str"),
+        ((PICTURE, None), "Image and NoneType"),
+        ((PICTURE, "text", 3), "Image and str and int"),
+        ((PICTURE,), "Image"),
+        ("ab", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_error_names_the_pair_that_is_no_image_and_text(pair, got):
+    with pytest.raises(ProbeError, match=f"pair 1 must be a PIL image and a text, got {got};"):
+        Probe.from_pairs([(PICTURE, "text"), pair])
+
+
+def test_error_names_the_pair_whose_image_is_damaged_or_would_lose_its_shades(tmp_path):
+    path = tmp_path / "cut.png"
+    pairs(1)[0][0].save(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    for image, reason in ((Image.open(path), "OSError"), (Image.new("I;16", (4, 4)), "ValueError: mode I;16 has more")):
+        with pytest.raises(ProbeError, match=f"the image of pair 1 must be readable, got {reason}"):
+            Probe.from_pairs([(PICTURE, "text"), (image, "text")])
+
+
+@pytest.mark.parametrize("call", [Probe.load, Probe.from_pairs(pairs(1)).save])
+def test_error_when_a_path_is_none(call):
+    with pytest.raises(ProbeError, match="path must be a path, got 3 of type int"):
+        call(3)
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t ", b"\xff\xfe\xfa"])

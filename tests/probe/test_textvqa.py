@@ -52,7 +52,7 @@ def test_both_forms_of_a_file_give_the_same_probe(folders, tmp_path):
     [
         ("q.json", "{", "questions must be a readable TextVQA question file"),
         ("q.jsonl", '{"image": "a.jpg"}\n{', "questions must be a readable TextVQA question file"),
-        ("q.json", '{"data": 3}', 'must hold a list of questions, as such or under "data", got dict'),
+        ("q.json", '{"data": 3}', 'must hold a list of questions, as such or under "data", got int'),
         ("q.json", '{"data": [{"question": "?"}]}', "question 0 of q.json must name its image"),
         ("q.json", "[7]", "question 0 of q.json must name its image"),
         ("q.json", '[{"image_id": "nope"}]', r"must exist at .*nope\.jpg"),

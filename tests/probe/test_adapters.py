@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapter a model gets: of transformers' own, LLaVA's code bases, somebody else's, or none."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import llava_integration
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.probe import adapters
+from mir_callback.probe.adapters import HuggingFaceAdapter, find_adapter, package_of, register_adapter
+from tests import tiny_models
+from tests.llava import tinyllava_stand_in
+
+
+class Adapter:
+    """Of a third party; nothing is encoded here."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+def factory_of(name, kind):
+    def make(model, processor, *, conversation, trainer):
+        return Adapter(f"{name} {processor} {conversation} {trainer}") if isinstance(model, kind) else None
+
+    return make
+
+
+class Theirs(nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """As in a fresh process, but for what llava_integration has registered."""
+    monkeypatch.setattr(adapters, "_registered", [])
+    adapters._load_entry_points.cache_clear()
+    yield
+    adapters._load_entry_points.cache_clear()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a package with an entry point, as pip would."""
+
+    def make(value, source=""):
+        (tmp_path / "their_package.py").write_text(source)
+        info = tmp_path / "their_package-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[mir_callback.adapters]\ntheirs = {value}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    sys.modules.pop("their_package", None)
+
+
+def test_a_registered_factory_is_asked_with_all_that_is_known():
+    register_adapter(factory_of("a", Theirs))
+    found = find_adapter(Theirs(), "tokenizer", conversation="v1", trainer="trainer")
+    assert found.name == "a tokenizer v1 trainer"
+
+
+def test_the_factory_registered_last_is_asked_first_and_a_fallback_last(monkeypatch):
+    monkeypatch.setattr(adapters, "_fallbacks", [])
+    for name, fallback in (("first", False), ("second", False), ("fallback", True)):
+        register_adapter(factory_of(name, Theirs), fallback=fallback)
+    assert find_adapter(Theirs(), None).name.startswith("second")
+    register_adapter(factory_of("elsewhere", nn.Conv2d))
+    assert find_adapter(Theirs(), None).name.startswith("second")
+    monkeypatch.setattr(adapters, "_registered", [])
+    assert find_adapter(Theirs(), None).name.startswith("fallback")
+
+
+def test_a_registered_factory_goes_before_those_of_transformers_and_llava(monkeypatch):
+    tinyllava_stand_in.install(monkeypatch)
+    for model in (tiny_models.llava()[0], tinyllava_stand_in.TinyLlavaForConditionalGeneration()):
+        register_adapter(factory_of("ours", type(model)))
+        assert find_adapter(model, None).name.startswith("ours")
+
+
+def test_an_installed_package_brings_its_factory(install):
+    source = "class A:\n    pass\n\ndef make(model, processor, *, conversation, trainer):\n    return A()"
+    install("their_package:make", source)
+    assert type(find_adapter(Theirs(), None)).__module__ == "their_package"
+    register_adapter(factory_of("registered", Theirs))
+    assert isinstance(find_adapter(Theirs(), None), Adapter)
+
+
+def test_a_broken_package_is_said_and_does_not_stand_in_the_way(install):
+    install("their_package:missing")
+    model, processor = tiny_models.llava()
+    with pytest.warns(UserWarning, match=r"adapters of their_package:missing cannot be loaded: AttributeError"):
+        assert isinstance(find_adapter(model, processor), HuggingFaceAdapter)
+
+
+def test_llava_integration_is_imported_by_name_when_a_model_is_none_of_transformers(monkeypatch):
+    tinyllava_stand_in.install(monkeypatch)
+    monkeypatch.setattr(adapters, "_fallbacks", [])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "llava_integration"]:
+        monkeypatch.delitem(sys.modules, name)
+    find_adapter(*tiny_models.llava())
+    assert "llava_integration" not in sys.modules
+    found = find_adapter(tinyllava_stand_in.TinyLlavaForConditionalGeneration(), None)
+    assert type(found).__name__ == "TinyLlavaAdapter"
+
+
+def test_an_unknown_model_is_refused_with_who_was_asked_and_what_to_do(monkeypatch):
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_adapter(Theirs(), None)
+    told = str(caught.value)
+    assert told.startswith(f"{__name__}.Theirs is of no kind known here")
+    assert "asked: llava_integration.llava, llava_integration.tinyllava" in told
+    assert "register_adapter" in told
+    monkeypatch.setitem(sys.modules, "llava_integration", None)
+    monkeypatch.setattr(adapters, "_fallbacks", [])
+    with pytest.raises(
+        UnsupportedModelError, match="asked: nobody; not llava_integration: import of llava_integration"
+    ):
+        find_adapter(Theirs(), None)
+
+
+def test_a_template_for_a_model_of_transformers_is_refused():
+    model, processor = tiny_models.llava()
+    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration has no conversation templates, got 'v1'"):
+        find_adapter(model, processor, conversation="v1")
+    with pytest.raises(ConfigError, match="processor must handle images and text"):
+        find_adapter(model, processor.tokenizer)
+    with pytest.raises(ConfigError, match="model must be a torch module, got int"):
+        find_adapter(3, processor)
+
+
+def test_a_models_package_is_that_of_the_forward_it_runs():
+    model, _ = tiny_models.llava()
+    assert package_of(torch.nn.parallel.DataParallel(model)) == "transformers"
+    sharded = type(f"FSDP{type(model).__name__}", (type("FSDPModule", (), {}), type(model)), {})
+    model.__class__ = sharded  # as torch's fully_shard does
+    assert package_of(model) == "transformers"
+    assert package_of(Theirs()) == "tests"
+
+
+def test_attach_mir_is_one_function():
+    import mir_callback
+
+    assert llava_integration.attach_mir is mir_callback.attach_mir

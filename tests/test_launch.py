@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher: what it takes, what it says, and that it runs things as Python would."""
+
+import os
+import sys
+from dataclasses import fields
+
+import pytest
+from transformers import Trainer
+
+from mir_callback import MIRArguments, Probe
+from mir_callback.history import read_history
+from mir_callback.launch import find_target, main
+from tests.distributed.launch import run_process
+from tests.samples import pairs
+
+REPORT = "import sys, os; print('ran', __name__, os.path.basename(sys.argv[0]), sys.argv[1:], sys.path[0])"
+
+
+@pytest.fixture
+def probe(tmp_path):
+    return str(Probe.from_pairs(pairs(2)).save(tmp_path / "probe.zip"))
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(REPORT)
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Writes a console command of a given first line on the PATH."""
+
+    def make(head, body=REPORT):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        path = folder / "train-it"
+        path.write_text(f"{head}\n{body}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+        return path
+
+    return make
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Run the launcher in this process; exit code and what was printed."""
+    monkeypatch.setattr(Trainer, "train", Trainer.train)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*words):
+        code = None
+        try:
+            main([str(word) for word in words])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_shows_three_uses_and_the_flags_in_groups_with_their_defaults(launch):
+    code, out, _ = launch("--help")
+    assert code == 0
+    usage, _, rest = out.partition("\n\n")
+    assert [line.split()[:2] for line in usage.removeprefix("usage: ").splitlines()] == [
+        ["python", "-m"],
+        ["torchrun", "--nproc_per_node"],
+        ["deepspeed", "--module"],
+    ]
+    for option in fields(MIRArguments):
+        assert f"  --{option.name}" in rest
+    assert {"the probe:", "what is measured:", "when training stops:", "failures:"} <= set(rest.splitlines())
+    assert "(default: 50)" in rest
+    assert "(default: None)" not in rest
+
+
+def test_without_arguments_the_uses_and_one_line(launch):
+    code, _, err = launch()
+    assert code == 2
+    assert err.splitlines()[0].startswith("usage: python -m mir_callback.launch")
+    assert err.splitlines()[-1].startswith("error: there is nothing to run behind --: no script;")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mir_images", "a"], "images and texts go together, got images='a' and texts=None"),
+        ([], "no probe: give one"),
+        (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be an integer of at least 1"),
+        (["--mir_every", "often"], "every='often' is no schedule; write 50 (steps), 0.1ep (epochs)"),
+        (["--mir_evry", "3"], "--mir_evry 3 is no flag of the launcher; what is to be run stands behind --"),
+        (["--mir_batch_size", "x"], "argument --mir_batch_size/--mir-batch-size: invalid int value: 'x'"),
+        (["--mir_probe", "no.zip"], "path must be a saved probe, got no.zip, which does not exist"),
+        (["--mir_images", "no", "--mir_texts", "no"], "images must be an existing folder, got no"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_said_in_one_line_before_the_script_starts(launch, script, words, message):
+    code, out, err = launch(*words, "--", script)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert line.endswith("; see python -m mir_callback.launch --help")
+    assert "ran" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to run behind --: no script"),
+        (["-m"], "there is nothing to run behind --: no module"),
+        (["nowhere.py"], "the script behind -- is neither a file nor a command on the PATH: nowhere.py"),
+        (["sh", "-c", "train"], "MIR can only be attached to Python, and .*sh is no Python script"),
+        (["train-it"], "MIR can only be attached to Python, and .*train-it is no Python script"),
+    ],
+)
+def test_error_when_there_is_no_python_to_run(launch, command, probe, words, message):
+    command("#!/bin/bash", "python train.py")
+    code, _, err = launch("--mir_probe", probe, "--", *words)
+    assert code == 2
+    assert err.startswith("error: ")
+    with pytest.raises(ValueError, match=message):
+        find_target(words)
+
+
+def test_a_script_runs_as_python_would_run_it_and_gets_deepspeeds_rank(launch, script, probe):
+    code, out, err = launch("--local_rank=1", "--mir_probe", probe, "--", script, "--lr", "1", "--", "x")
+    assert code is None
+    assert out.splitlines()[0] == f"ran __main__ train.py ['--lr', '1', '--', 'x', '--local_rank=1'] {script.parent}"
+    assert f"[mir] WARNING: {script} ended without training a Trainer of transformers" in err
+
+
+def test_a_module_runs_as_python_would_run_it(launch, tmp_path, probe, monkeypatch):
+    package = tmp_path / "trainers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "sft.py").write_text(REPORT)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = launch("--mir_probe", probe, "--", "-m", "trainers.sft", "a.yaml")
+    assert code is None
+    assert out.splitlines()[0] == f"ran __main__ sft.py ['a.yaml'] {tmp_path}"
+    assert "WARNING: -m trainers.sft ended without training" in err
+
+
+@pytest.mark.parametrize(
+    "head", ["#!/usr/bin/env python3", "#!/bin/sh\n'''exec' \"/a path/python\" \"$0\" \"$@\"\n' '''"]
+)
+def test_a_console_command_of_python_runs_in_this_process(launch, command, probe, head):
+    path = command(head, f"{REPORT}\nprint(os.getpid())\nsys.exit(0)")
+    code, out, err = launch("--mir_probe", probe, "--", "train-it", "train", "a.yaml")
+    assert code == 0
+    assert out.splitlines() == [f"ran __main__ train-it ['train', 'a.yaml'] {path.parent}", str(os.getpid())]
+    assert f"WARNING: {path} ended without training" in err
+
+
+@pytest.mark.parametrize("own", ["", "mir_callback.attach_mir(trainer, sys.argv[2], every=2)"])
+def test_a_trainer_of_the_script_is_measured_once(launch, script, probe, tmp_path, own):
+    script.write_text(
+        "import sys, mir_callback\nfrom tests.training.runs import make_trainer\n"
+        f"trainer = make_trainer(sys.argv[1], steps=2)\n{own}\ntrainer.train()\n"
+    )
+    code, _, err = launch("--mir_probe", probe, "--mir_every", "1", "--", script, tmp_path / "run", probe)
+    assert code is None
+    assert "without training" not in err
+    steps = [record.step for record in read_history(tmp_path / "run" / "mir_history.jsonl")]
+    assert steps == ([0, 2] if own else [0, 1, 2])
+
+
+def test_the_exit_code_of_a_script_that_fails_is_its_own(launch, script, probe):
+    script.write_text("raise SystemExit(3)")
+    code, _, err = launch("--mir_probe", probe, "--", script)
+    assert (code, err) == (3, "")
+
+
+def test_launched_as_a_module_of_its_own(script, probe):
+    done = run_process(["-m", "mir_callback.launch", "--mir_probe", probe, "--", str(script), "--lr", "1"])
+    assert done.returncode == 0
+    assert "ran __main__ train.py ['--lr', '1']" in done.stdout
