@@ -5,9 +5,8 @@
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --samples 100 --text 900
 
 Bare forwards (no gradient, no cache, logits of one position) and evaluations run alternately: as they are by default,
-without standard errors, and with the solves in the background, where what counts is how long training waits before it
-goes on. The table shows medians, medians of the ratios within a round, and the memory an evaluation needs beyond the
-model.
+and without standard errors. The table shows medians, medians of the ratios within a round, and the memory an evaluation
+needs beyond the model.
 """
 
 from __future__ import annotations
@@ -17,11 +16,7 @@ from typing import Any
 
 import torch
 from measuring import alternate, machine, options_of, publish, ratio, table
-from random_llava import bare_forward, build, encode
-from torch import nn
-
-from mir_callback.evaluation.evaluate import Wanted, evaluate_beside, evaluate_encoded
-from mir_callback.probe.batches import EncodedProbe
+from random_llava import bare_forward, build, make_evaluator
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"default": "cpu"},
@@ -36,35 +31,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(model: nn.Module, encoded: EncodedProbe, adapter: Any, repeats: int) -> tuple[dict[str, list[float]], Any]:
-    """Seconds of every kind of run, and the last report."""
-    reports = []
-    started: list[Any] = []
-
-    def evaluate(**options: Any) -> None:
-        reports.append(evaluate_encoded(model, encoded, adapter, progress=False, **options))
-
-    taken = alternate(
-        {
-            "forward": bare_forward(model, encoded),
-            "evaluation": evaluate,
-            "no errors": lambda: evaluate(wanted=Wanted(standard_error=False)),
-            "until training goes on": lambda: started.append(evaluate_beside(model, encoded, adapter)),
-            "beside": lambda: started.pop().advance(wait=True),
-        },
-        repeats,
-    )
-    return taken, max(reports, key=lambda report: report.peak_memory_bytes)
-
-
 def main() -> None:
     """Print the table, and write it where asked."""
     options = options_of(__doc__, **OPTIONS)
     on_cpu = options.device == "cpu"
     dtype = getattr(torch, options.dtype)
     model = build(options.hidden, options.layers, options.tower_layers or (2 if on_cpu else 24), options.device, dtype)
-    encoded, adapter = encode(model, options.samples, options.text, options.batch_size)
-    taken, report = measure(model, encoded, adapter, options.repeats)
+    sizes = (model, options.samples, options.text)
+    whole = make_evaluator(*sizes, batch_size=options.batch_size)
+    plain = make_evaluator(*sizes, batch_size=options.batch_size, standard_error=False)
+    reports = []
+    taken = alternate(
+        {
+            "forward": bare_forward(model, whole),
+            "evaluation": lambda: reports.append(whole.evaluate(model, progress=False)),
+            "no errors": lambda: plain.evaluate(model, progress=False),
+        },
+        options.repeats,
+    )
+    report = max(reports, key=lambda each: each.peak_memory_bytes)
     seconds = {name: f"{statistics.median(values):.2f}" for name, values in taken.items()}
     ratios = {name: f"{ratio(taken, name, 'forward'):.2f}" for name in taken}
     cells = {
@@ -78,9 +63,6 @@ def main() -> None:
         "more GiB": f"{report.peak_memory_bytes / 2**30:.2f}",
         "without standard errors (s)": seconds["no errors"],
         "its ratio": ratios["no errors"],
-        "in the background: training waits (s)": seconds["until training goes on"],
-        "ratio of that": ratios["until training goes on"],
-        "then beside training, idle (s)": seconds["beside"],
     }
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     publish(

@@ -21,17 +21,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import scipy.linalg
 import torch
 from measuring import machine, options_of, publish, table
-from random_llava import IMAGE_TOKENS, bare_forward, build, encode
+from random_llava import IMAGE_TOKENS, bare_forward, build, make_evaluator
 from torch import Tensor, nn
 
-from mir_callback.evaluation.evaluate import evaluate_encoded
-from mir_callback.evaluation.memory import peak_memory
-from mir_callback.probe.batches import EncodedProbe
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.memory import PeakMemory
 
 WAYS = ("forward", "evaluation", "evaluation in passes", "all hidden states")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -44,15 +44,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-def keep_everything(model: nn.Module, encoded: EncodedProbe) -> None:
+def keep_everything(model: nn.Module, evaluator: Evaluator) -> None:
     """The order of work of the authors' script, in our own words."""
     kept: list[tuple[Tensor, ...]] = []
-    for batch in encoded.batches:
+    for batch in evaluator.batches:
         kept.append(model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states)
     for layer in range(1, len(kept[0])):
         covariances = []
         for modality in ("vision", "text"):
-            masks = [getattr(batch.masks, modality) for batch in encoded.batches]
+            masks = [getattr(batch.masks, modality) for batch in evaluator.batches]
             rows = torch.cat([states[layer][mask] for states, mask in zip(kept, masks, strict=True)])
             covariances.append(torch.cov(rows.T))
         scipy.linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).trace()
@@ -67,19 +67,20 @@ def work(options: argparse.Namespace) -> None:
     """Go one way and print the bytes it took."""
     model = build(options.hidden, options.layers, tower_layers=1)
     budget = rows_of(options) / 4e9 if options.way == "evaluation in passes" else None
-    encoded, adapter = encode(model, options.samples, options.text, batch_size=1, capture_budget_gb=budget)
+    evaluator = make_evaluator(model, options.samples, options.text, batch_size=1, capture_budget_gb=budget)
     ways: dict[str, Callable[[], Any]] = {
-        "forward": bare_forward(model, encoded),
-        "evaluation": lambda: evaluate_encoded(model, encoded, adapter, progress=False),
-        "evaluation in passes": lambda: evaluate_encoded(model, encoded, adapter, progress=False),
-        "all hidden states": lambda: keep_everything(model, encoded),
+        "forward": bare_forward(model, evaluator),
+        "evaluation": lambda: evaluator.evaluate(model, progress=False),
+        "evaluation in passes": lambda: evaluator.evaluate(model, progress=False),
+        "all hidden states": lambda: keep_everything(model, evaluator),
     }
     with torch.no_grad():
-        first = encoded.batches[0]
+        first = evaluator.batches[0]
         model(**first.inputs, use_cache=False, logits_to_keep=1)
-    with peak_memory(torch.device("cpu")) as peak:
-        ways[options.way]()
-    print(json.dumps(peak.extra_bytes))
+    Path("/proc/self/clear_refs").write_text("5")  # what the process has used before counts no more
+    peak = PeakMemory(torch.device("cpu"))
+    ways[options.way]()
+    print(json.dumps(peak.sample()))
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mir_callback import Probe
-from mir_callback.evaluation.evaluate import encode_for
+from mir_callback.config import MIRConfig
+from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.model.modality import modality_masks
 from mir_callback.probe.adapters import AdaptedBatch, LiveMasks
-from mir_callback.probe.batches import EncodedProbe
 from mir_callback.probe.probe import Sample
 
 VOCABULARY = 32064
@@ -80,22 +80,19 @@ def build(
     return model
 
 
-def encode(
-    model: nn.Module, samples: int, text_tokens: int, batch_size: int, capture_budget_gb: float | None = None
-) -> tuple[EncodedProbe, RandomTokens]:
-    """This rank's share of a probe of random samples, and its adapter. Collective."""
+def make_evaluator(model: nn.Module, samples: int, text_tokens: int, **options: Any) -> Evaluator:
+    """For a probe of random samples; ``options`` as of `evaluate_mir`. Collective."""
     probe = Probe.from_pairs([(Image.new("RGB", (4, 4)), str(index)) for index in range(samples)])
-    adapter = RandomTokens(text_tokens)
-    return encode_for(model, probe, adapter, batch_size=batch_size, capture_budget_gb=capture_budget_gb), adapter
+    return Evaluator(model, probe, RandomTokens(text_tokens), MIRConfig(**options))
 
 
-def bare_forward(model: nn.Module, encoded: EncodedProbe) -> Callable[[], None]:
+def bare_forward(model: nn.Module, evaluator: Evaluator) -> Callable[[], None]:
     """What puts this rank's batches through the model: no gradient, no cache, logits of one position."""
     parameter: Any = next(model.parameters())
 
     @torch.no_grad()
     def forward() -> None:
-        for batch in encoded.batches:
+        for batch in evaluator.batches:
             model(**batch.on(parameter.device, parameter.dtype).inputs, use_cache=False, logits_to_keep=1)
 
     return forward

@@ -26,9 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measuring import machine, options_of, publish, table
-from random_llava import bare_forward, build, encode
-
-from mir_callback.evaluation.evaluate import evaluate_encoded
+from random_llava import bare_forward, build, make_evaluator
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hidden": {"type": int, "default": 512},
@@ -47,8 +45,8 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(options.threads)
     model = build(options.hidden, options.layers, tower_layers=1)
-    encoded, adapter = encode(model, options.samples, options.text, batch_size=1)
-    forward = bare_forward(model, encoded)
+    evaluator = make_evaluator(model, options.samples, options.text, batch_size=1)
+    forward = bare_forward(model, evaluator)
     told: dict[str, list[float]] = {name: [] for name in ("forward", "evaluation", "forward_cpu", "evaluation_cpu")}
     value = 0.0
     for repeat in range(options.repeats + 1):
@@ -58,7 +56,7 @@ def work(options: argparse.Namespace) -> None:
             if name == "forward":
                 forward()
             else:
-                value = evaluate_encoded(model, encoded, adapter, progress=False).mir
+                value = evaluator.evaluate(model, progress=False).mir
             cpu = time.process_time() - cpu
             dist.barrier()
             if repeat:

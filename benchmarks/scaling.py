@@ -14,9 +14,7 @@ from typing import Any
 
 from cost_model import Shape, beyond_the_forward, fitted
 from measuring import alternate, machine, options_of, publish, table
-from random_llava import IMAGE_TOKENS, bare_forward, build, encode
-
-from mir_callback.evaluation.evaluate import evaluate_encoded
+from random_llava import IMAGE_TOKENS, bare_forward, build, make_evaluator
 
 BASE: dict[str, int] = {"hidden": 512, "layers": 4, "samples": 2, "text": 600}
 VARIED: dict[str, tuple[int, ...]] = {"samples": (4, 8), "text": (300, 1200), "layers": (2, 8), "hidden": (256, 768)}
@@ -26,11 +24,11 @@ OPTIONS: dict[str, dict[str, Any]] = {"repeats": {"type": int, "default": 2}}
 def measure(setting: dict[str, int], repeats: int) -> tuple[float, float]:
     """Median seconds of the bare forward and of the evaluation."""
     model = build(setting["hidden"], setting["layers"], tower_layers=1)
-    encoded, adapter = encode(model, setting["samples"], setting["text"], batch_size=2)
+    evaluator = make_evaluator(model, setting["samples"], setting["text"], batch_size=2)
     taken = alternate(
         {
-            "forward": bare_forward(model, encoded),
-            "evaluation": lambda: evaluate_encoded(model, encoded, adapter, progress=False),
+            "forward": bare_forward(model, evaluator),
+            "evaluation": lambda: evaluator.evaluate(model, progress=False),
         },
         repeats,
     )

@@ -62,33 +62,26 @@ def copy_from_rank(tensor: Tensor, source: int) -> Tensor:
 def gather_columns(part: Tensor) -> list[Tensor]:
     """All ranks' matrices (L, n_r), in rank order, on every rank; n_r may differ and may be 0.
 
-    They are not joined: that is local work, and the caller's to do where a failure of one rank becomes one of all.
+    They are not joined: that may fail, and is the caller's to do where a failure of one rank becomes one of all.
     """
     if world_size() == 1:
         return [part]
     widths = gather_objects(part.shape[1])
-    with all_or_none():
+    with fail_together():
         padded, gathered = _room_for(part, widths)
     dist.all_gather(gathered, padded)
     return [block[:, :width] for block, width in zip(gathered, widths, strict=True)]
 
 
 def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, like: Tensor) -> T:
-    """Local work in rounds, each ending in a sum over ranks, that succeeds on all ranks or fails on all.
+    """What local work returns that sums over ranks in rounds; it succeeds on all ranks or fails on all.
 
-    A rank whose work fails goes on taking part, with zeros, until the last round, so that nobody waits for it. That
-    costs one agreement for all rounds instead of one for each.
+    A rank whose work fails takes part with zeros until the last round, so that one exchange of errors does for all.
 
     Args:
         work: called with the sum over ranks, which it must call exactly ``rounds`` times.
         rounds: the same on every rank.
         like: of the shape, dtype and device of what is summed.
-
-    Returns:
-        What ``work`` returns.
-
-    Raises:
-        Exception: as :func:`agree`.
     """
     done = 0
 
@@ -97,7 +90,7 @@ def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, 
         done += 1
         return sum_over_ranks(tensor)
 
-    with all_or_none():
+    with fail_together():
         spare = torch.empty_like(like)
     error: Exception | None = None
     try:
@@ -106,25 +99,23 @@ def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, 
         error = caught
     for _ in range(done, rounds):
         sum_over_ranks(spare.zero_())
-    agree(error)
+    sync_errors(error)
     return result
 
 
 def gather_objects(value: T) -> list[T]:
     """Every rank's (small, picklable) value, in rank order, on every rank."""
-    if world_size() == 1:
-        return [value]
     values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_object(value: T) -> T:
     """Rank 0's (picklable) value, on every rank."""
-    if world_size() == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -132,8 +123,7 @@ def broadcast_object(value: T) -> T:
 def joined(*, on_gpu: bool) -> Iterator[None]:
     """While open, be one of the ranks that torchrun has started; nothing on a single process or in a group already.
 
-    Args:
-        on_gpu: this rank works on a GPU, which it has made its current device; the same on every rank.
+    ``on_gpu``: every rank works on a GPU, which it has made its current device.
     """
     if _active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -145,22 +135,8 @@ def joined(*, on_gpu: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agree(error: Exception | None) -> None:
+def sync_errors(error: Exception | None, value: T | None = None) -> list[T]:
     """End a phase on all ranks alike: if any rank failed, every rank raises.
-
-    Args:
-        error: this rank's failure in the phase, or None.
-
-    Raises:
-        Exception: this rank's own error where it failed.
-        MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
-            and message.
-    """
-    settle(error, None)
-
-
-def settle(error: Exception | None, value: T) -> list[T]:
-    """:func:`agree` and :func:`gather_objects` in one.
 
     Args:
         error: this rank's failure in the phase, or None.
@@ -170,27 +146,30 @@ def settle(error: Exception | None, value: T) -> list[T]:
         Every rank's value, in rank order, on every rank.
 
     Raises:
-        Exception: as :func:`agree`.
+        Exception: this rank's own error where it failed.
+        MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
+            and message.
     """
     everyone = gather_objects((None if error is None else (_kind_elsewhere(error), describe(error)), value))
     if error is not None:
         setattr(error, _SHARED, True)
         raise error
-    for failed_rank, (told, _) in enumerate(everyone):
-        if told is not None:
-            raise told[0](f"rank {failed_rank} failed: {told[1]}")
-    return [each for _, each in everyone]
+    for failed_rank, (failure, _) in enumerate(everyone):
+        if failure is not None:
+            kind, message = failure
+            raise kind(f"rank {failed_rank} failed: {message}")
+    return [each for _, each in everyone]  # type: ignore[misc]  # None only where none was given
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
-    """A block of local work (no collectives in it) that succeeds on all ranks or fails on all, see :func:`agree`."""
+def fail_together() -> Iterator[None]:
+    """A block of local work (no collectives in it) that succeeds on all ranks or fails on all."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    agree(error)
+    sync_errors(error)
 
 
 def describe(error: BaseException) -> str:
@@ -204,20 +183,17 @@ def describe(error: BaseException) -> str:
 def is_shared(error: Exception) -> bool:
     """Whether every rank has this failure, so that going on after it leaves the ranks in step.
 
-    True for what :func:`agree` raised and for this package's own errors, which are raised from values all ranks share
-    or through `agree`; true for anything on one process.
+    True for what :func:`sync_errors` raised, for this package's own errors, which are raised through it or from values
+    all ranks share, and for anything on one process.
     """
     return world_size() == 1 or isinstance(error, MIRError) or getattr(error, _SHARED, False)
 
 
 def require_same(**options: object) -> None:
-    """Refuse options that differ between ranks, which would sooner or later wait for each other for ever.
+    """Raise ConfigError on every rank if an option differs between them, who would sooner or later wait for ever.
 
     Args:
         **options: (small, picklable, comparable) values by name.
-
-    Raises:
-        ConfigError: some option is not the same on every rank; on every rank.
     """
     everyone = gather_objects(options)
     for name in options:
@@ -234,7 +210,7 @@ def _active() -> bool:
 
 
 def _room_for(part: Tensor, widths: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """``part`` (L, n_r) filled up to the widest, and room for everyone's."""
+    """``part`` filled up to the widest, and room for everyone's."""
     padded = part.new_zeros(part.shape[0], max(widths))
     padded[:, : part.shape[1]] = part
     return padded, [torch.empty_like(padded) for _ in widths]
@@ -243,8 +219,8 @@ def _room_for(part: Tensor, widths: list[int]) -> tuple[Tensor, list[Tensor]]:
 def _kind_elsewhere(error: Exception) -> type[MIRError]:
     """As what other ranks raise this failure.
 
-    Only the classes of our own errors.py travel: others, also ones derived from ours, may not be importable elsewhere,
-    and a rank that cannot pickle its failure would leave the others waiting for it.
+    Only the classes of our errors.py travel: a failure that cannot be pickled here, or imported there, would leave the
+    others waiting.
     """
     ours = (kind for kind in type(error).__mro__ if kind.__module__ == MIRError.__module__)
     return next(ours, RemoteError)

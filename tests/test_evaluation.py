@@ -2,16 +2,18 @@
 """One evaluation on a live model, on one process (tests/distributed has more)."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 
-from mir_callback import MIRReport, Probe, evaluate_mir, metric, modality_integration_rate
-from mir_callback import watchdog as progress
+from mir_callback import Probe, evaluate_mir, metric, modality_integration_rate
+from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, NumericsError, ProbeError, UnsupportedModelError
+from mir_callback.evaluation import evaluate
+from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.probe.adapters import HuggingFaceAdapter
+from mir_callback.record import DEFINITION_FIELDS, EvalRecord
 from tests import reference, tiny_models
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs
@@ -145,18 +147,42 @@ def test_progress_is_shown_when_it_takes_long(probe, monkeypatch, capsys):
     model, processor = tiny_models.llava()
     evaluate_mir(model, probe, processor=processor)
     assert "MIR:" not in capsys.readouterr().err
-    monkeypatch.setattr(progress, "_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(evaluate, "_BAR_DELAY_SECONDS", 0.0)
     evaluate_mir(model, probe, processor=processor)
     assert "MIR:" in capsys.readouterr().err
     evaluate_mir(model, probe, processor=processor, progress=False)
     assert "MIR:" not in capsys.readouterr().err
 
 
-def test_report_is_json_ready(probe):
+def test_report_gives_the_fields_of_a_record(probe):
+    model, processor = tiny_models.llava()
+    report = evaluate_mir(model, probe, processor=processor, probe_loss=True)
+    record = EvalRecord.from_dict({"step": 3, **report.to_fields()})
+    assert not record.unknown
+    assert EvalRecord.from_line(record.to_line()) == record
+    assert {name: record[name] for name in report.to_fields()} == dataclasses.asdict(report)
+
+
+def test_record_without_a_value_says_why(probe):
     model, processor = tiny_models.llava()
     report = evaluate_mir(model, probe, processor=processor)
-    restored = MIRReport(**json.loads(json.dumps(report.as_dict())))
-    assert restored == report
+    nothing = dataclasses.replace(report, mir=-math.inf).to_fields()
+    assert nothing["mir"] is None
+    assert nothing["error"] == "every distance is zero: vision and text tokens cannot be told apart"
+
+
+def test_evaluator_is_defined_by_what_makes_values_comparable(probe):
+    model, processor = tiny_models.llava()
+    evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(root="paper_fast"))
+    fields = evaluator.evaluate(model).to_fields()
+    assert evaluator.definition == {name: fields[name] for name in DEFINITION_FIELDS}
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"batch_size": True}, {"capture_budget_gb": -1}, {"every": 5}])
+def test_error_when_an_option_breaks_its_rule_or_is_none_of_an_evaluation(probe, option):
+    model, processor = tiny_models.llava()
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        evaluate_mir(model, probe, processor=processor, **option)
 
 
 def test_tokens_fingerprint_tells_tokenizations_apart(probe):
@@ -172,7 +198,7 @@ def test_error_names_layer_and_modality_when_states_are_not_finite(probe, value)
     model, processor = tiny_models.llava()
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = value
-    with pytest.raises(NumericsError, match="layer 2, vision: hidden states must be finite.* in 160 of 160 tokens"):
+    with pytest.raises(NumericsError, match="layer 2, vision: hidden states are NaN or infinite in 160 of 160"):
         evaluate_mir(model, probe, processor=processor)
     assert all(not module._forward_hooks for module in model.model.language_model.layers)
 
@@ -281,39 +307,5 @@ def test_probe_loss_is_refused_when_the_adapter_tells_no_text_ids(probe):
             return dataclasses.replace(super().encode(samples, max_text_tokens), text_ids=None)
 
     adapter = Silent(model, processor)
-    with pytest.raises(ConfigError, match="probe_loss must come with an adapter that tells the ids of texts"):
+    with pytest.raises(ConfigError, match="probe_loss needs the ids of texts, which Silent does not tell"):
         evaluate_mir(model, probe, adapter=adapter, probe_loss=True)
-
-
-def test_extrapolated_value_is_twice_the_whole_less_the_mean_half(probe):
-    model, processor = tiny_models.llava()
-    report = evaluate_mir(model, probe, processor=processor, bias_gauge=True)
-    vision, text = hidden_rows(model.eval(), processor)
-    total = 0.0
-    for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True)):
-        rows = [reference.without_outliers(reference.to_numpy(part)) for part in (vision_rows, text_rows)]
-        scale = 1 / text_rows.double().norm(dim=1).mean().item()
-        of = [torch.arange(COUNT).repeat_interleave(each) for each in rows_of_samples(model, processor)]
-        halves = []
-        for parity in (0, 1):
-            clouds = [scale * part[(of_part % 2 == parity).numpy()] for part, of_part in zip(rows, of, strict=True)]
-            halves.append(reference.frechet(*clouds))
-        total += max(0.0, 2 * report.per_layer[layer] - sum(halves) / 2)
-    assert report.mir_extrapolated == pytest.approx(math.log10(total), abs=1e-6)
-    assert report.mir_extrapolated < report.mir
-
-
-def rows_of_samples(model, processor):
-    """Vision and text rows of each sample."""
-    counts = []
-    for image, words in pairs(COUNT):
-        ids = processor(images=[[image]], text=[processor.image_token + words], return_tensors="pt")["input_ids"][0]
-        image_at = (ids == model.config.image_token_id).nonzero()[:, 0]
-        counts.append((len(image_at), len(ids) - 1 - int(image_at[-1])))
-    return torch.tensor(counts).T
-
-
-def test_no_extrapolation_of_a_probe_too_small_for_halves():
-    model, processor = tiny_models.llava()
-    report = evaluate_mir(model, Probe.from_pairs(pairs(3)), processor=processor, bias_gauge=True)
-    assert report.mir_extrapolated is None

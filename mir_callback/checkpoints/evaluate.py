@@ -65,7 +65,7 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
     """
     record = next((record for record in results.records if record.step == checkpoint.step), None)
     method: dict[str, Any] = {}
-    with distributed.all_or_none():
+    with distributed.fail_together():
         if distributed.is_main():
             method = _describe_method(checkpoint, probe, options)
     method = distributed.broadcast_object(method)
@@ -90,7 +90,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     started = time.perf_counter()
-    with distributed.all_or_none():
+    with distributed.fail_together():
         record = replace(
             read_trainer_state(checkpoint), checkpoint=checkpoint.name, **_describe_method(checkpoint, probe, options)
         )
@@ -98,7 +98,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
     with _explain_misfit():
         evaluator = Evaluator(opened.model, probe, opened.adapter, options.config)
     results.require_same_definition(evaluator.definition)
-    with distributed.all_or_none():
+    with distributed.fail_together():
         _require_known_tokens(opened.model, evaluator)
     load_seconds = time.perf_counter() - started
     autocast = DTYPES[options.autocast] if options.autocast else None

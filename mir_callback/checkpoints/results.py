@@ -46,7 +46,7 @@ class Results:
         self.problem: str | None = None
         self._run = os.path.relpath(run, path.parent)  # relative, so that both can be moved together
         records: list[EvalRecord] = []
-        with distributed.all_or_none():
+        with distributed.fail_together():
             if distributed.is_main():
                 records = self._read()
         self.records = distributed.broadcast_object(records)
@@ -80,7 +80,7 @@ class Results:
         """
         record = replace(record, run=self._run)
         records: list[EvalRecord] = []
-        with distributed.all_or_none():
+        with distributed.fail_together():
             if distributed.is_main():
                 try:
                     records = self._put(record)

@@ -99,7 +99,7 @@ def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) 
     failed: list[str] = []
     for name in options.models:
         try:
-            with distributed.all_or_none():
+            with distributed.fail_together():
                 found = find_checkpoints(fetch_folder(name))
                 run = found.checkpoints[0].run
                 if found.error is not None and options.steps is None and options.every is None:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This rank's forwards over its share of a probe, on a model that is left as it stood."""
+"""One pass over the probe: this rank's forwards, on a model that is left as it stood."""
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,245 +12,143 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mir_callback import distributed as collectives
-from mir_callback.evaluation.hidden_states import Stash, device_of, need_of, prepared, spare_of
-from mir_callback.evaluation.memory import Place, is_out_of_memory, let_go, too_small
+from mir_callback import distributed
+from mir_callback.config import MIRConfig
+from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
+from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder, unwrap
-from mir_callback.model.isolation import evaluation_weights, release_leftovers, undisturbed
+from mir_callback.model.isolation import evaluation_weights, preserve_training_state, release_leftovers
 from mir_callback.model.text_loss import TextLoss
 from mir_callback.probe.adapters import Adapter
-from mir_callback.probe.batches import EncodedProbe
-from mir_callback.watchdog import Tell
+from mir_callback.probe.batches import ProbeBatch
+from mir_callback.watchdog import enter_phase
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What this rank's forwards showed of some layers.
+class ProbePass:
+    """What one pass over the probe showed this rank."""
 
-    Attributes:
-        first: index of the first of these layers.
-        rows: per layer the vision rows (r, d) and text rows (s, d), in the dtype of the hidden states. Emptied when
-            the next layers are asked for.
-        sample_rows: (n, 2) int64 on the CPU, how many vision and text rows each of this rank's samples has; the rows
-            lie in that order, the samples in the order of `share_of_rank`.
-        passes: how often the probe has been forwarded so far.
-        final: whether no forward follows for further layers, so that the model may change.
-        place: where rows waited so far, "host" if those of any rank and layer did.
-        text_loss: this rank's, from the first pass; None if not asked for.
-    """
+    layers: range  # those whose rows every rank has kept
+    at_once: int  # how many of them every rank can have on its device at a time
+    on_host: bool  # whether rows of any rank wait in host memory
+    store: HiddenStateStore  # this rank's rows
+    sample_rows: Tensor  # (n, 2) int64 on the CPU, vision and text rows of each of its samples, in their order
+    text_loss: TextLoss | None  # this rank's, of the first pass if asked for
+    expected: ExpectedRows  # what is known of the rows of a further pass
 
-    first: int
-    rows: list[tuple[Tensor, Tensor]]
-    sample_rows: Tensor
-    passes: int
-    final: bool
-    place: Place
-    text_loss: TextLoss | None
+    def groups(self) -> Iterator[range]:
+        """The layers, as many as the device can hold at a time."""
+        for start in range(self.layers.start, self.layers.stop, max(1, self.at_once)):
+            yield range(start, min(start + self.at_once, self.layers.stop))
+
+    def take(self, group: range) -> list[tuple[Tensor, Tensor]]:
+        """Vision rows (r, d) and text rows (s, d) of layers, on the device; they are let go of. Ranks: collective."""
+        with distributed.fail_together() if self.on_host else nullcontext():
+            return [self.store.take(layer) for layer in group]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is the same for every pass of an evaluation."""
+class OutOfMemory:
+    """What became of a pass in which memory ran out."""
 
-    model: nn.Module
-    encoded: EncodedProbe
-    adapter: Adapter
-    optimizer: Any
-    probe_loss: bool
-    bar: tqdm
-    tell: Tell
-    look: Callable[[], None]
+    error: Exception | None  # this rank's, if it ran out here
+    messages: list[str | None]  # of each rank
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What every rank tells of its pass.
+    """What every rank tells of its pass."""
 
-    Attributes:
-        shortage: what ran out of memory, or None.
-        stop: index behind the last layer kept.
-        at_once: layers it can have on its device at a time.
-        need: bytes of one layer.
-        place: where rows are.
-        informed: whether the pass was planned by what it needs.
-    """
-
-    shortage: str | None = None
-    stop: int = 0
+    out_of_memory: str | None = None  # the error
+    stop: int = 0  # index behind the last layer kept
     at_once: int = 0
-    need: int = 0
-    place: Place = "device"
-    informed: bool = True
+    on_host: bool = False
+    need: int = 0  # bytes of one layer
+    planned: bool = True  # whether that was known before
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one pass showed this rank, and the number of layers of the model."""
-
-    total: int
-    stash: Stash
-    sample_rows: Tensor
-    text_loss: TextLoss | None
-    outcome: _Outcome
-
-
-def observe(
+def forward_probe(
     model: nn.Module,
-    encoded: EncodedProbe,
     adapter: Adapter,
+    batches: Sequence[ProbeBatch],
+    expected: ExpectedRows,
+    config: MIRConfig,
+    ranks_here: int,
+    first: int,
     optimizer: Any,
-    probe_loss: bool,
     bar: tqdm,
-    tell: Tell,
-    look: Callable[[], None] = lambda: None,
-) -> Iterator[Observation]:
-    """Forward this rank's share of a probe and hand out its rows, some layers at a time, all at once if they fit.
-
-    Rows that do not fit on the device wait in host memory, and if they fit neither there, the probe is forwarded
-    several times. A forward that runs out of memory on any rank is repeated on all with half the batch. Any other
-    failure on one rank becomes one on all.
+    peak: PeakMemory,
+) -> ProbePass | OutOfMemory:
+    """Forward this rank's batches, and keep the rows of as many layers from ``first`` on as fit on every rank.
 
     Under ZeRO-3 the forwards wait for other ranks themselves: there the others hear of a failure of this one's forward
-    only when they get out of theirs, which may be never, and ``tell`` says so. Keeping rows never fails in a forward.
+    only when they get out of theirs, which may be never, and the watchdog says so. Keeping rows never fails in a
+    forward.
 
-    Args:
-        model: as it stands.
-        encoded: the probe.
-        adapter: with which it was encoded.
-        optimizer: the run's, or None.
-        probe_loss: sum the loss on the probe's texts as well.
-        bar: told of every batch.
-        tell: told of every phase.
-        look: called when memory is likely to be at its highest.
+    Returns:
+        The pass; without layers if they did not fit because it was not known what they need, which it is then.
 
     Raises:
         ConfigError: the budget is too small for one layer; on every rank.
+        Exception: what a forward failed with, if not for want of memory; on every rank.
 
     Ranks: collective.
     """
-    job = _Job(model, encoded, adapter, optimizer, probe_loss, bar, tell, look)
-    start = passes = 0
-    total = 1  # until a pass has seen the model
-    place: Place = "device"
-    while start < total:
-        done = _agreed(job, start, *_forwarded(job, start))
-        if done is None:
-            continue
-        seen, agreed = done
-        passes += 1
-        place = "host" if agreed.place == "host" else place
-        for first in range(start, agreed.stop, agreed.at_once):
-            layers = range(first, min(first + agreed.at_once, agreed.stop))
-            rows = _rows_of(seen.stash, layers, agreed.place)
-            final = agreed.stop == seen.total
-            yield Observation(first, rows, seen.sample_rows, passes, final, place, seen.text_loss)
-            rows.clear()
-        start, total = agreed.stop, seen.total
-
-
-def _forwarded(job: _Job, start: int) -> tuple[_Seen | None, Exception | None]:
-    """One pass of this rank, or what it failed with."""
+    error: Exception | None = None
+    outcome = _Outcome()
     try:
-        return _pass(job, start), None
-    except Exception as error:
-        job.tell(f"telling the other ranks of its failure, {collectives.describe(error)}")
-        return None, error
+        enter_phase("looking at the model")
+        decoder = find_decoder(model)
+        release_leftovers(model, model, optimizer)  # before looking at what is free
+        bar.total = bar.n + len(batches) + len(decoder.layers) - first
+        store, at_once = open_store(decoder, first, expected, config.capture_budget_gb, ranks_here)
 
+        def keep_rows(layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
+            peak.sample()
+            store.append(layer, state, positions)
 
-def _agreed(job: _Job, start: int, seen: _Seen | None, error: Exception | None) -> tuple[_Seen, _Outcome] | None:
-    """What all ranks make of a pass; None if it has to be done again. Collective."""
+        text_loss = TextLoss() if config.probe_loss and first == 0 else None
+        capture = HiddenStateCapture(decoder, keep_rows, text_loss)
+        with evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer), capture:
+            _forward_batches(model, adapter, batches, capture, bar)
+        store.finish()
+        sample_rows = torch.cat(capture.sample_rows)
+        planned = expected.counts is not None and expected.dtype is not None
+        expected = expected.after_pass(store, sample_rows)
+        need = (1 + expected.spare_layers) * expected.layer_bytes(decoder)[0]
+        outcome = _Outcome(None, first + len(store.kept), at_once, store.on_host, need, planned)
+    except Exception as caught:
+        enter_phase(f"telling the other ranks of its failure, {distributed.describe(caught)}")
+        error = caught
     short = is_out_of_memory(error)
-    outcome = _Outcome() if seen is None else seen.outcome
     if error is not None and short:
-        outcome = _Outcome(shortage=collectives.describe(error))
-    everyone = collectives.settle(None if short else error, outcome)
-    if any(each.shortage for each in everyone):
-        _halve(job, error, [each.shortage for each in everyone])
-        return None
-    assert seen is not None
-    stop = min(each.stop for each in everyone)
-    if stop == start:
-        if not all(each.informed for each in everyone):
-            return None  # now that the need is known, host memory may do
-        budget = job.encoded.capture_budget_gb
-        assert budget is not None  # otherwise the first layer is kept whatever it takes
-        raise too_small(budget, max(each.need for each in everyone))
-    seen.stash.keep_until(stop)
-    place: Place = "host" if any(each.place == "host" for each in everyone) else "device"
-    return seen, _Outcome(None, stop, min(each.at_once for each in everyone), 0, place)
+        outcome = _Outcome(out_of_memory=distributed.describe(error))
+    everyone = distributed.sync_errors(None if short else error, outcome)
+    if any(each.out_of_memory for each in everyone):
+        return OutOfMemory(error, [each.out_of_memory for each in everyone])
+    stop, at_once = min(each.stop for each in everyone), min(each.at_once for each in everyone)
+    if stop == first and config.capture_budget_gb is not None and all(each.planned for each in everyone):
+        raise budget_error(config.capture_budget_gb, max(each.need for each in everyone))
+    store.drop_from(stop)
+    on_host = any(each.on_host for each in everyone)
+    return ProbePass(range(first, stop), at_once, on_host, store, sample_rows, text_loss, expected)
 
 
-def _halve(job: _Job, error: Exception | None, shortages: list[str | None]) -> None:
-    """Cut the batches of all ranks in half for this and all later evaluations, or raise if they are single samples."""
-    share = job.encoded.share
-    before = min(share.batch_size, len(share.samples))
-    if before == 1:
-        collectives.agree(error)
-    told = "; ".join(f"rank {rank}: {words}" for rank, words in enumerate(shortages) if words)
-    with collectives.all_or_none():
-        if error is not None:
-            let_go(error, device_of(job.model))
-            gc.collect()
-        job.tell(f"encoding the probe anew for batches of {before // 2}")
-        share.cut(job.adapter, before // 2)
-    if collectives.is_main():
-        warnings.warn(
-            f"memory ran out in a forward of the probe with batch_size={before}, now it is {before // 2} on every "
-            f"rank ({told})",
-            stacklevel=2,
-        )
-
-
-def _pass(job: _Job, start: int) -> _Seen:
-    """Every batch of this rank through the model once. Ranks: each for itself, but for what the forward does."""
-    job.tell("looking at the model")
-    decoder = find_decoder(job.model)
-    release_leftovers(job.model, job.model, job.optimizer)
-    plan, stash = prepared(job.model, decoder, job.encoded, start)
-    share = job.encoded.share
-    informed = share.rows is not None and share.dtype is not None
-    job.bar.total = job.bar.n + len(share.batches) + len(decoder.layers) - start
-    text_loss = TextLoss() if job.probe_loss and start == 0 else None
-    with (
-        evaluation_weights(job.model, job.optimizer),
-        undisturbed(job.model, job.model, job.optimizer),
-        HiddenStateCapture(decoder, stash, job.look, text_loss) as capture,
-    ):
-        _forward_all(job, capture)
-    stash.settle()
-    sample_rows = torch.cat(capture.sample_rows)
-    vision, text = (int(count) for count in sample_rows.sum(dim=0))
-    share.rows, share.dtype = (vision, text), stash.dtype
-    if plan.place == "host":
-        share.pinned = max(share.pinned, stash.held_bytes)
-    need = need_of(share, decoder)
-    assert need is not None  # the rows are known now
-    stop = start + len(stash.kept)
-    outcome = _Outcome(None, stop, plan.at_once, (1 + spare_of(share)) * need[0], plan.place, informed)
-    return _Seen(len(decoder.layers), stash, sample_rows, text_loss, outcome)
-
-
-def _rows_of(stash: Stash, layers: range, place: Place) -> list[tuple[Tensor, Tensor]]:
-    """Rows of layers on the device; from host memory that may fail, and then does on all ranks. Collective."""
-    with collectives.all_or_none() if place == "host" else nullcontext():
-        return [stash.take(layer) for layer in layers]
-
-
-def _forward_all(job: _Job, capture: HiddenStateCapture) -> None:
-    """Every batch of this rank through the model."""
-    anchor = next(p for p in job.model.parameters() if p.is_floating_point())
-    batches = job.encoded.batches
-    with job.adapter.live_masks(unwrap(job.model)) as live:
+def _forward_batches(
+    model: nn.Module, adapter: Adapter, batches: Sequence[ProbeBatch], capture: HiddenStateCapture, bar: tqdm
+) -> None:
+    anchor = next(p for p in model.parameters() if p.is_floating_point())
+    with adapter.live_masks(unwrap(model)) as live:
         for number, batch in enumerate(batches, start=1):
-            job.tell(f"forward of batch {number} of {len(batches)}")
+            enter_phase(f"forward of batch {number} of {len(batches)}")
             placed = batch.on(anchor.device, anchor.dtype)
             masks = placed.masks or live
             assert masks is not None  # an adapter knows its masks before or during the forward
             try:
-                capture.forward(job.model, placed.inputs, masks, placed.keep, placed.text_ids or ())
+                capture.forward(model, placed.inputs, masks, placed.keep, placed.text_ids or ())
             except Exception as error:
-                job.tell(f"leaving its forward of batch {number} after {collectives.describe(error)}")
+                enter_phase(f"leaving its forward of batch {number} after {distributed.describe(error)}")
                 raise
-            job.bar.update()
-    job.tell("waiting until every rank has done its forwards")
+            bar.update()
+    enter_phase("waiting until every rank has done its forwards")

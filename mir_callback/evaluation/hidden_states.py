@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much room this rank's token rows need, and what one pass over the probe therefore keeps, and where."""
+"""Where the token rows of this rank wait between forwards and maths: on the device, in host memory, or in parts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,46 +11,170 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mir_callback import distributed as collectives
-from mir_callback.evaluation.memory import (
-    GB,
-    Plan,
-    budgets_of,
-    is_out_of_memory,
-    let_go,
-    pinned_bytes,
-    plan_pass,
-    rows_bytes,
-    too_small,
-)
-from mir_callback.model.decoder import Decoder, find_decoder
-from mir_callback.probe.batches import EncodedProbe, Share
+from mir_callback import distributed
+from mir_callback.errors import ConfigError
+from mir_callback.evaluation.memory import find_device, free_memory, free_on_device, free_on_host, is_out_of_memory
+from mir_callback.model.decoder import Decoder
+
+GB = 10**9
+_FREE_SHARE = 0.5  # of what is free: the forwards and the solves need room too
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes that this rank's rows may take."""
+
+    device: float  # where the model is
+    host: float  # in host memory besides; 0 where that is the device itself
+    given: bool  # whether the user named the device's; if so not even one layer may go beyond it
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """What one pass over the probe keeps."""
+
+    on_host: bool  # whether rows lie in host memory between the forwards and the maths, else on the device
+    count: int  # layers kept, at most as many as are left; 0 if not even one fits
+    at_once: int  # layers on the device at a time for the maths
+
+
+@dataclass(frozen=True)
+class ExpectedRows:
+    """What a rank knows of the rows that its samples bring to each layer."""
+
+    counts: tuple[int, int] | None  # vision and text rows, or None as long as only a forward can tell
+    exact: bool  # whether the batches themselves tell, so that the place of all rows can be taken at once
+    dtype: torch.dtype | None = None  # of the hidden states, once seen
+    pinned_bytes: int = 0  # host memory that torch holds since an earlier evaluation
+
+    @property
+    def spare_layers(self) -> int:
+        """Layers for which room is needed while rows are joined, which they are where their number was not known."""
+        return 0 if self.exact else 1
+
+    def layer_bytes(self, decoder: Decoder) -> tuple[int, int]:
+        """Bytes of one layer on the device and in host memory; (0, 0) as long as only a forward can tell."""
+        if self.counts is None:
+            return 0, 0
+        dtype = self.dtype or _embedding_dtype(decoder.model)
+        sizes = [rows_bytes(count, decoder.hidden_size, dtype) for count in self.counts]
+        # Parts of unknown size are rounded up one by one, to less than twice their size.
+        pinned = sum(map(pinned_bytes, sizes)) if self.exact else 2 * sum(sizes)
+        return sum(sizes), pinned
+
+    def after_pass(self, store: HiddenStateStore, sample_rows: Tensor) -> ExpectedRows:
+        """What is known after a pass that has filled a store with rows of samples, (n, 2)."""
+        vision, text = (int(count) for count in sample_rows.sum(dim=0))
+        pinned = max(self.pinned_bytes, store.held_bytes if store.on_host else 0)
+        return ExpectedRows((vision, text), self.exact, store.dtype, pinned)
+
+
+def find_budgets(device: torch.device, capture_budget_gb: float | None, ranks_here: int, pinned: int = 0) -> Budgets:
+    """What this rank may use, one of ``ranks_here`` who share the machine, if torch has ``pinned`` bytes already."""
+    host = _FREE_SHARE * free_on_host() / ranks_here
+    given = capture_budget_gb is not None
+    limit = capture_budget_gb * GB if capture_budget_gb is not None else None
+    if device.type == "cpu":
+        return Budgets(host if limit is None else limit, 0, given)
+    return Budgets(_FREE_SHARE * free_on_device(device) if limit is None else limit, host + pinned, given)
+
+
+def plan_pass(
+    layers: int, need: float, host_need: float, budgets: Budgets, *, spare: int = 0, world: int = 1
+) -> StoragePlan:
+    """Where to keep rows, and of how many of the layers that are left.
+
+    All on the device if they fit there; else in host memory; else as many as fit, evenly over several passes.
+
+    Args:
+        layers: number of layers left, at least 1.
+        need: bytes of one layer's rows on the device.
+        host_need: bytes of one layer's rows in host memory.
+        budgets: of this rank.
+        spare: layers for which room on the device is needed besides while rows are joined.
+        world: number of ranks; they solve one layer each side by side, so multiples of it are preferred.
+
+    Ranks: pure; plans of ranks differ, and the smallest counts.
+    """
+    least = 0 if budgets.given else 1
+    fitting = max(_how_many(budgets.device, need, layers + spare) - spare, least)
+    if fitting >= layers:
+        return StoragePlan(False, layers, layers)
+    at_once = max(_how_many(budgets.device, need, layers), least)  # rows from the host are joined on arrival
+    on_host = _how_many(budgets.host, host_need, layers) if at_once else 0
+    kept = max(on_host, fitting)
+    if kept == 0:
+        return StoragePlan(False, 0, 0)
+    passes = -(-layers // kept)
+    count = -(-layers // passes)
+    if on_host <= fitting:
+        return StoragePlan(False, count, count)
+    at_once = min(at_once, count)
+    return StoragePlan(True, count, at_once - at_once % world if at_once > world else at_once)
+
+
+def open_store(
+    decoder: Decoder, first: int, expected: ExpectedRows, capture_budget_gb: float | None, ranks_here: int
+) -> tuple[HiddenStateStore, int]:
+    """What will keep this rank's rows of layers from ``first`` on, and for how many layers the device has room then."""
+    layers = range(first, len(decoder.layers))
+    budgets = find_budgets(find_device(decoder.model), capture_budget_gb, ranks_here, expected.pinned_bytes)
+    plan = StoragePlan(False, len(layers), len(layers))
+    if expected.counts is not None:
+        need, spare = expected.layer_bytes(decoder), expected.spare_layers
+        plan = plan_pass(len(layers), *need, budgets, spare=spare, world=distributed.world_size())
+    store = HiddenStateStore(
+        layers[: plan.count],
+        limit=budgets.host if plan.on_host else budgets.device,
+        keep_first=not budgets.given,
+        capacity=expected.counts if expected.exact else None,
+        on_host=plan.on_host,
+    )
+    return store, plan.at_once
+
+
+def budget_error(capture_budget_gb: float, need: float) -> ConfigError:
+    """The error for a budget that not even one layer fits into; ``need`` in bytes."""
+    unit = 10.0 ** (math.floor(math.log10(need / GB)) - 1)
+    enough = math.ceil(need / GB / unit * (1 - 1e-12)) * unit  # two digits, never below it
+    return ConfigError(
+        f"capture_budget_gb={capture_budget_gb:g} does not hold the rows of one decoder layer, {need / GB:.3g} GB on "
+        f"the rank with the most; allow at least {enough:.2g}, or use fewer samples or more ranks"
+    )
+
+
+def rows_bytes(count: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of ``count`` rows of ``dim`` numbers. Ranks: pure."""
+    return count * dim * torch.empty((), dtype=dtype).element_size()
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch takes for ``size`` bytes of pinned host memory: the next power of two. Ranks: pure."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 @dataclass
 class _Rows:
-    """One modality of one layer: the parts so far, or one block of known size that they are written into."""
+    """One modality of one layer: the parts so far, which are views of a block where the number of rows was known."""
 
     parts: list[Tensor] = field(default_factory=list)
     block: Tensor | None = None
-    filled: int = 0
+
+    @property
+    def filled(self) -> int:
+        return sum(map(len, self.parts))
 
 
-class Stash:
-    """Rows of a range of layers; what is kept is always complete.
+class HiddenStateStore:
+    """Rows of a range of layers; what is kept is always complete. Ranks: pure.
 
     Args:
-        layers: which layers to keep.
+        layers: which to keep; ``kept`` are those that are complete so far, it ends earlier if memory did not suffice.
         limit: bytes that may be held, what is needed to join parts included.
         keep_first: hold the first layer even beyond the limit.
         capacity: vision and text rows that will come to each layer, or None if that is not known. Known, their place
             is taken once and nothing has to be joined.
         on_host: keep rows in host memory, pinned if they come from a GPU.
-
-    Attributes:
-        kept: the layers that are complete so far; ends earlier than ``layers`` where memory did not suffice.
-        dtype: of the rows, once some were offered.
-        failure: the allocation failure that left not even the first layer, or None.
     """
 
     def __init__(
@@ -61,13 +186,10 @@ class Stash:
         capacity: tuple[int, int] | None = None,
         on_host: bool = False,
     ) -> None:
-        self.kept = layers
-        self.dtype: torch.dtype | None = None
-        self.failure: Exception | None = None
-        self._limit = limit
-        self._keep_first = keep_first
-        self._capacity = capacity
-        self._on_host = on_host
+        self.kept, self.on_host = layers, on_host
+        self.dtype: torch.dtype | None = None  # of the rows, once some were offered
+        self._failure: Exception | None = None  # to allocate even the first layer
+        self._limit, self._keep_first, self._capacity = limit, keep_first, capacity
         self._device = torch.device("cpu")
         self._rows = {layer: (_Rows(), _Rows()) for layer in layers}
         self._bytes = dict.fromkeys(layers, 0)
@@ -80,12 +202,8 @@ class Stash:
     def append(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
         """Copy rows of a layer, here and now; what can't be kept costs the last layers.
 
-        Args:
-            layer: its index.
-            state: (n, d) on the model's device.
-            positions: indices of vision rows and of text rows, on the same device.
-
-        Ranks: pure; never raises for want of memory.
+        ``state`` is (n, d), ``positions`` the indices of vision rows and of text rows in it; never raises for want of
+        memory.
         """
         self.dtype, self._device = state.dtype, state.device
         if layer not in self.kept:
@@ -96,33 +214,25 @@ class Stash:
         if self._done_or_dropped(layer, partial(self._add, layer, state, positions)):
             self._bytes[layer] += more
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """After the last forward: join what has to be joined, and wait for rows on their way to the host.
 
-        Raises:
-            Exception: the allocation failure that left not even the first layer. Not before, as forwards go on that
-                other ranks may wait in.
+        Only here raises the failure to keep even the first layer, as other ranks may wait in forwards.
         """
-        for layer in self.kept if not self._on_host else ():
+        for layer in self.kept if not self.on_host else ():
             self._done_or_dropped(layer, partial(self._join, layer))
-        if self.failure is not None:
-            raise self.failure
+        if self._failure is not None:
+            raise self._failure
         if self._pinned:
             getattr(torch, self._device.type).current_stream(self._device).synchronize()
 
-    def keep_until(self, stop: int) -> None:
+    def drop_from(self, stop: int) -> None:
         """Let go of the layers from ``stop`` on."""
         while self.kept and self.kept[-1] >= stop:
             self._drop_last()
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Hand over the rows of one layer on the model's device, and let go of them.
-
-        Returns:
-            vision (r, d) and text (s, d) of this rank, r or s may be 0.
-
-        Ranks: pure.
-        """
+        """Hand over the rows of one layer on the model's device, vision (r, d) and text (s, d), and let go of them."""
         vision, text = self._rows.pop(layer)
         del self._bytes[layer]  # `kept` stays: it says what came to be complete
         return self._whole(vision), self._whole(text)
@@ -135,9 +245,9 @@ class Stash:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                let_go(error, self._device)
+                free_memory(error, self._device)
                 if len(self.kept) == 1:
-                    self.failure = error
+                    self._failure = error
                 self._drop_last()
             else:
                 return True
@@ -147,7 +257,7 @@ class Stash:
         if self._keep_first and len(self.kept) == 1:
             return True
         after = {**self._bytes, layer: self._bytes[layer] + more}
-        joining = max(after.values()) if self._capacity is None and not self._on_host else 0
+        joining = max(after.values()) if self._capacity is None and not self.on_host else 0
         return sum(after.values()) + joining <= self._limit
 
     def _bytes_to_come(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> int:
@@ -159,7 +269,7 @@ class Stash:
 
     @property
     def _pinned(self) -> bool:
-        return self._on_host and self._device.type != "cpu"
+        return self.on_host and self._device.type != "cpu"
 
     def _drop_last(self) -> None:
         last = self.kept[-1]
@@ -168,39 +278,30 @@ class Stash:
 
     def _add(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
         """All of it or, where memory runs out, nothing."""
-        rows = self._rows[layer]
-        if self._capacity is None:
-            parts = [self._empty(len(where), state) for where in positions]
-            for part, where in zip(parts, positions, strict=True):
-                self._copy(state, where, part)
-            for kept, part in zip(rows, parts, strict=True):
-                kept.parts.append(part)
-            return
-        if rows[0].block is None:
-            blocks = [self._empty(count, state) for count in self._capacity]
-            rows[0].block, rows[1].block = blocks
+        rows, parts = self._rows[layer], []
+        if self._capacity is not None and rows[0].block is None:
+            rows[0].block, rows[1].block = [self._empty(count, state) for count in self._capacity]
         for kept, where in zip(rows, positions, strict=True):
-            assert kept.block is not None
-            self._copy(state, where, kept.block[kept.filled : kept.filled + len(where)])
-        for kept, where in zip(rows, positions, strict=True):
-            kept.filled += len(where)
+            start, count = kept.filled, len(where)
+            part = self._empty(count, state) if kept.block is None else kept.block[start : start + count]
+            if self.on_host:
+                # On the current stream, behind what computes the rows; whoever reads them waits, see `finish`.
+                part.copy_(state.index_select(0, where), non_blocking=True)
+            else:
+                torch.index_select(state, 0, where, out=part)
+            parts.append(part)
+        for kept, part in zip(rows, parts, strict=True):
+            kept.parts.append(part)
 
     def _empty(self, count: int, state: Tensor) -> Tensor:
-        place = torch.device("cpu") if self._on_host else state.device
-        return torch.empty(count, state.shape[1], dtype=state.dtype, device=place, pin_memory=self._pinned)
-
-    def _copy(self, state: Tensor, where: Tensor, target: Tensor) -> None:
-        if self._on_host:
-            # On the current stream, behind what computes the rows; whoever reads them waits, see `settle`.
-            target.copy_(state.index_select(0, where), non_blocking=True)
-        else:
-            torch.index_select(state, 0, where, out=target)
+        device = torch.device("cpu") if self.on_host else state.device
+        return torch.empty(count, state.shape[1], dtype=state.dtype, device=device, pin_memory=self._pinned)
 
     def _join(self, layer: int) -> None:
         for rows in self._rows[layer]:
             if rows.block is None:
                 rows.block = torch.cat(rows.parts)
-                rows.filled, rows.parts = len(rows.block), []
+                rows.parts = [rows.block]
 
     def _whole(self, rows: _Rows) -> Tensor:
         """On the model's device; from there itself without a copy."""
@@ -208,75 +309,20 @@ class Stash:
             if rows.filled != len(rows.block):
                 raise RuntimeError(f"a layer must come to {len(rows.block)} rows, as announced, got {rows.filled}")
             return rows.block.to(self._device, non_blocking=True)
-        size = sum(map(len, rows.parts)), rows.parts[0].shape[1]
-        whole = torch.empty(size, dtype=rows.parts[0].dtype, device=self._device)
-        start = 0
-        for part in rows.parts:
-            whole[start : start + len(part)].copy_(part, non_blocking=True)
-            start += len(part)
+        whole = torch.empty(rows.filled, rows.parts[0].shape[1], dtype=rows.parts[0].dtype, device=self._device)
+        for part, place in zip(rows.parts, whole.split([len(part) for part in rows.parts]), strict=True):
+            place.copy_(part, non_blocking=True)
         return whole
 
 
-def check_budget(model: nn.Module, encoded: EncodedProbe, budget_gb: float | None) -> None:
-    """Refuse before any forward a budget that is known to be too small for one layer.
-
-    Where only a forward shows how many rows there are, :func:`observe` refuses it after its first pass.
-
-    Raises:
-        ConfigError: it is.
-
-    Ranks: each for itself.
-    """
-    need = need_of(encoded.share, find_decoder(model))
-    if budget_gb is not None and need is not None and need[0] > budget_gb * GB:
-        raise too_small(budget_gb, need[0])
+def _how_many(budget: float, need: float, most: int) -> int:
+    return most if need * most <= budget else int(budget // need)
 
 
-def prepared(model: nn.Module, decoder: Decoder, encoded: EncodedProbe, start: int) -> tuple[Plan, Stash]:
-    """What this rank will keep of the layers from ``start`` on, and where. Ranks: each for itself."""
-    share = encoded.share
-    layers = range(start, len(decoder.layers))
-    budgets = budgets_of(device_of(model), encoded.capture_budget_gb, encoded.ranks_here, share.pinned)
-    need = need_of(share, decoder)
-    if need is None:
-        plan = Plan("device", len(layers), len(layers))
-    else:
-        plan = plan_pass(len(layers), *need, budgets, spare=spare_of(share), world=collectives.world_size())
-    stash = Stash(
-        layers[: plan.count],
-        limit=budgets.device if plan.place == "device" else budgets.host,
-        keep_first=not budgets.given,
-        capacity=share.rows if share.rows_are_exact else None,
-        on_host=plan.place == "host",
-    )
-    return plan, stash
-
-
-def spare_of(share: Share) -> int:
-    """Layers for which room is needed while rows are joined, which they are where their number was not known."""
-    return 0 if share.rows_are_exact else 1
-
-
-def need_of(share: Share, decoder: Decoder) -> tuple[int, int] | None:
-    """Bytes of one layer of this rank on the device and in host memory, or None if only a forward can tell."""
-    if share.rows is None:
-        return None
-    dtype = share.dtype or _stream_dtype(decoder.model)
-    sizes = [rows_bytes(count, decoder.hidden_size, dtype) for count in share.rows]
-    # Parts of unknown size are rounded up one by one, to less than twice their size.
-    pinned = sum(map(pinned_bytes, sizes)) if share.rows_are_exact else 2 * sum(sizes)
-    return sum(sizes), pinned
-
-
-def _stream_dtype(model: nn.Module) -> torch.dtype:
+def _embedding_dtype(model: nn.Module) -> torch.dtype:
     """The dtype hidden states begin with, that of the embeddings; a wider one is noticed in the first forward."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
     return next(p for p in model.parameters() if p.is_floating_point()).dtype
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is. Ranks: pure."""
-    return next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token rows of every layer that are spread over ranks, and the statistics that all ranks share of them.
+"""Statistics of token rows that are spread over ranks: text scale, outliers, medians, means, scatters.
 
-Every rank holds some rows of each layer and modality, maybe none. What is decided here (text scale, outliers, medians,
-means) is decided from the rows of all ranks, so that it does not depend on how samples were spread.
+Every rank holds some rows of each layer and modality, maybe none. What is decided here is decided from the rows of all
+ranks, so that it does not depend on how samples were spread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from mir_callback import distributed as collectives
+from mir_callback import distributed
 from mir_callback.errors import NumericsError
 from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
 from mir_callback.metric.tokens import (
@@ -24,6 +24,7 @@ from mir_callback.metric.tokens import (
     row_norms,
     text_centric_scale,
 )
+from mir_callback.watchdog import enter_phase
 
 VISION, TEXT = 0, 1  # columns of the counts
 
@@ -33,19 +34,15 @@ class SampleRows:
     """How many rows each sample has, and so which rows are whose. The same on every rank.
 
     Sample i is rank (i mod W)'s, see `share_of_rank`; a rank's rows lie in the order of its samples.
-
-    Attributes:
-        counts: for each rank (n_r, 2) int64 on the CPU, the vision and text rows of each of its samples.
     """
 
-    counts: list[Tensor]
+    counts: list[Tensor]  # for each rank (n_r, 2) int64 on the CPU, the vision and text rows of each of its samples
 
     @classmethod
-    def shared(cls, mine: Tensor) -> SampleRows:
+    def gather(cls, own: Tensor) -> SampleRows:
         """From this rank's counts (n_r, 2). Ranks: collective."""
-        return cls(
-            [torch.tensor(part, dtype=torch.int64).reshape(-1, 2) for part in collectives.gather_objects(mine.tolist())]
-        )
+        everyone = distributed.gather_objects(own.tolist())
+        return cls([torch.tensor(part, dtype=torch.int64).reshape(-1, 2) for part in everyone])
 
     @property
     def num_samples(self) -> int:
@@ -72,96 +69,69 @@ class SampleRows:
 
 
 @dataclass(frozen=True)
-class Cloud:
-    """One modality of one layer.
+class ModalityRows:
+    """One modality of one layer."""
 
-    Attributes:
-        rows: this rank's rows, (n, d), n may be 0.
-        outliers: (n,) bool, which of them the 3-sigma rule replaces.
-        count: rows on all ranks.
-        replaced: outliers on all ranks.
-    """
-
-    rows: Tensor
-    outliers: Tensor
-    count: int
-    replaced: int
+    rows: Tensor  # this rank's, (n, d), n may be 0
+    outliers: Tensor  # (n,) bool, which of them the 3-sigma rule replaces
+    count: int  # rows on all ranks
+    replaced: int  # outliers on all ranks
 
 
 @dataclass(frozen=True)
-class LayerClouds:
-    """Both modalities of one layer.
+class LayerRows:
+    """Both modalities of one layer."""
 
-    Attributes:
-        vision: the vision rows.
-        text: the text rows.
-        scale: the factor that makes the mean text norm one.
-        vision_norm: mean norm of the vision rows of all ranks, outliers included.
-        text_norms: (s,) float64, norms of this rank's text rows, outliers included.
-    """
-
-    vision: Cloud
-    text: Cloud
-    scale: float
-    vision_norm: float
-    text_norms: Tensor
+    vision: ModalityRows
+    text: ModalityRows
+    scale: float  # the factor that makes the mean text norm one
+    vision_norm: float  # mean norm of the vision rows of all ranks, outliers included
+    text_norms: Tensor  # (s,) float64, norms of this rank's text rows, outliers included
 
 
-def share_norms(rows: list[tuple[Tensor, Tensor]]) -> list[LayerClouds]:
-    """Decide text scale and outliers of every layer from the norms of all ranks.
+def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerRows]:
+    """Decide text scale and outliers of every layer from the norms of all ranks, and replace the outliers.
 
     Args:
-        rows: per layer this rank's vision and text rows, (r, d) and (s, d).
+        rows: per layer this rank's vision and text rows, (r, d) and (s, d); outliers are overwritten with the median of
+            their modality.
+        first: index of the first of these layers in the model, for messages.
 
     Raises:
         NumericsError: fewer than two rows of a modality, or norms that are not finite; alike on every rank.
 
     Ranks: collective.
     """
-    with collectives.all_or_none():
-        vision, text = (torch.stack([row_norms(pair[i]) for pair in rows]) for i in (0, 1))
-    all_vision, all_text = collectives.gather_columns(vision), collectives.gather_columns(text)
-    with collectives.all_or_none():
+    enter_phase("norms of all tokens")
+    with distributed.fail_together():
+        vision, text = (torch.stack([row_norms(pair[i]) for pair in rows]) for i in (VISION, TEXT))
+    all_vision, all_text = distributed.gather_columns(vision), distributed.gather_columns(text)
+    with distributed.fail_together():
         vision_norms, text_norms = torch.cat(all_vision, dim=1), torch.cat(all_text, dim=1)
-        visions = _clouds([pair[0] for pair in rows], vision, vision_norms, "vision")
-        texts = _clouds([pair[1] for pair in rows], text, text_norms, "text")
+        visions = _find_outliers([pair[VISION] for pair in rows], vision, vision_norms, first, "vision")
+        texts = _find_outliers([pair[TEXT] for pair in rows], text, text_norms, first, "text")
         scales = [text_centric_scale(norms) for norms in text_norms]
         lengths = vision_norms.mean(dim=1).tolist()
-    return [LayerClouds(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
-
-
-def replace_outliers(layers: list[LayerClouds]) -> None:
-    """Overwrite the outlier rows of all layers with the median of their cloud, in place.
-
-    Ranks: collective; they agree on which clouds have outliers, as all know all norms.
-    """
-    affected = [
-        cloud for cloud in chain.from_iterable((layer.vision, layer.text) for layer in layers) if cloud.replaced
-    ]
-    if not affected:
-        return
-    medians = _medians(affected)
-    with collectives.all_or_none():
-        for cloud, median in zip(affected, medians, strict=True):
-            cloud.rows[cloud.outliers] = median
+    layers = [LayerRows(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
+    enter_phase("outlier medians")
+    # All ranks know all norms, and so which modalities have outliers at all.
+    affected = [part for layer in layers for part in (layer.vision, layer.text) if part.replaced]
+    if affected:
+        medians = _find_medians(affected)
+        with distributed.fail_together():
+            for part, median in zip(affected, medians, strict=True):
+                part.rows[part.outliers] = median
+    return layers
 
 
 @dataclass
-class CloudParts:
-    """What the moments of one cloud are made of: the scatter about the mean, or the centred rows of all ranks.
+class MomentShard:
+    """What the moments of one modality are made of: the scatter about the mean, or where rows are few, centred rows."""
 
-    Attributes:
-        count: rows on all ranks.
-        mean: (d,) float64 of them.
-        scatter: (d, d) float64, complete on the layer's owner, until it is taken; None where there are fewer rows than
-            dimensions.
-        columns: else every rank's centred rows, as columns (d, n_r).
-    """
-
-    count: int
-    mean: Tensor
-    scatter: Tensor | None
-    columns: list[Tensor]
+    count: int  # rows on all ranks
+    mean: Tensor  # (d,) float64 of them
+    scatter: Tensor | None  # (d, d) float64, complete on the layer's owner until it is taken; None for n < d rows
+    columns: list[Tensor]  # then every rank's centred rows, as columns (d, n_r)
 
     def take_moments(self, scale: float) -> Moments:
         """The moments of the scaled rows; the scatter becomes theirs, so that it is there once. Ranks: the owner."""
@@ -171,72 +141,64 @@ class CloudParts:
         return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T).scaled(scale)
 
 
-def share_parts(layer: LayerClouds, owner: int) -> tuple[CloudParts, CloudParts]:
+def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentShard]:
     """What the moments of vision and text over all ranks are made of; complete on rank ``owner``.
 
-    Local work behind the last sum is left to the owner, who does it where its failure becomes one of all ranks.
-
-    Ranks: collective.
+    Local work behind the last sum is left to the owner, who does it where its failure becomes one of all. Collective.
     """
-    clouds = (layer.vision, layer.text)
-    with collectives.all_or_none():
-        sums = torch.stack([row_sum(cloud.rows) for cloud in clouds])
-    collectives.sum_over_ranks(sums)
-    with collectives.all_or_none():  # the largest allocations of an evaluation after its forwards
-        means = [total / cloud.count for cloud, total in zip(clouds, sums, strict=True)]
-        mine = [_own_part(cloud, mean) for cloud, mean in zip(clouds, means, strict=True)]
-    vision, text = (
-        _shared_part(cloud, mean, part, owner) for cloud, mean, part in zip(clouds, means, mine, strict=True)
-    )
-    return vision, text
+    modalities = (layer.vision, layer.text)
+    with distributed.fail_together():
+        sums = torch.stack([row_sum(part.rows) for part in modalities])
+    distributed.sum_over_ranks(sums)
+    with distributed.fail_together():  # the largest allocations of an evaluation after its forwards
+        means = [total / part.count for part, total in zip(modalities, sums, strict=True)]
+        own = [_centred_or_scatter(part, mean) for part, mean in zip(modalities, means, strict=True)]
+    shards = []
+    for part, mean, mine in zip(modalities, means, own, strict=True):
+        if part.count < part.rows.shape[1]:
+            shards.append(MomentShard(part.count, mean, None, distributed.gather_columns(mine)))
+        else:
+            shards.append(MomentShard(part.count, mean, distributed.sum_to_rank(mine, owner), []))
+    return shards[VISION], shards[TEXT]
 
 
-def _clouds(rows: list[Tensor], mine: Tensor, everyone: Tensor, name: str) -> list[Cloud]:
-    """Per layer this rank's cloud, from its own and from all ranks' norms (L, n). Ranks: pure."""
-    _check_norms(everyone, name)
-    clouds = []
-    for layer_rows, norms, all_norms in zip(rows, mine, everyone, strict=True):
+def _find_outliers(rows: list[Tensor], own: Tensor, everyone: Tensor, first: int, name: str) -> list[ModalityRows]:
+    """Per layer one modality, from this rank's rows, its norms (L, n) and those of all ranks (L, N). Ranks: pure."""
+    if everyone.shape[1] < 2:
+        raise NumericsError(
+            f"the whole probe has {everyone.shape[1]} {name} tokens, too few for a covariance; use more samples"
+        )
+    bad = (~torch.isfinite(everyone)).sum(dim=1)
+    if bool(bad.any()):
+        layer = int(bad.nonzero()[0])
+        raise NumericsError(
+            f"layer {first + layer + 1}, {name}: hidden states are NaN or infinite in {int(bad[layer])} of "
+            f"{everyone.shape[1]} tokens; the run may have diverged or overflowed its dtype"
+        )
+    found = []
+    for layer_rows, norms, all_norms in zip(rows, own, everyone, strict=True):
         rule = OutlierRule.from_norms(all_norms)
-        clouds.append(Cloud(layer_rows, rule.outliers(norms), len(all_norms), int(rule.outliers(all_norms).sum())))
-    return clouds
+        replaced = int(rule.outliers(all_norms).sum())
+        found.append(ModalityRows(layer_rows, rule.outliers(norms), len(all_norms), replaced))
+    return found
 
 
-def _medians(clouds: list[Cloud]) -> list[Tensor]:
-    """Lower medians of clouds over all ranks. Ranks: collective."""
-    rows = [cloud.rows for cloud in clouds]
-    if collectives.world_size() == 1:
+def _find_medians(modalities: list[ModalityRows]) -> list[Tensor]:
+    """Lower medians over all ranks. Ranks: collective."""
+    rows = [part.rows for part in modalities]
+    if distributed.world_size() == 1:
         return [lower_medians(each) for each in rows]
-    with collectives.all_or_none():
+    with distributed.fail_together():
         counts = torch.zeros(len(rows), rows[0].shape[1], dtype=torch.int64, device=rows[0].device)
-    return collectives.sum_in_rounds(
-        lambda add: lower_medians_of_shards(rows, [cloud.count for cloud in clouds], add),
+    return distributed.sum_in_rounds(
+        lambda add: lower_medians_of_shards(rows, [part.count for part in modalities], add),
         median_rounds(rows[0].dtype),
         like=counts,
     )
 
 
-def _check_norms(norms: Tensor, name: str) -> None:
-    if norms.shape[1] < 2:
-        raise NumericsError(
-            f"{name} must have at least 2 tokens over the whole probe, got {norms.shape[1]}; use more samples"
-        )
-    bad = (~torch.isfinite(norms)).sum(dim=1)
-    if bool(bad.any()):
-        layer = int(bad.nonzero()[0])
-        raise NumericsError(
-            f"layer {layer + 1}, {name}: hidden states must be finite, got NaN or infinity in {int(bad[layer])} of "
-            f"{norms.shape[1]} tokens; the run may have diverged or overflowed its dtype"
-        )
-
-
-def _own_part(cloud: Cloud, mean: Tensor) -> Tensor:
+def _centred_or_scatter(part: ModalityRows, mean: Tensor) -> Tensor:
     """This rank's scatter (d, d), or its centred rows as columns (d, n) where there are fewer rows than dimensions."""
-    if cloud.count < cloud.rows.shape[1]:
-        return (cloud.rows.double() - mean).T.contiguous()
-    return scatter_about(cloud.rows, mean)
-
-
-def _shared_part(cloud: Cloud, mean: Tensor, part: Tensor, owner: int) -> CloudParts:
-    if cloud.count < cloud.rows.shape[1]:
-        return CloudParts(cloud.count, mean, None, collectives.gather_columns(part))
-    return CloudParts(cloud.count, mean, collectives.sum_to_rank(part, owner), [])
+    if part.count < part.rows.shape[1]:
+        return (part.rows.double() - mean).T.contiguous()
+    return scatter_about(part.rows, mean)

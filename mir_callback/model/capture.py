@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes with hooks that keep only the vision and text rows of each decoder layer.
+"""Forward passes with hooks that hand on only the vision and text rows of each decoder layer.
 
-What is kept is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
+Handed on is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
 model's final norm. Which module that norm is, is observed and not guessed: it is the sibling of the layer list that
 is called on the last layer's output.
 """
@@ -11,28 +11,48 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mir_callback.errors import UnsupportedModelError
-from mir_callback.evaluation.hidden_states import Stash
 from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.model.text_loss import TextLoss
 
+# Takes the index of a layer, its hidden states (n, d) and the positions among them of vision rows and of text rows.
+# Must copy what it keeps: models overwrite their hidden states.
+KeepRows = Callable[[int, Tensor, tuple[Tensor, ...]], None]
+
+
+@dataclass
+class _Forward:
+    """What the hooks see of the forward under way; ``keep`` (B,) and ``find_masks`` are given."""
+
+    find_masks: Callable[[], ModalityMasks]
+    keep: Tensor
+    text_ids: Sequence[Tensor]
+    vision: Tensor | None = None  # (B, S) of all samples
+    masks: ModalityMasks | None = None  # of those that are kept
+    positions: tuple[Tensor, ...] = ()
+    calls: list[int] = field(default_factory=list)
+    embeddings: Tensor | None = None
+    first_input: Tensor | None = None
+    last_output: Tensor | None = None
+    after_norm: Tensor | None = None
+
 
 class HiddenStateCapture:
-    """Collects token rows layer by layer over several forward passes.
+    """Hands on token rows layer by layer over several forward passes.
 
     Use as a context manager: hooks exist only inside it. After every forward the call pattern is checked, so that a
     model this recipe does not fit is refused instead of measured wrongly.
 
     Args:
         decoder: of the model.
-        stash: where rows go, in the dtype of the hidden states; by default all of them to memory on their device.
-        look: called at the end of each layer, when a forward needs its memory.
+        keep_rows: takes the rows of each layer, as soon as they are there.
         text_loss: what sums the loss on the texts, or None to compute logits of one position only.
 
     Attributes:
@@ -40,59 +60,45 @@ class HiddenStateCapture:
             rows lie in that order.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        stash: Stash | None = None,
-        look: Callable[[], None] | None = None,
-        text_loss: TextLoss | None = None,
-    ) -> None:
-        self._decoder = decoder
-        self._text_loss = text_loss
-        self._text_ids: Sequence[Tensor] = ()
-        self._stash = Stash(range(len(decoder.layers))) if stash is None else stash
-        self._look = look or _nothing
-        self._hooks = ExitStack()
-        self._find_masks: Callable[[], ModalityMasks] | None = None
-        self._keep_rows: Tensor | None = None
-        self._masks: ModalityMasks | None = None
-        self._positions: tuple[Tensor, ...] = ()
-        self._vision_positions: Tensor | None = None
-        self._calls: list[int] = []
-        self._last_output: Tensor | None = None
-        self._last_after_norm: Tensor | None = None
-        self._embeddings: Tensor | None = None
-        self._first_input: Tensor | None = None
-        self._verified = False
+    def __init__(self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None) -> None:
         self.sample_rows: list[Tensor] = []
+        self._decoder = decoder
+        self._last = len(decoder.layers) - 1
+        self._keep_rows = keep_rows
+        self._text_loss = text_loss
+        self._hooks = ExitStack()
+        self._forward: _Forward | None = None
+        self._verified = False
 
     def __enter__(self) -> HiddenStateCapture:
         """Register the hooks."""
-        for index, layer in enumerate(self._decoder.layers):
-            self._keep(layer.register_forward_hook(self._layer_hook(index)))
-        for sibling in self._decoder.siblings:
-            self._keep(sibling.register_forward_hook(self._sibling_hook))
-        first = self._decoder.layers[0]
-        self._keep(first.register_forward_pre_hook(self._first_layer_input, with_kwargs=True))
-        head = getattr(self._decoder.model, "get_output_embeddings", _nothing)()
+        layers, model = self._decoder.layers, self._decoder.model
+        handles: list[Any] = [
+            *(layer.register_forward_hook(self._layer_hook(index)) for index, layer in enumerate(layers)),
+            *(sibling.register_forward_hook(self._sibling_hook) for sibling in self._decoder.siblings),
+            layers[0].register_forward_pre_hook(self._first_layer_hook, with_kwargs=True),
+        ]
+        for handle in handles:
+            self._hooks.callback(handle.remove)
+        embedding = getattr(model, "get_input_embeddings", _nothing)()
+        if isinstance(embedding, nn.Module):
+            self._hooks.callback(embedding.register_forward_hook(self._embedding_hook).remove)
+        head = getattr(model, "get_output_embeddings", _nothing)()
         if self._text_loss is not None:
             if not isinstance(head, nn.Module):
+                self._hooks.close()
                 raise UnsupportedModelError(
-                    f"probe_loss needs a model with output embeddings, got {type(self._decoder.model).__name__} "
-                    "without; switch it off"
+                    f"probe_loss needs output embeddings, and {type(model).__name__} has none; switch it off"
                 )
-            self._keep(head.register_forward_pre_hook(self._text_loss.select))
-        elif isinstance(head, nn.Module) and _logits_argument(self._decoder.model) is None:
-            self._keep(head.register_forward_pre_hook(_last_position))
-        embedding = getattr(self._decoder.model, "get_input_embeddings", _nothing)()
-        if isinstance(embedding, nn.Module):
-            self._keep(embedding.register_forward_hook(self._embedding_hook))
+            self._hooks.callback(head.register_forward_pre_hook(self._text_loss.select).remove)
+        elif isinstance(head, nn.Module) and _logits_argument(model) is None:
+            self._hooks.callback(head.register_forward_pre_hook(_last_position).remove)
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Remove the hooks, also after an error."""
         self._hooks.close()
-        self._forget_batch()
+        self._forward = None
 
     def forward(
         self,
@@ -102,7 +108,7 @@ class HiddenStateCapture:
         keep: Tensor,
         text_ids: Sequence[Tensor] = (),
     ) -> None:
-        """One ordinary top-level forward; the rows of its kept samples are appended.
+        """One ordinary top-level forward; the rows of its kept samples are handed on.
 
         Args:
             model: the model to call, bare or wrapped; in evaluation mode and under no_grad by the caller.
@@ -117,99 +123,76 @@ class HiddenStateCapture:
 
         Ranks: collective under ZeRO-3 (it gathers weights); every rank must call it equally often.
         """
-        self._forget_batch()
-        self._find_masks = masks if callable(masks) else lambda: masks
-        self._keep_rows = keep
-        self._text_ids = text_ids
-        outputs = model(**inputs, **_no_extra_outputs(self._decoder.model, all_logits=self._text_loss is not None))
-        self._check_calls()
-        final = self._last_output if self._last_after_norm is None else self._last_after_norm
+        seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
+        self._forward = seen
+        outputs = model(**inputs, **_lean_outputs(self._decoder.model, all_logits=self._text_loss is not None))
+        self._check_calls(seen)
+        final = seen.last_output if seen.after_norm is None else seen.after_norm
         assert final is not None
-        self._append(len(self._decoder.layers) - 1, final)
-        assert self._masks is not None
-        counts = torch.stack([self._masks.vision.sum(dim=1), self._masks.text.sum(dim=1)], dim=1)
+        self._keep_rows(self._last, final.flatten(0, 1), seen.positions)
+        assert seen.masks is not None
+        counts = torch.stack([seen.masks.vision.sum(dim=1), seen.masks.text.sum(dim=1)], dim=1)
         self.sample_rows.append(counts[keep].cpu())
         if self._text_loss is not None:
             self._text_loss.add(outputs)
-        self._forget_batch()
-
-    def take_layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Hand over the rows of one layer, stacked, and let go of them.
-
-        Returns:
-            vision (r, d) and text (s, d) of this rank, r or s may be 0.
-
-        Ranks: pure.
-        """
-        return self._stash.take(layer)
-
-    def _keep(self, handle: Any) -> None:
-        self._hooks.callback(handle.remove)
-
-    def _forget_batch(self) -> None:
-        self._find_masks = self._keep_rows = self._masks = self._vision_positions = None
-        self._positions = ()
-        self._last_output = self._last_after_norm = None
-        self._embeddings = self._first_input = None
-        self._calls = []
+        self._forward = None
 
     def _layer_hook(self, index: int) -> Any:
-        last = len(self._decoder.layers) - 1
-
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._calls.append(index)
-            self._look()
+            seen = self._forward
+            if seen is None:
+                return
+            seen.calls.append(index)
             state = output[0] if isinstance(output, tuple) else output
-            if index == last:
-                self._last_output = state
-            elif self._masks is not None and state.shape[:-1] == self._masks.vision.shape:
-                # Copied here and now: some families add features in place after the layer has returned. Another
+            if index == self._last:
+                seen.last_output = state
+            elif seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
+                # Handed on here and now: some families add features in place after the layer has returned. Another
                 # shape is left to the check after the forward, which refuses it with a reason.
-                self._append(index, state)
+                self._keep_rows(index, state.flatten(0, 1), seen.positions)
 
         return hook
 
     def _sibling_hook(self, _module: nn.Module, args: Any, output: Any) -> None:
-        last = self._last_output
-        if last is None or self._last_after_norm is not None or not isinstance(output, Tensor):
+        last = self._forward.last_output if self._forward is not None else None
+        if self._forward is None or last is None or self._forward.after_norm is not None:
             return
-        if args and isinstance(args[0], Tensor) and args[0].shape == last.shape == output.shape:
-            self._last_after_norm = output
+        if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+            if args[0].shape == last.shape == output.shape:
+                self._forward.after_norm = output
 
-    def _first_layer_input(self, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if self._find_masks is None or self._keep_rows is None:
+    def _first_layer_hook(self, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        seen = self._forward
+        if seen is None:
             return
-        masks, keep = self._find_masks(), self._keep_rows[:, None]
-        self._vision_positions = masks.vision
-        self._masks = ModalityMasks(masks.vision & keep, masks.text & keep)
+        masks, keep = seen.find_masks(), seen.keep[:, None]
+        seen.vision = masks.vision
+        seen.masks = ModalityMasks(masks.vision & keep, masks.text & keep)
         # Found once a batch: on a GPU, looking for them waits for all work under way.
-        self._positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (self._masks.vision, self._masks.text))
+        seen.positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (seen.masks.vision, seen.masks.text))
         if self._text_loss is not None:
-            self._text_loss.expect(self._masks.text, self._text_ids)
+            self._text_loss.expect(seen.masks.text, seen.text_ids)
         state = args[0] if args else kwargs.get("hidden_states")
-        if self._first_input is None and isinstance(state, Tensor):
-            self._first_input = state if self._verified else state.clone()
+        if seen.first_input is None and isinstance(state, Tensor):
+            seen.first_input = state if self._verified else state.clone()
 
     def _embedding_hook(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self._embeddings is None and isinstance(output, Tensor) and not self._verified:
-            self._embeddings = output.clone()
+        seen = self._forward
+        if seen is not None and seen.embeddings is None and isinstance(output, Tensor) and not self._verified:
+            seen.embeddings = output.clone()
 
-    def _append(self, layer: int, state: Tensor) -> None:
-        self._stash.append(layer, state.flatten(0, 1), self._positions)
-
-    def _check_calls(self) -> None:
+    def _check_calls(self, seen: _Forward) -> None:
         """Refuse a model whose forward does not look like one pass of (batch, sequence, d) through the layers."""
         name = type(self._decoder.model).__name__
         expected = list(range(len(self._decoder.layers)))
-        if self._calls != expected:
+        if seen.calls != expected:
             raise UnsupportedModelError(
                 f"{name}: every decoder layer in {self._decoder.path} must run exactly once and in order, "
-                f"got {self._calls} for {len(expected)} layers; this architecture is not supported"
+                f"got {seen.calls} for {len(expected)} layers; this architecture is not supported"
             )
-        positions = self._vision_positions
-        assert positions is not None  # the first layer ran
-        shape = (*positions.shape, self._decoder.hidden_size)
-        got = None if self._first_input is None else tuple(self._first_input.shape)
+        assert seen.vision is not None  # the first layer ran
+        shape = (*seen.vision.shape, self._decoder.hidden_size)
+        got = None if seen.first_input is None else tuple(seen.first_input.shape)
         if got != shape:
             raise UnsupportedModelError(
                 f"{name}: the first decoder layer must read (batch, sequence, hidden) = {shape} as input_ids has it, "
@@ -217,9 +200,9 @@ class HiddenStateCapture:
             )
         if self._verified:
             return
-        if self._embeddings is not None and self._embeddings.shape == shape:
-            assert self._first_input is not None
-            plain = (self._first_input[positions] == self._embeddings[positions]).all(dim=-1)
+        if seen.embeddings is not None and seen.embeddings.shape == shape:
+            assert seen.first_input is not None
+            plain = (seen.first_input[seen.vision] == seen.embeddings[seen.vision]).all(dim=-1)
             if bool(plain.any()):
                 raise UnsupportedModelError(
                     f"{name}: {int(plain.sum())} of {len(plain)} vision positions hold plain token embeddings, no "
@@ -233,11 +216,9 @@ def _nothing() -> None:
     """Stands for what is not there to be called."""
 
 
-def _no_extra_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
+def _lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
     """Keyword arguments that keep the forward lean: no cache, and unless asked for, logits of one position only."""
-    lean: dict[str, Any] = {}
-    if _accepts(model, "use_cache"):
-        lean["use_cache"] = False
+    lean: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
     logits = _logits_argument(model)
     if logits is not None and not all_logits:
         lean[logits] = 1

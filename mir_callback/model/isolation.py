@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that train other weights than they evaluate (schedule-free ones): look at the latter, leave the former."""
+"""An evaluation leaves no trace: modes, buffers, random streams, gathered and schedule-free weights are put back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
+def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
 
     Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
-    mode stays so), tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`), the random states of
-    Python, NumPy, torch and the current accelerator device, and ZeRO-3's gathered or in-flight weights, which are
-    released, and the dtype that a weight shows while it is in its shards.
+    mode stays so); tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`); the random states of
+    Python, NumPy, torch and the current accelerator device; the dtype that a weight shows while it is in its shards.
+    ZeRO-3's gathered or in-flight weights are released.
 
     `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
     next backward pass.
@@ -53,20 +53,17 @@ def undisturbed(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
 
 
 def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
-    """Before a forward, release weights that somebody else's forward-only pass has left gathered.
+    """Before a forward, release weights that somebody else's forward-only pass, as the Trainer's own, left gathered.
 
-    The Trainer's own evaluation does. After a training step nothing is left but small weights that DeepSpeed keeps
-    gathered on purpose; then nothing is done.
+    After a training step only small weights are, which DeepSpeed keeps gathered on purpose; then nothing is done.
 
     Ranks: every rank.
     """
-    if any(_is_left_over(parameter) for parameter in model.parameters()):
-        release_gathered_weights(*zero_owners)
-
-
-def _is_left_over(parameter: nn.Parameter) -> bool:
-    gathered = getattr(parameter, "ds_status", None) is not None and not _in_shards(parameter)
-    return gathered and not getattr(parameter, "ds_persist", False)
+    for parameter in model.parameters():
+        gathered = getattr(parameter, "ds_status", None) is not None and not _in_shards(parameter)
+        if gathered and not getattr(parameter, "ds_persist", False):
+            release_gathered_weights(*zero_owners)
+            return
 
 
 def release_gathered_weights(*zero_owners: Any) -> None:
@@ -78,19 +75,11 @@ def release_gathered_weights(*zero_owners: Any) -> None:
     Ranks: every rank that took part in the forward.
     """
     for owner in zero_owners:
-        release = _partition_cache_release(owner)
-        if release is not None:
-            release()
-            return
-
-
-def _partition_cache_release(owner: Any) -> Any:
-    """The bound `empty_partition_cache` of an engine, of its optimizer, or of accelerate's wrapper around it."""
-    for candidate in (owner, getattr(owner, "optimizer", None)):
-        release = getattr(candidate, "empty_partition_cache", None)
-        if release is not None:
-            return release
-    return None
+        for candidate in (owner, getattr(owner, "optimizer", None)):  # an engine, its optimizer, a wrapper around it
+            release = getattr(candidate, "empty_partition_cache", None)
+            if release is not None:
+                release()
+                return
 
 
 def _in_shards(parameter: nn.Parameter) -> bool:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens the samples of a probe become, without a forward."""
+"""A probe as model inputs: the batches that one rank forwards, and fingerprints of what the samples became."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mir_callback.errors import ConfigError
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapters import Adapter, cut_text
 from mir_callback.probe.probe import Probe, Sample
@@ -54,96 +54,46 @@ class ProbeBatch:
         )
 
 
-@dataclass
-class Share:
-    """The part of a probe that one rank forwards: what it is, and what forwards have shown of it so far.
+@dataclass(frozen=True)
+class RankShard:
+    """The part of a probe that one rank forwards."""
 
-    The only thing here that changes: batches that memory does not suffice for are cut anew, once for all later
-    evaluations, and what a first evaluation learns helps to plan the next.
-
-    Attributes:
-        probe: all samples.
-        rank: whose share.
-        world_size: number of ranks.
-        batch_size: samples of a batch.
-        batches: equally many on every rank.
-        rows: vision and text rows a layer gets from it, or None as long as only a forward can tell.
-        dtype: of the hidden states, once seen.
-        pinned: bytes of pinned host memory that torch holds since an earlier evaluation.
-    """
-
-    probe: Probe
-    rank: int
-    world_size: int
+    samples: Sequence[tuple[int, bool]]  # (index, keep), see share_of_rank
     batch_size: int
-    batches: list[ProbeBatch] = field(default_factory=list)
-    rows: tuple[int, int] | None = None
-    dtype: torch.dtype | None = None
-    pinned: int = 0
+    batches: tuple[ProbeBatch, ...]  # of these samples in this order, equally many on every rank
+    token_ids: tuple[Tensor, ...]  # the real token ids of each of these samples
 
     @property
-    def samples(self) -> list[tuple[int, bool]]:
-        """(sample index, keep), see :func:`share_of_rank`."""
-        return share_of_rank(len(self.probe), self.rank, self.world_size)
-
-    @property
-    def rows_are_exact(self) -> bool:
-        """Whether the rows are known without a forward."""
-        return all(batch.masks is not None for batch in self.batches)
-
-    def cut(self, adapter: Adapter, batch_size: int) -> list[Tensor]:
-        """Encode the share anew in batches of ``batch_size``.
-
-        Encoded and not sliced: what of a batch's inputs belongs to which sample, only its processor knows.
-
-        Returns:
-            The real token ids of each of its samples, repeats included.
-
-        Raises:
-            ConfigError, ProbeError: as :func:`encode_probe`.
-
-        Ranks: each for itself; every rank must do it.
-        """
-        batches, token_ids = [], []
-        samples = self.samples
-        for start in range(0, len(samples), batch_size):
-            part = samples[start : start + batch_size]
-            adapted = adapter.encode([self.probe.samples[index] for index, _ in part], self.probe.max_text_tokens)
-            keeps = torch.tensor([keep for _, keep in part])
-            batches.append(ProbeBatch(adapted.inputs, adapted.masks, keeps, adapted.text_ids))
-            token_ids += adapted.token_ids
-        self.batches, self.batch_size = batches, batch_size
-        if self.rows_are_exact:
-            self.rows = _rows_of(batches)
-        return token_ids
+    def row_counts(self) -> tuple[int, int] | None:
+        """Vision and text rows that a layer gets of the kept samples, or None if only a forward can tell."""
+        masks = [(batch.masks, batch.keep) for batch in self.batches]
+        vision = [int(mask.vision[keep].sum()) for mask, keep in masks if mask is not None]
+        text = [int(mask.text[keep].sum()) for mask, keep in masks if mask is not None]
+        return (sum(vision), sum(text)) if len(vision) == len(masks) else None
 
 
 @dataclass(frozen=True)
 class EncodedProbe:
-    """This rank's share of a probe, encoded for one model and processor.
+    """A probe, encoded for one model and processor.
 
     Attributes:
-        share: the batches, equally many on every rank.
+        shard: this rank's batches.
         num_samples: samples of the whole probe.
         fingerprint: the probe's.
-        digests: (sample index, digest of its token ids), in the end of all samples of the probe.
-        pixel_digests: (sample index, digest of its floating inputs), in the end of the first samples of the probe.
-        ranks_here: ranks on this machine, who share its memory.
-        capture_budget_gb: GB of rows a rank may keep on its device, or None for a share of what is free.
+        digests: (sample index, digest of its token ids), of this rank's samples until all ranks' are put together.
+        pixel_digests: (sample index, digest of its floating inputs), the same of the first samples of the probe.
     """
 
-    share: Share
+    shard: RankShard
     num_samples: int
     fingerprint: str
     digests: tuple[tuple[int, str], ...]
     pixel_digests: tuple[tuple[int, str], ...]
-    ranks_here: int = 1
-    capture_budget_gb: float | None = None
 
     @property
-    def batches(self) -> list[ProbeBatch]:
-        """This rank's batches, as they are cut now."""
-        return self.share.batches
+    def batches(self) -> tuple[ProbeBatch, ...]:
+        """This rank's batches."""
+        return self.shard.batches
 
     @property
     def tokens_fingerprint(self) -> str:
@@ -160,26 +110,35 @@ class EncodedProbe:
         return _fingerprint(self.pixel_digests)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise ConfigError unless ``batch_size`` is a positive whole number of samples. Ranks: pure."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size must be an integer of at least 1 sample, got {batch_size!r}; use e.g. 4")
-
-
 def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
     """Which samples a rank encodes: (sample index, keep), equally many on every rank.
 
-    Sample i belongs to rank i mod W. Ranks that come out short repeat a sample with keep False.
-
-    Ranks: pure.
+    Sample i belongs to rank i mod W. Ranks that come out short repeat a sample with keep False. Ranks: pure.
     """
     length = -(-num_samples // world_size)
     mine = list(range(rank, num_samples, world_size))
     return [(index, True) for index in mine] + [(0, False)] * (length - len(mine))
 
 
+def encode_shard(probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bool]], batch_size: int) -> RankShard:
+    """Encode a rank's samples in batches of ``batch_size``.
+
+    For other batches they are encoded anew and not sliced: what of a batch's inputs belongs to which sample, only its
+    processor knows. Errors and ranks as of :func:`encode_probe`.
+    """
+    batches: list[ProbeBatch] = []
+    token_ids: list[Tensor] = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        adapted = adapter.encode([probe.samples[index] for index, _ in part], probe.max_text_tokens)
+        keep = torch.tensor([kept for _, kept in part])
+        batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, adapted.text_ids))
+        token_ids += adapted.token_ids
+    return RankShard(samples, batch_size, tuple(batches), tuple(token_ids))
+
+
 def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int) -> EncodedProbe:
-    """Encode this rank's share of a probe.
+    """Encode one rank's part of a probe.
 
     Args:
         probe: the samples.
@@ -188,35 +147,22 @@ def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, 
         world_size: number of ranks.
         batch_size: samples per forward; equal on every rank.
 
-    Returns:
-        The encoded share.
-
     Raises:
-        ConfigError: batch_size is not a positive integer, or the processor cannot batch.
+        ConfigError: the processor cannot batch.
         ProbeError: a sample does not fit the model.
 
     Ranks: each for itself; the number of batches is the same everywhere.
     """
-    check_batch_size(batch_size)
-    share = Share(probe, rank, world_size, batch_size)
-    token_ids = share.cut(adapter, batch_size)
-    samples = share.samples
-    digests = [(index, _digest(ids)) for (index, keep), ids in zip(samples, token_ids, strict=True) if keep]
-    pixel_digests = []
-    for index, keep in samples:
-        if keep and index < _PIXEL_SAMPLES:
-            pixel_digests.append((index, _pixel_digest(adapter, probe.samples[index], probe.max_text_tokens)))
-    return EncodedProbe(share, len(probe), probe.fingerprint, tuple(digests), tuple(pixel_digests))
-
-
-def _rows_of(batches: list[ProbeBatch]) -> tuple[int, int]:
-    """Vision and text rows of the kept samples, from masks that are known."""
-    vision = text = 0
-    for batch in batches:
-        if batch.masks is not None:
-            vision += int(batch.masks.vision[batch.keep].sum())
-            text += int(batch.masks.text[batch.keep].sum())
-    return vision, text
+    shard = encode_shard(probe, adapter, share_of_rank(len(probe), rank, world_size), batch_size)
+    kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
+    pixels = [(index, probe.samples[index]) for index, _ in kept if index < _PIXEL_SAMPLES]
+    return EncodedProbe(
+        shard,
+        len(probe),
+        probe.fingerprint,
+        digests=tuple((index, _digest(ids)) for index, ids in kept),
+        pixel_digests=tuple((index, _pixel_digest(adapter, each, probe.max_text_tokens)) for index, each in pixels),
+    )
 
 
 def _digest(token_ids: Tensor) -> str:
@@ -262,11 +208,7 @@ class TokenCounts:
 
 
 def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
-    """Tokens as an evaluation with this adapter has them.
-
-    Args:
-        probe: the samples.
-        adapter: one that knows its masks before the forward, as that of Hugging Face models does.
+    """Tokens as an evaluation has them, with an adapter that knows its masks before the forward.
 
     Raises:
         ProbeError: a sample does not fit the model; the message names it.
@@ -274,9 +216,8 @@ def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
     Ranks: any, each for itself.
     """
     encoded = encode_probe(probe, adapter, rank=0, world_size=1, batch_size=1)
-    masks = [batch.masks for batch in encoded.batches]
-    vision = [int(mask.vision.sum()) for mask in masks if mask is not None]
-    text = [int(mask.text.sum()) for mask in masks if mask is not None]
+    masks = [batch.masks for batch in encoded.batches if batch.masks is not None]
+    vision, text = ([int(getattr(mask, name).sum()) for mask in masks] for name in ("vision", "text"))
     return TokenCounts(vision, text, encoded.tokens_fingerprint)
 
 

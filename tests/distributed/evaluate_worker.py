@@ -33,7 +33,7 @@ def good_value(
     model, processor = build()
     probe = Probe.from_pairs(pairs(count), max_text_tokens=max_text_tokens)
     report = evaluate_mir(model.to(dtype or torch.float32), probe, processor=processor, root=root, batch_size=2)
-    return report.as_dict()
+    return report.to_fields()
 
 
 def different_probe(rank: int) -> None:

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from mir_callback import Probe
+from mir_callback.config import MIRConfig
 from mir_callback.distributed import gather_objects
-from mir_callback.evaluation import hidden_states as capacity
-from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
-from mir_callback.evaluation.memory import GB, Budgets
+from mir_callback.evaluation import hidden_states, token_statistics
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.hidden_states import GB, Budgets
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
@@ -31,6 +33,7 @@ class Watched:
     def __init__(self) -> None:
         self.count = self.in_forwards = 0
         self._real = dist.all_gather_object
+        self._enter_phase = token_statistics.enter_phase
 
     def __enter__(self) -> Watched:
         """Count from here on."""
@@ -40,16 +43,24 @@ class Watched:
             return self._real(*arguments, **options)
 
         dist.all_gather_object = counted
+        token_statistics.enter_phase = self.hear  # type: ignore[assignment]
         return self
 
     def hear(self, phase: str) -> None:
         """Note how many there were when the first rows are measured."""
         if phase == "norms of all tokens" and not self.in_forwards:
             self.in_forwards = self.count
+        self._enter_phase(phase)
 
     def __exit__(self, *_: object) -> None:
         """Stop counting."""
         dist.all_gather_object = self._real
+        token_statistics.enter_phase = self._enter_phase
+
+
+def evaluator_of(model: Any, processor: Any, config: MIRConfig) -> Evaluator:
+    """Of the probe that all cases share."""
+    return Evaluator(model, Probe.from_pairs(pairs(COUNT)), HuggingFaceAdapter(model, processor), config)
 
 
 def run(limits: list[Budgets] | None = None, *, budget_gb: float | None = None, hungry: int | None = None) -> Any:
@@ -63,34 +74,32 @@ def run(limits: list[Budgets] | None = None, *, budget_gb: float | None = None, 
                 torch.empty(1 << 50)
 
         model.register_forward_pre_hook(ask, with_kwargs=True)
-    real = capacity.budgets_of
+    real = hidden_states.find_budgets
     if limits is not None:
-        capacity.budgets_of = lambda *_: limits[rank]  # type: ignore[assignment]
+        hidden_states.find_budgets = lambda *_: limits[rank]  # type: ignore[assignment]
     try:
-        adapter = adapter_for(model, processor)
-        probe = Probe.from_pairs(pairs(COUNT))
-        encoded = encode_for(model, probe, adapter, batch_size=2, capture_budget_gb=budget_gb)
+        evaluator = evaluator_of(model, processor, MIRConfig(batch_size=2, capture_budget_gb=budget_gb))
         found = []
         for _ in range(2):
             with warnings.catch_warnings(record=True) as told, Watched() as watched:
                 warnings.simplefilter("always")
-                report = evaluate_encoded(model, encoded, adapter, progress=False, tell=watched.hear)
+                report = evaluator.evaluate(model, progress=False)
             words = [str(each.message) for each in told if "memory ran out" in str(each.message)]
-            found.append({**report.as_dict(), "told": words, "exchanges": watched.in_forwards})
-        return {"reports": found, "error": None, "ranks_here": encoded.ranks_here}
+            found.append({**report.to_fields(), "told": words, "exchanges": watched.in_forwards})
+        return {"reports": found, "error": None, "ranks_here": evaluator._ranks_here}
     except Exception as error:
         return {"reports": None, "error": f"{type(error).__name__}: {error}"}
     finally:
-        capacity.budgets_of = real
+        hidden_states.find_budgets = real
 
 
 def main(folder: str) -> None:
     """Run every case; after a bad one the ranks must still be in step for the next."""
     dist.init_process_group("gloo")
     model, processor = tiny_models.llava(layers=LAYERS)
-    share = encode_for(model, Probe.from_pairs(pairs(COUNT)), adapter_for(model, processor)).share
-    assert share.rows is not None
-    layer = max(gather_objects(sum(share.rows) * ROW))
+    rows = evaluator_of(model, processor, MIRConfig())._encoded.shard.row_counts
+    assert rows is not None
+    layer = max(gather_objects(sum(rows) * ROW))
     free = Budgets(PLENTY, 0, given=False)
     cases = {
         "whole": run(),

@@ -50,7 +50,7 @@ EXPECTED = {
         "ConfigError: rank 1 failed: LocalError: nobody knows this class",
         "LocalError: nobody",
     ),
-    "nan_on_rank_1": ("NumericsError: layer 3, vision: hidden states must be finite", None),
+    "nan_on_rank_1": ("NumericsError: layer 3, vision: hidden states are NaN or infinite", None),
 }
 
 

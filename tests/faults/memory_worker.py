@@ -11,7 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from mir_callback import Probe
-from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
+from mir_callback.config import MIRConfig
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.faults.memory import memory_ends_in
@@ -27,7 +29,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "every round of the medians": ("lower_medians_of_shards", 1, "many rows"),
     "sums": ("row_sum", 1, "many rows"),
     "scatter of text": ("scatter_about", 2, "many rows"),
-    "centred rows": ("_own_part", 1, "few rows"),
+    "centred rows": ("_centred_or_scatter", 1, "few rows"),
     "gathering centred rows": ("_room_for", 4, "few rows"),
     "moments from centred rows": ("moments_from_centred", 1, "few rows"),
     "factors": ("factored", 1, "many rows"),
@@ -48,17 +50,21 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model, processor = tiny_models.llava(hidden=256)
-    adapter = adapter_for(model, processor)
+    adapter = HuggingFaceAdapter(model, processor)
     probes = {"many rows": Probe.from_pairs(pairs(40)), "few rows": Probe.from_pairs(pairs(6))}
-    encoded = {name: encode_for(model, probe, adapter, batch_size=10) for name, probe in probes.items()}
+
+    def evaluator(name: str) -> Evaluator:
+        return Evaluator(model, probes[name], adapter, MIRConfig(batch_size=10))
+
+    evaluators = {name: evaluator(name) for name in probes}
 
     def value(name: str) -> float:
-        return evaluate_encoded(model, encoded[name], adapter, progress=False).mir
+        return evaluators[name].evaluate(model, progress=False).mir
 
     def healed(function: str, call: int, name: str) -> dict[str, Any]:
-        fresh = encode_for(model, probes[name], adapter, batch_size=10)  # its batches may be cut anew
+        fresh = evaluator(name)  # its batches may be cut anew
         with memory_ends_in(function, call) if rank == 1 else nullcontext():
-            report = evaluate_encoded(model, fresh, adapter, progress=False)
+            report = fresh.evaluate(model, progress=False)
         return {"value": report.mir, "batch_size": report.batch_size, "passes": report.passes}
 
     healthy = {name: value(name) for name in probes}
@@ -69,7 +75,7 @@ def main(folder: str) -> None:
         started = time.perf_counter()
         try:
             with shortage:
-                evaluate_encoded(model, encoded[name], adapter, progress=False)
+                evaluators[name].evaluate(model, progress=False)
             error = "none"
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hooks keep is what Hugging Face returns as hidden states, and unfit models are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from mir_callback import Probe
 from mir_callback.errors import UnsupportedModelError
+from mir_callback.evaluation.hidden_states import HiddenStateStore
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder
 from mir_callback.probe.adapters import HuggingFaceAdapter
@@ -23,6 +26,17 @@ def batches(model, processor, count=5, batch_size=2):
     return encode_probe(probe, adapter, rank=0, world_size=1, batch_size=batch_size).batches
 
 
+def captured(model, batches):
+    """The rows of all layers that hooks hand on."""
+    decoder = find_decoder(model)
+    store = HiddenStateStore(range(len(decoder.layers)))
+    with HiddenStateCapture(decoder, store.append) as capture:
+        for batch in batches:
+            capture.forward(model, batch.inputs, batch.masks, batch.keep)
+    store.finish()
+    return store
+
+
 @pytest.mark.parametrize("build", FAMILIES)
 @torch.no_grad()
 def test_rows_equal_the_hidden_states_hugging_face_returns(build):
@@ -32,16 +46,14 @@ def test_rows_equal_the_hidden_states_hugging_face_returns(build):
     assert len(decoder.layers) == tiny_models.LAYERS
     expected_vision = [[] for _ in decoder.layers]
     expected_text = [[] for _ in decoder.layers]
-    with HiddenStateCapture(decoder) as capture:
-        for batch in batches(model, processor):
-            capture.forward(model, batch.inputs, batch.masks, batch.keep)
+    store = captured(model, batches(model, processor))
     for batch in batches(model, processor):
         states = model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states[1:]
         for layer, state in enumerate(states):
             expected_vision[layer].append(state[batch.masks.vision])
             expected_text[layer].append(state[batch.masks.text])
     for layer in range(len(decoder.layers)):
-        vision, text = capture.take_layer(layer)
+        vision, text = store.take(layer)
         assert torch.equal(vision, torch.cat(expected_vision[layer]))
         assert torch.equal(text, torch.cat(expected_text[layer]))
 
@@ -51,11 +63,7 @@ def test_the_last_layer_is_taken_after_the_final_norm():
     model, processor = tiny_models.llava()
     norm = model.model.language_model.norm
     norm.weight.fill_(2.0)
-    decoder = find_decoder(model.eval())
-    with HiddenStateCapture(decoder) as capture:
-        for batch in batches(model, processor):
-            capture.forward(model, batch.inputs, batch.masks, batch.keep)
-    vision, _ = capture.take_layer(tiny_models.LAYERS - 1)
+    vision, _ = captured(model.eval(), batches(model, processor)).take(tiny_models.LAYERS - 1)
     # RMS norm with weight 2: every row has root mean square 2.
     assert torch.allclose(vision.square().mean(dim=1).sqrt(), torch.tensor(2.0), atol=0.02)
 
@@ -64,9 +72,7 @@ def test_the_last_layer_is_taken_after_the_final_norm():
 def test_repeats_that_fill_up_a_batch_are_discarded():
     model, processor = tiny_models.llava()
     (batch,) = batches(model.eval(), processor, count=2, batch_size=2)
-    with HiddenStateCapture(find_decoder(model)) as capture:
-        capture.forward(model, batch.inputs, batch.masks, torch.tensor([True, False]))
-    vision, text = capture.take_layer(0)
+    vision, text = captured(model, [replace(batch, keep=torch.tensor([True, False]))]).take(0)
     assert len(vision) == int(batch.masks.vision[0].sum())
     assert len(text) == int(batch.masks.text[0].sum())
 
@@ -77,8 +83,7 @@ def test_logits_are_computed_for_one_position_only():
     shapes = []
     model.lm_head.register_forward_hook(lambda _m, _a, output: shapes.append(tuple(output.shape)))
     (batch,) = batches(model.eval(), processor, count=2, batch_size=2)
-    with HiddenStateCapture(find_decoder(model)) as capture:
-        capture.forward(model, batch.inputs, batch.masks, batch.keep)
+    captured(model, [batch])
     assert [shape[:2] for shape in shapes] == [(2, 1)]
 
 
@@ -93,7 +98,7 @@ def test_hooks_are_gone_afterwards_also_after_an_error():
         ]
         return sum(hook.__module__.startswith("mir_callback") for hook in registered)  # transformers keeps its own
 
-    capture = HiddenStateCapture(find_decoder(model))
+    capture = HiddenStateCapture(find_decoder(model), lambda *_: None)
     broken = {**batch.inputs, "pixel_values": torch.zeros(1, 3, 5, 5)}
     with pytest.raises(Exception, match="size|shape|match"), capture:  # noqa: PT012 - the hooks exist only inside
         assert hooks() > 0
@@ -130,8 +135,7 @@ def test_error_when_there_is_no_such_layer_list():
 @torch.no_grad()
 def run(model, processor):
     (batch,) = batches(model.eval(), processor, count=1, batch_size=1)
-    with HiddenStateCapture(find_decoder(model)) as capture:
-        capture.forward(model, batch.inputs, batch.masks, batch.keep)
+    captured(model, [batch])
 
 
 def test_refused_when_images_do_not_reach_the_stream():

@@ -134,13 +134,6 @@ def test_error_names_samples_when_the_processor_fails():
         type(processor.image_processor).__call__ = original
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
-def test_error_when_batch_size_breaks_its_rule(batch_size):
-    model, processor = tiny_models.llava()
-    with pytest.raises(ConfigError, match="batch_size must be an integer of at least 1"):
-        encode(model, processor, Probe.from_pairs(pairs(1)), batch_size=batch_size)
-
-
 def test_moving_a_batch_casts_floats_only():
     model, processor = tiny_models.llava()
     batch = encode(model, processor, Probe.from_pairs(pairs(2))).batches[0].on(torch.device("cpu"), torch.bfloat16)

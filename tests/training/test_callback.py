@@ -206,7 +206,7 @@ def test_a_failed_evaluation_warns_leaves_a_line_and_training_goes_on(tmp_path, 
     assert trainer.state.global_step == 4
     failed = file_records(tmp_path)[1]
     assert failed.mir is None
-    assert failed.error.startswith("NumericsError: layer 2, vision: hidden states must be finite")
+    assert failed.error.startswith("NumericsError: layer 2, vision: hidden states are NaN or infinite")
     assert failed.probe_fingerprint == probe.fingerprint
     assert failed.verdict == "no data"
     assert "step 2: evaluation FAILED" in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_a_failing_first_evaluation_ends_the_run_before_a_step(tmp_path, probe):
     with torch.no_grad():
         trainer.model.model.language_model.layers[0].mlp.down_proj.weight.fill_(math.nan)
     MIRCallback(probe).attach(trainer)
-    with pytest.raises(ValueError, match="layer 1, vision: hidden states must be finite"):
+    with pytest.raises(ValueError, match="layer 1, vision: hidden states are NaN or infinite"):
         trainer.train()
     assert trainer.state.global_step == 0
 

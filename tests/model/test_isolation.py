@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.model.isolation import release_gathered_weights, undisturbed
+from mir_callback.model.isolation import preserve_training_state, release_gathered_weights
 from tests import tiny_models
 from tests.samples import pairs
 
@@ -36,7 +36,7 @@ def test_flags_and_random_streams_are_restored(fails):
     random.seed(1)
     np.random.seed(1)
     try:
-        with undisturbed(model):
+        with preserve_training_state(model):
             assert not any(module.training for module in model.modules())
             assert not torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
@@ -61,7 +61,7 @@ def test_modules_that_do_more_than_a_flag_when_told_to_evaluate_are_not_told():
 
     layer = Merging(2, 2)
     before = layer.weight.detach().clone()
-    with undisturbed(torch.nn.Sequential(layer)):
+    with preserve_training_state(torch.nn.Sequential(layer)):
         assert not layer.training
     assert layer.training
     assert torch.equal(layer.weight, before)
@@ -81,7 +81,7 @@ def test_dtype_that_sharded_weights_show_is_restored():
         parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
         parameter.data = torch.empty(0, dtype=torch.float16)
     model.bias.ds_status.name = "AVAILABLE"
-    with undisturbed(model):
+    with preserve_training_state(model):
         for parameter in model.parameters():
             parameter.data = torch.empty(0, dtype=torch.float32)
     assert model.weight.dtype == torch.float16

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mir_callback.evaluation.hidden_states import Stash
+from mir_callback.evaluation.hidden_states import HiddenStateStore
 
 DIM = 3
 ROW = DIM * 4  # bytes
@@ -34,11 +34,11 @@ def expected_rows(batches, layer):
     return tuple(torch.cat([states[layer][where[i]] for states, where in batches]) for i in (0, 1))
 
 
-def filled(stash, batches):
+def filled(store, batches):
     for states, where in batches:
         for layer, state in enumerate(states):
-            stash.append(layer, state, where)
-            yield stash
+            store.append(layer, state, where)
+            yield store
 
 
 @given(forwards(), st.integers(0, 50 * ROW), st.booleans(), st.booleans(), st.booleans())
@@ -46,39 +46,39 @@ def test_what_is_kept_is_whole_and_within_the_limit(case, limit, known, on_host,
     layers, batches = case
     capacity = tuple(len(rows) for rows in expected_rows(batches, 0))
     need = sum(capacity) * ROW
-    stash = Stash(
+    store = HiddenStateStore(
         range(layers),
         limit=limit,
         keep_first=keep_first,
         capacity=capacity if known else None,
         on_host=on_host,
     )
-    for after in filled(stash, batches):
+    for after in filled(store, batches):
         assert after.held_bytes <= (max(limit, need) if keep_first else limit)
-    stash.settle()
+    store.finish()
     joining = 0 if known or on_host else 1
     fitting = layers if (layers + joining) * need <= limit else max(0, limit // need - joining)
     # Parts that are not joined yet may have cost a layer more while their number was not known.
-    assert len(stash.kept) <= max(fitting, int(keep_first))
+    assert len(store.kept) <= max(fitting, int(keep_first))
     if known:
-        assert len(stash.kept) == max(fitting, int(keep_first))
-    assert (len(stash.kept) == 0) <= (not keep_first)
-    for layer in stash.kept:
-        assert all(map(torch.equal, stash.take(layer), expected_rows(batches, layer)))
+        assert len(store.kept) == max(fitting, int(keep_first))
+    assert (len(store.kept) == 0) <= (not keep_first)
+    for layer in store.kept:
+        assert all(map(torch.equal, store.take(layer), expected_rows(batches, layer)))
 
 
 @given(forwards(), st.integers(0, 4))
 def test_only_layers_asked_for_are_kept(case, start):
     layers, batches = case
-    stash = Stash(range(min(start, layers), layers))
-    for _ in filled(stash, batches):
+    store = HiddenStateStore(range(min(start, layers), layers))
+    for _ in filled(store, batches):
         pass
-    stash.settle()
-    stash.keep_until(layers - 1)
-    assert list(stash.kept) == list(range(min(start, layers), layers - 1))
-    for layer in stash.kept:
-        assert all(map(torch.equal, stash.take(layer), expected_rows(batches, layer)))
-    assert stash.held_bytes == 0
+    store.finish()
+    store.drop_from(layers - 1)
+    assert list(store.kept) == list(range(min(start, layers), layers - 1))
+    for layer in store.kept:
+        assert all(map(torch.equal, store.take(layer), expected_rows(batches, layer)))
+    assert store.held_bytes == 0
 
 
 @contextmanager
@@ -101,13 +101,13 @@ def wide_state(value):
 def fill_four_layers(known):
     """What is kept of four layers where there is room for two, and whether its rows are right."""
     half = torch.arange(2**18).chunk(2)
-    stash = Stash(range(4), capacity=(2**17, 2**17) if known else None)
+    store = HiddenStateStore(range(4), capacity=(2**17, 2**17) if known else None)
     with room_for(168):
         for layer in range(4):
-            stash.append(layer, wide_state(layer), half)
-        stash.settle()
-    kept = list(stash.kept)
-    return kept, all(rows.shape == (2**17, 80) and bool((rows == i).all()) for i in kept for rows in stash.take(i))
+            store.append(layer, wide_state(layer), half)
+        store.finish()
+    kept = list(store.kept)
+    return kept, all(rows.shape == (2**17, 80) and bool((rows == i).all()) for i in kept for rows in store.take(i))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -119,16 +119,16 @@ def test_the_last_layers_are_dropped_when_memory_really_runs_out(known, fresh_pr
 def fill_without_room():
     """What is kept where not even one layer fits, and what is said of it in the end."""
     half = torch.arange(2**18).chunk(2)
-    stash = Stash(range(2), capacity=(2**17, 2**17))
+    store = HiddenStateStore(range(2), capacity=(2**17, 2**17))
     with room_for(8):
         for _ in range(2):
             for layer in range(2):
-                stash.append(layer, wide_state(layer), half)
+                store.append(layer, wide_state(layer), half)
     try:
-        stash.settle()
+        store.finish()
     except RuntimeError as error:
-        return list(stash.kept), str(error)
-    return list(stash.kept), "nothing"
+        return list(store.kept), str(error)
+    return list(store.kept), "nothing"
 
 
 def test_nothing_is_raised_before_the_end_when_not_even_one_layer_fits(fresh_process):
@@ -138,8 +138,8 @@ def test_nothing_is_raised_before_the_end_when_not_even_one_layer_fits(fresh_pro
 
 
 def test_error_when_fewer_rows_come_than_announced():
-    stash = Stash(range(1), capacity=(3, 1))
-    stash.append(0, torch.zeros(3, DIM), (torch.tensor([0]), torch.tensor([1])))
-    stash.settle()
+    store = HiddenStateStore(range(1), capacity=(3, 1))
+    store.append(0, torch.zeros(3, DIM), (torch.tensor([0]), torch.tensor([1])))
+    store.finish()
     with pytest.raises(RuntimeError, match="must come to 3 rows, as announced, got 1"):
-        stash.take(0)
+        store.take(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets, plans, and what counts as a shortage of memory."""
+"""Budgets, plans, what counts as a shortage of memory, and how much was taken at most."""
 
 import psutil
 import pytest
@@ -7,16 +7,17 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mir_callback.errors import ConfigError
 from mir_callback.evaluation import memory
-from mir_callback.evaluation.memory import (
+from mir_callback.evaluation.hidden_states import (
+    GB,
     Budgets,
-    Plan,
-    check_capture_budget,
-    is_out_of_memory,
+    StoragePlan,
+    budget_error,
+    find_budgets,
     pinned_bytes,
     plan_pass,
 )
+from mir_callback.evaluation.memory import PeakMemory, free_memory, is_out_of_memory
 
 LAYERS = st.integers(1, 100)
 NEED = st.integers(0, 10**12)
@@ -31,7 +32,7 @@ def test_a_plan_stays_within_the_budgets_given(layers, need, device, host, spare
     assert 0 <= plan.at_once <= plan.count <= layers
     assert plan.at_once * need <= device
     assert plan.count == 0 or plan.at_once >= 1
-    if plan.place == "device":
+    if not plan.on_host:
         assert plan.count == 0 or (plan.count + spare) * need <= device
         assert plan.at_once == plan.count
     else:
@@ -42,7 +43,7 @@ def test_a_plan_stays_within_the_budgets_given(layers, need, device, host, spare
 def test_everything_is_kept_at_once_on_the_device_where_it_fits(layers, need, device, host, spare, world):
     assume((layers + spare) * need <= device)
     plan = plan_pass(layers, need, need, Budgets(device, host, given=True), spare=spare, world=world)
-    assert plan == Plan("device", layers, layers)
+    assert plan == StoragePlan(False, layers, layers)
 
 
 @given(LAYERS, st.integers(1, 10**12), BYTES, BYTES, WORLD)
@@ -78,7 +79,7 @@ def test_a_larger_budget_never_keeps_less(layers, need, more, device, host, worl
 def test_layers_from_the_host_come_in_multiples_of_the_ranks(layers, need, fitting, world):
     assume(fitting < layers)
     plan = plan_pass(layers, need, need, Budgets(fitting * need, layers * need, given=True), world=world)
-    assert plan.place == "host"
+    assert plan.on_host
     assert plan.count == layers
     assert plan.at_once % world == 0 or plan.at_once == fitting < world
 
@@ -90,18 +91,12 @@ def test_pinned_memory_comes_in_powers_of_two(size):
     assert taken.bit_count() == 1
 
 
-@pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), "4", True, [1]])
-def test_error_when_the_budget_is_no_positive_number(bad):
-    with pytest.raises(ConfigError, match=r"capture_budget_gb must be a number above 0 .*, got .*; leave it out"):
-        check_capture_budget(bad)
-
-
 @given(st.floats(1e-9, 1e6), st.floats(0.01, 0.999))
 def test_the_remedy_named_for_a_small_budget_is_large_enough(need_gb, part):
-    need = need_gb * memory.GB
-    message = str(memory.too_small(part * need_gb, need))
+    need = need_gb * GB
+    message = str(budget_error(part * need_gb, need))
     advised = float(message.split("allow at least ")[1].split(",")[0])
-    assert need <= advised * memory.GB * (1 + 1e-9)
+    assert need <= advised * GB * (1 + 1e-9)
     assert advised <= 1.12 * need_gb
 
 
@@ -133,11 +128,11 @@ def test_memory_left_in_a_container_of_the_older_kind(tmp_path):
 
 def test_the_default_budget_is_shared_by_the_ranks_of_a_machine():
     cpu = torch.device("cpu")
-    alone, shared = (memory.budgets_of(cpu, None, ranks) for ranks in (1, 4))
+    alone, shared = (find_budgets(cpu, None, ranks) for ranks in (1, 4))
     assert 0 < shared.device < 0.5 * alone.device
     assert alone.device <= 0.5 * psutil.virtual_memory().total
     assert alone.host == 0  # the same memory
-    assert memory.budgets_of(cpu, 2.5, 4) == Budgets(2_500_000_000, 0, given=True)
+    assert find_budgets(cpu, 2.5, 4) == Budgets(2_500_000_000, 0, given=True)
 
 
 def test_real_shortages_are_known_and_other_errors_are_none():
@@ -168,5 +163,27 @@ def test_what_a_failure_held_is_freed_when_it_is_let_go_of():
     except RuntimeError as error:
         kept = error
     assert not torch.UntypedStorage._expired(holders[0])
-    memory.let_go(kept, torch.device("cpu"))
+    free_memory(kept, torch.device("cpu"))
     assert torch.UntypedStorage._expired(holders[0])
+
+
+def peaks():
+    """MiB seen above the highest use so far without a sample; and below it with one, and without."""
+    cpu, megabyte = torch.device("cpu"), 2**20
+    first = PeakMemory(cpu)
+    del_soon = torch.ones(300 * megabyte, dtype=torch.uint8)
+    del del_soon
+    found = [first.sample()]
+    held = torch.ones(100 * megabyte, dtype=torch.uint8)
+    for sampled in (True, False):
+        peak = PeakMemory(cpu)
+        block = torch.ones(100 * megabyte, dtype=torch.uint8)
+        if sampled:
+            peak.sample()
+        del block
+        found.append(peak.sample())
+    return [round(each / megabyte) for each in found], len(held)
+
+
+def test_peak_is_exact_above_the_highest_use_so_far_and_sampled_below(fresh_process):
+    assert fresh_process.submit(peaks).result(120)[0] == pytest.approx([300, 100, 0], abs=12)

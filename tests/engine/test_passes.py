@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.errors import ConfigError
-from mir_callback.evaluation import hidden_states as capacity
-from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
-from mir_callback.evaluation.memory import GB, Budgets, pinned_bytes
+from mir_callback.config import MIRConfig
+from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.evaluation import hidden_states
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.hidden_states import GB, Budgets, pinned_bytes
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapters import AdaptedBatch, HuggingFaceAdapter
 from tests import tiny_models
@@ -65,7 +66,7 @@ class LiveAdapter(HuggingFaceAdapter):
 def test_values_are_the_same_to_the_last_bit_in_any_number_of_passes(build, probe):
     model, processor = build()
     whole = evaluate_mir(model, probe, processor=processor)
-    assert (whole.passes, whole.stash) == (1, "device")
+    assert (whole.passes, whole.storage_device) == (1, "device")
     for layers, passes in ((1, 3), (2, 2), (3, 1)):
         budget = layers * one_layer(whole) / GB
         report = evaluate_mir(model, probe, processor=processor, capture_budget_gb=budget)
@@ -79,16 +80,16 @@ def test_masks_that_only_a_forward_shows_keep_within_the_budget_too(probe, monke
     adapter = LiveAdapter(model, processor)
     whole = evaluate_mir(model, probe, adapter=adapter)
     held = []
-    append = capacity.Stash.append
+    append = hidden_states.HiddenStateStore.append
 
     def watched(self, *arguments):
         append(self, *arguments)
         held.append(self.held_bytes)
 
-    monkeypatch.setattr(capacity.Stash, "append", watched)
+    monkeypatch.setattr(hidden_states.HiddenStateStore, "append", watched)
     budget = fitting * one_layer(whole)
     if fitting < 2:  # one layer, and room to join its parts
-        with pytest.raises(ConfigError, match="capture_budget_gb must hold the rows of one decoder layer"):
+        with pytest.raises(ConfigError, match="does not hold the rows of one decoder layer"):
             evaluate_mir(model, probe, adapter=adapter, capture_budget_gb=budget / GB)
         return
     report = evaluate_mir(model, probe, adapter=adapter, capture_budget_gb=budget / GB)
@@ -105,11 +106,11 @@ def test_rows_that_wait_in_host_memory_give_the_same_value(probe, monkeypatch):
         # As on a GPU with room for two layers: on the CPU host memory is the device, and so never a second place.
         limits = Budgets(2 * layer, 2 * LAYERS * layer, given=True)
         with monkeypatch.context() as patch:
-            patch.setattr(capacity, "budgets_of", lambda *_, limits=limits: limits)
-            encoded = encode_for(model, probe, adapter)
-            first, second = (evaluate_encoded(model, encoded, adapter, progress=False) for _ in range(2))
+            patch.setattr(hidden_states, "find_budgets", lambda *_, limits=limits: limits)
+            evaluator = Evaluator(model, probe, adapter, MIRConfig())
+            first, second = (evaluator.evaluate(model, progress=False) for _ in range(2))
         assert values(first) == values(second) == values(whole)
-        assert (second.passes, second.stash) == (1, "host")
+        assert (second.passes, second.storage_device) == (1, "host")
 
 
 def test_passes_are_as_few_as_host_memory_allows(probe, monkeypatch):
@@ -117,10 +118,10 @@ def test_passes_are_as_few_as_host_memory_allows(probe, monkeypatch):
     whole = evaluate_mir(model, probe, processor=processor)
     on_host = sum(pinned_bytes(count * ROW) for count in (whole.num_vision_tokens, whole.num_text_tokens))
     limits = Budgets(one_layer(whole), 3 * on_host, given=True)
-    monkeypatch.setattr(capacity, "budgets_of", lambda *_: limits)
+    monkeypatch.setattr(hidden_states, "find_budgets", lambda *_: limits)
     report = evaluate_mir(model, probe, processor=processor)
     assert values(report) == values(whole)
-    assert (report.passes, report.stash) == (2, "host")
+    assert (report.passes, report.storage_device) == (2, "host")
 
 
 def test_error_before_any_forward_when_the_budget_is_too_small_for_one_layer(probe):
@@ -128,9 +129,18 @@ def test_error_before_any_forward_when_the_budget_is_too_small_for_one_layer(pro
     layer = one_layer(evaluate_mir(model, probe, processor=processor))
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ConfigError, match=r"one decoder layer, .* GB on the rank .*, got .*; allow at least"):
+    with pytest.raises(ConfigError, match=r"capture_budget_gb=.* one decoder layer, .* GB .*; allow at least"):
         evaluate_mir(model, probe, processor=processor, capture_budget_gb=(layer - 1) / GB)
     assert not calls
+
+
+def test_error_names_the_layer_of_the_model_in_a_later_pass_too(probe):
+    model, processor = tiny_models.llava()
+    budget = one_layer(evaluate_mir(model, probe, processor=processor)) / GB
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="layer 2, vision: hidden states are NaN or infinite"):
+        evaluate_mir(model, probe, processor=processor, capture_budget_gb=budget)
 
 
 def test_hidden_states_wider_than_the_embeddings_are_kept_within_the_budget(probe):
@@ -151,7 +161,7 @@ def test_hidden_states_wider_than_the_embeddings_are_kept_within_the_budget(prob
     report = evaluate_mir(model, probe, processor=processor, capture_budget_gb=2 * one_layer(whole) / GB)
     assert report.passes == 3
     assert values(report) == values(wide)
-    with pytest.raises(ConfigError, match="must hold the rows of one decoder layer"):
+    with pytest.raises(ConfigError, match="does not hold the rows of one decoder layer"):
         evaluate_mir(model, probe, processor=processor, capture_budget_gb=1.5 * one_layer(whole) / GB)
 
 
@@ -196,14 +206,13 @@ def test_batches_are_halved_until_a_forward_fits(build, probe):
 
 def test_a_batch_size_that_fits_is_remembered(probe):
     model, processor = tiny_models.llava()
-    adapter = adapter_for(model, processor)
-    encoded = encode_for(model, probe, adapter, batch_size=4)
+    evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(batch_size=4))
     hungry(model, 2)
     with pytest.warns(UserWarning, match="now it is 2"):
-        evaluate_encoded(model, encoded, adapter, progress=False)
+        evaluator.evaluate(model, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert evaluate_encoded(model, encoded, adapter, progress=False).batch_size == 2
+        assert evaluator.evaluate(model, progress=False).batch_size == 2
 
 
 def test_memory_that_runs_out_in_a_later_pass_costs_that_pass_only(probe):
