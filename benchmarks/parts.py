@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mir_callback.metric.frechet import frechet_from_moments
-from mir_callback.metric.moments import Moments, moments_from_scatter, row_sum, scatter_about
-from mir_callback.metric.tokens import double_chunks, lower_medians, row_norms
+from mir_callback.metric.moments import Moments, compute_scatter, moments_from_scatter, sum_rows
+from mir_callback.metric.tokens import compute_lower_medians, compute_row_norms, iterate_in_float64
 
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
     "power law i^-0.5": lambda i: i.float().pow(-0.5),
@@ -48,9 +48,9 @@ def rows(count: int, spectrum: Tensor, basis: Tensor, rng: torch.Generator) -> T
 
 
 def scatter_in_float64(cloud: Tensor, mean: Tensor) -> Tensor:
-    """What `scatter_about` computes, by float64 products."""
+    """What `compute_scatter` computes, by float64 products."""
     scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=cloud.device)
-    for chunk in double_chunks(cloud):
+    for chunk in iterate_in_float64(cloud):
         centred = chunk - mean
         scatter.addmm_(centred.T, centred)
     return scatter
@@ -89,21 +89,21 @@ def line(name: str, alike: bool, options: argparse.Namespace) -> str:
         rows(options.vision, spectrum, bases[0], rng),
         rows(options.text, 1.05 * spectrum, bases[0 if alike else 1], rng),
     ]
-    means = [row_sum(cloud) / len(cloud) for cloud in clouds]
+    means = [sum_rows(cloud) / len(cloud) for cloud in clouds]
 
     def moments(scatter: Callable[[Tensor, Tensor], Tensor]) -> list[Moments]:
         return [moments_from_scatter(len(c), m, scatter(c, m)) for c, m in zip(clouds, means, strict=True)]
 
-    exact, fast = moments(scatter_in_float64), moments(scatter_about)
+    exact, fast = moments(scatter_in_float64), moments(compute_scatter)
     reference = frechet_from_moments(exact[0], exact[1]).distance
     found = frechet_from_moments(fast[0], fast[1])
     norms, medians = milliseconds(
-        lambda: [row_norms(cloud) for cloud in clouds],
-        lambda: [lower_medians(cloud) for cloud in clouds],
+        lambda: [compute_row_norms(cloud) for cloud in clouds],
+        lambda: [compute_lower_medians(cloud) for cloud in clouds],
         repeats=options.repeats,
     )
     ours, plain = milliseconds(
-        lambda: moments(scatter_about), lambda: moments(scatter_in_float64), repeats=options.repeats
+        lambda: moments(compute_scatter), lambda: moments(scatter_in_float64), repeats=options.repeats
     )
     solve, eigen = milliseconds(
         lambda: frechet_from_moments(exact[0], exact[1]), lambda: root_by_eigenvalues(*exact), repeats=options.repeats

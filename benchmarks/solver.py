@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mir_callback.metric.frechet import frechet_from_moments
-from mir_callback.metric.moments import Moments, moments_of
+from mir_callback.metric.moments import Moments, compute_moments
 
 Array = NDArray[np.floating]
 STEPS = 10
@@ -70,7 +70,7 @@ def by_eigenvalues_of_product(first: Array, second: Array) -> float:
 
 def row(dim: int, spectrum: str, repeats: int) -> list[str]:
     """Measure one dimension and spectrum."""
-    vision, text = moments_of(cloud(dim, spectrum, 1)), moments_of(cloud(dim, spectrum, 2))
+    vision, text = compute_moments(cloud(dim, spectrum, 1)), compute_moments(cloud(dim, spectrum, 2))
     values = {}
 
     def by_trace(name: str, trace: Callable[[Array, Array], float]) -> Callable[[], None]:

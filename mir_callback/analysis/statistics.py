@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mir_callback.analysis.curves import Curve, Point, value_at
-from mir_callback.metric.influence import standard_error
+from mir_callback.metric.influence import compute_standard_error
 
 # What is assumed of runs that differ in the seed only: their standard deviation in MIR, the largest that small real
 # trainings had (docs/comparing.md), and the part of the way to a place by which a seed may shift a curve.
@@ -125,7 +125,7 @@ def probe_noise(one: Sequence[Point], other: Sequence[Point], same_probe: bool) 
     influences = [_mean_influences(points) for points in (one, other)]
     left, right = influences
     if same_probe and left is not None and right is not None and left.shape == right.shape and len(left) > 1:
-        return ProbeNoise("paired", standard_error(torch.from_numpy(left - right)).item(), len(left) - 1)
+        return ProbeNoise("paired", compute_standard_error(torch.from_numpy(left - right)).item(), len(left) - 1)
     ses = [_mean_se(points) for points in (one, other)]
     if ses[0] is None or ses[1] is None:
         return ProbeNoise("unknown", 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else the moments of a layer tell, at next to no cost: why a distance is what it is."""
+"""Frechet distance of two clouds of token rows, and what else their moments tell of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mir_callback.errors import ConfigError, NumericsError
-from mir_callback.metric.coupling import Coupling, Factored, couple, covariance_part, factored, require_finite
-from mir_callback.metric.linalg import product
-from mir_callback.metric.moments import Moments, moments_of
+from mir_callback.metric.coupling import Coupling, compute_covariance_part
+from mir_callback.metric.moments import Moments, compute_moments, require_finite
 
 Root = Literal["exact", "paper_fast"]
 ROOTS: tuple[str, ...] = get_args(Root)
+# Names of the values of compute_companions, as reports and logs have them.
+COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -41,60 +42,6 @@ class Frechet:
         return self.raw < -self.rounding
 
 
-def check_root(root: str) -> None:
-    """Raise ConfigError unless ``root`` is one of ROOTS. Ranks: pure."""
-    if root not in ROOTS:
-        raise ConfigError(f"root must be one of {', '.join(ROOTS)}, got {root!r}; use root='exact' for the paper's MIR")
-
-
-def frechet_from_moments(vision: Moments, text: Moments, root: str = "exact") -> Frechet:
-    """Frechet distance of two clouds given by their moments.
-
-    Args:
-        vision: moments of the vision rows, dimension d.
-        text: moments of the text rows, same d, same device.
-        root: "exact" or "paper_fast".
-
-    Returns:
-        The distance with its rounding bound; unitless when the rows were scaled to a mean text norm of one.
-
-    Raises:
-        ConfigError: unknown root.
-        NumericsError: the moments are not finite.
-
-    Ranks: pure.
-    Source: arXiv:2410.07167, equation of FD in section 3.
-    """
-    check_root(root)
-    if root == "exact":
-        return frechet_from_coupling(couple(factored(vision), factored(text)))
-    gap = _squared_gap(vision, text)
-    traces = (vision.trace + text.trace).item()
-    term = _trace_of_product(vision, text)
-    return _frechet(vision, text, gap, traces - 2.0 * term, 16.0 * _EPS * (gap + traces + 2.0 * abs(term)))
-
-
-def frechet_from_coupling(coupling: Coupling) -> Frechet:
-    """:func:`frechet_from_moments` with the exact root, of clouds whose covariances are factored. Ranks: pure."""
-    gap = _squared_gap(coupling.vision, coupling.text)
-    return _frechet(coupling.vision, coupling.text, gap, *covariance_part(coupling, gap))
-
-
-def _squared_gap(vision: Moments | Factored, text: Moments | Factored) -> float:
-    gap = (vision.mean - text.mean).square().sum().item()
-    require_finite(gap + (vision.trace + text.trace).item())
-    return gap
-
-
-def _frechet(vision: Moments | Factored, text: Moments | Factored, gap: float, part: float, error: float) -> Frechet:
-    """From the part that the means make, and that of the covariances with its error."""
-    # The means themselves are rounded, which counts where large ones are all but equal.
-    off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
-    raw = gap + part
-    rounding = error + 2.0 * gap**0.5 * off + off**2
-    return Frechet(distance=raw if raw > rounding else 0.0, raw=raw, rounding=rounding)
-
-
 def frechet_distance(vision: Tensor, text: Tensor) -> float:
     """Squared Frechet distance between the Gaussians fitted to two row matrices, as they are.
 
@@ -112,66 +59,53 @@ def frechet_distance(vision: Tensor, text: Tensor) -> float:
 
     Ranks: pure.
     Source: arXiv:2410.07167, section 3; sample covariances, square root in float64.
+
+    Example:
+        >>> rows = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 0.0]])
+        >>> frechet_distance(rows + 3.0, rows)  # a move of 3 in each of two dimensions
+        18.0
     """
     check_rows(vision, text)
-    return frechet_from_moments(moments_of(vision), moments_of(text)).distance
+    return frechet_from_coupling(Coupling(compute_moments(vision), compute_moments(text))).distance
 
 
-def check_rows(vision: Tensor, text: Tensor, where: str = "") -> None:
-    """Raise NumericsError unless both are finite floating (N >= 2, d) matrices of one d. Ranks: pure."""
-    for name, rows in (("vision", vision), ("text", text)):
-        field = f"{where}{name}"
-        if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
-            got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise NumericsError(f"{field} must be a floating (N, d) tensor, got {got}; stack token rows first")
-        if rows.shape[0] < 2:
-            raise NumericsError(
-                f"{field} must have at least 2 rows for a sample covariance, got {rows.shape[0]}; "
-                "use more samples or longer texts"
-            )
-        if not bool(torch.isfinite(rows).all()):
-            bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-            raise NumericsError(
-                f"{field} must be finite, got NaN or infinity in {bad} of {rows.shape[0]} rows; "
-                "look for divergence or an overflow of the training dtype"
-            )
-    if vision.shape[1] != text.shape[1]:
-        raise NumericsError(
-            f"{where}vision and text must have the same width d, got {vision.shape[1]} and {text.shape[1]}; "
-            "take both from the same decoder layer"
-        )
+def frechet_from_coupling(coupling: Coupling, root: str = "exact") -> Frechet:
+    """Frechet distance of two clouds given by their moments.
+
+    Args:
+        coupling: of the vision rows' moments and the text rows'.
+        root: "exact" or "paper_fast".
+
+    Returns:
+        The distance with its rounding bound; unitless when the rows were scaled to a mean text norm of one.
+
+    Raises:
+        ConfigError: unknown root.
+        NumericsError: the means are too far apart for float64.
+
+    Ranks: pure.
+    Source: arXiv:2410.07167, equation of FD in section 3.
+    """
+    check_root(root)
+    vision, text = coupling.vision, coupling.text
+    gap = (vision.mean - text.mean).square().sum().item()
+    require_finite(gap)
+    if root == "exact":
+        part, error = compute_covariance_part(coupling, gap)
+    else:
+        traces, sizes = (vision.trace + text.trace).item(), (vision.size * text.size).item()
+        part = traces - 2.0 * coupling.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
+        error = 16.0 * _EPS * (gap + traces + len(coupling.first) * sizes)
+    # The means themselves are rounded, which counts where large ones are all but equal.
+    off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
+    raw, rounding = gap + part, error + 2.0 * gap**0.5 * off + off**2
+    return Frechet(distance=raw if raw > rounding else 0.0, raw=raw, rounding=rounding)
 
 
-def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
-    """Say aloud that a layer's distance was clipped at zero by more than rounding. Ranks: pure."""
-    if result.clipped:
-        warnings.warn(
-            f"layer {layer}: root={root!r} gave a distance of {result.raw:.3e}, clipped to 0; it lies below zero by "
-            f"more than rounding ({result.rounding:.1e}), as 'paper_fast' can for strongly correlated clouds",
-            stacklevel=3,
-        )
-
-
-def _trace_of_product(vision: Moments, text: Moments) -> float:
-    """tr(S_v S_t)."""
-    if vision.covariance is not None and text.covariance is not None:
-        return (vision.covariance * text.covariance).sum().item()
-    left, right = (vision, text) if vision.factor is not None else (text, vision)
-    assert left.factor is not None
-    if right.factor is not None:
-        return product(left.factor, right.factor.T).square().sum().item()
-    assert right.covariance is not None
-    return (product(left.factor, right.covariance) * left.factor).sum().item()
-
-
-# Names of the values, as reports and logs have them.
-COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
-
-
-def companions_of(
-    vision: Moments | Factored, text: Moments | Factored, distance: float, vision_norm: float, text_norm: float
+def compute_companions(
+    vision: Moments, text: Moments, distance: float, vision_norm: float, text_norm: float
 ) -> dict[str, float]:
-    """Companions of one layer's distance.
+    """What else the moments of a layer tell, at next to no cost: why its distance is what it is.
 
     Args:
         vision: moments of the scaled vision rows, outliers replaced.
@@ -189,17 +123,46 @@ def companions_of(
     """
     mean_part = (vision.mean - text.mean).square().sum().item()
     lengths = (vision.mean.norm() * text.mean.norm()).item()
-    return {
-        "mean_part": mean_part,
-        "covariance_part": distance - mean_part,
-        "norm_ratio": vision_norm / text_norm,
-        "cosine": (vision.mean @ text.mean).item() / lengths if lengths > 0.0 else 0.0,
-        "vision_rank": effective_rank(vision),
-        "text_rank": effective_rank(text),
-    }
+    ranks = [(each.trace / each.size).item() ** 2 if each.size > 0.0 else 0.0 for each in (vision, text)]
+    cosine = (vision.mean @ text.mean).item() / lengths if lengths > 0.0 else 0.0
+    values = (mean_part, distance - mean_part, vision_norm / text_norm, cosine, *ranks)
+    return dict(zip(COMPANIONS, values, strict=True))
 
 
-def effective_rank(moments: Moments | Factored) -> float:
-    """(tr S)^2 / tr S^2, the number of equally strong directions that would look alike. Ranks: pure."""
-    size = moments.size.item()
-    return (moments.trace.item() / size) ** 2 if size > 0.0 else 0.0
+def check_root(root: str) -> None:
+    """Raise ConfigError unless ``root`` is one of ROOTS. Ranks: pure."""
+    if root not in ROOTS:
+        raise ConfigError(f"root must be one of {', '.join(ROOTS)}, got {root!r}; use root='exact' for the paper's MIR")
+
+
+def check_rows(vision: Tensor, text: Tensor, where: str = "") -> None:
+    """Raise NumericsError unless both are finite floating (N >= 2, d) matrices of one d. Ranks: pure."""
+    for name, rows in ((f"{where}vision", vision), (f"{where}text", text)):
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+            given = f"{rows.dtype} tensor {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise NumericsError(f"{name} is a {given}; token rows come stacked, as one floating (N, d) tensor")
+        if len(rows) < 2:
+            raise NumericsError(
+                f"{name} has {len(rows)} rows, too few for a sample covariance; use more samples or longer texts"
+            )
+        bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+        if bad:
+            raise NumericsError(
+                f"{name} holds NaN or infinity in {bad} of {len(rows)} rows; "
+                "look for divergence or an overflow of the training dtype"
+            )
+    if vision.shape[1] != text.shape[1]:
+        raise NumericsError(
+            f"{where}vision rows are {vision.shape[1]} wide and text rows {text.shape[1]}; "
+            "take both from the same decoder layer"
+        )
+
+
+def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
+    """Say aloud that a layer's distance was clipped at zero by more than rounding. Ranks: pure."""
+    if result.clipped:
+        warnings.warn(
+            f"layer {layer}: root={root!r} gave a distance of {result.raw:.3e}, clipped to 0; it lies below zero by "
+            f"more than rounding ({result.rounding:.1e}), as 'paper_fast' can for strongly correlated clouds",
+            stacklevel=3,
+        )

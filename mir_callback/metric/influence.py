@@ -12,6 +12,7 @@ the scale that both are measured in. The influence of a sample is the sum over i
 over the number of rows.
 
 From any factor S_v = F^T F and M = F S_t F^T = V L V^T, the maps are A_v = F^-1 M^(1/2) F^-T and A_t = F^T M^(-1/2) F.
+With Q the polar factor of A B^T for Cholesky's factors A and B, they are B^T Q^T A^-T and A^T Q B^-T.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mir_callback.metric.coupling import Coupling, Factored
-from mir_callback.metric.linalg import cholesky, product
-from mir_callback.metric.tokens import double_chunks
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.moments import Moments
+from mir_callback.metric.tokens import iterate_in_float64
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -43,104 +44,12 @@ class Map:
     of_rows: Tensor | None = None
 
 
-def transport_maps(coupling: Coupling) -> tuple[Map, Map]:
-    """The maps A_v and A_t of two clouds; scaling both clouds alike does not change them.
-
-    Directions in which the two clouds together have less variance than rounding are left out.
-
-    Returns:
-        The maps of vision and text.
-
-    Ranks: pure.
-    """
-    if coupling.on_gpu:  # where eigenvectors are what takes longest
-        maps = maps_by_polar_factor(coupling)
-        if maps is not None:
-            return maps
-    left, right = (coupling.text, coupling.vision) if coupling.turned else (coupling.vision, coupling.text)
-    values, vectors = coupling.spectrum
-    tiny = 8.0 * _EPS * left.size * right.size
-    fourth = values.clamp_min(0.0).pow(0.25)
-    inverse_fourth = torch.where(values > tiny, values.clamp_min(1e-300).pow(-0.25), 0.0)
-    if right.kind == "rows":
-        spread = product(vectors.T, coupling.cross()).mul_(inverse_fourth[:, None]).square_().sum(dim=0)
-        right_map = Map(of_rows=(right.count - 1) * spread)
-    else:
-        right_map = Map(root=_filled(product(vectors.T, left.factor).mul_(inverse_fourth[:, None]), coupling))
-    if left.kind == "rows":
-        left_map = Map(of_rows=(left.count - 1) * (vectors * fourth).square_().sum(dim=1))
-    else:
-        left_map = Map(root=_filled(_by_inverse(left, vectors).mul_(fourth).T, coupling))
-    return (right_map, left_map) if coupling.turned else (left_map, right_map)
-
-
-def maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
-    """:func:`transport_maps` without eigenvectors, as a GPU finds them fastest.
-
-    With Q the polar factor of A B^T, they are B^T Q^T A^-T and A^T Q B^-T.
-
-    Returns:
-        The maps of vision and text; None unless both covariances have Cholesky factors and so do the maps.
-
-    Ranks: pure.
-    """
-    if not coupling.vision.kind == coupling.text.kind == "triangle" or coupling.polar.near is None:
-        return None
-    near = coupling.polar.near
-    polar = product(near, product(near.T, near)).mul_(-0.5).add_(near, alpha=1.5)
-    first, second, roots = coupling.first, coupling.second, []
-    for own, other, turn in ((first, second, polar.T), (second, first, polar)):
-        form = product(other.T, turn)
-        torch.linalg.solve_triangular(own.T, form, upper=False, left=False, out=form)
-        form = form.add(form.T).mul_(0.5)
-        lower = cholesky(form)
-        if lower is None:
-            return None
-        roots.append(Map(root=lower.T.float()))
-        del form, lower  # which would outlive the next product
-    return (roots[1], roots[0]) if coupling.turned else (roots[0], roots[1])
-
-
-def sums_over_samples(
-    rows: Tensor, mean: Tensor, gap: Tensor, form: Map, samples: Tensor, count: int, total: int
-) -> Tensor:
-    """What the rows of each sample count together in FD, up to a constant a row: see the head of this file.
-
-    Args:
-        rows: (n, d), any floating dtype, outliers replaced; centred rows will do, with a mean of zero.
-        mean: (d,) float64, of all rows of this modality.
-        gap: (d,) float64, mean of this modality minus that of the other.
-        form: the transport map of this modality; ``of_rows`` belongs to these very rows.
-        samples: (n,) int64, sample of each row.
-        count: number of samples of the probe.
-        total: rows of this modality on all ranks.
-
-    Returns:
-        (count,) float64, in squared units of the rows; zero for samples without rows here.
-
-    Ranks: pure; the results of the ranks add up.
-    """
-    bessel = total / (total - 1)  # of the sample covariances
-    slopes = []
-    for chunk in double_chunks(rows, for_products=True):
-        centred = chunk - mean
-        spread = centred.square().sum(dim=1)
-        if form.root is not None:
-            # float32 is plenty for an error estimate; the centring is not left to it.
-            spread -= (centred.float() @ form.root.T).square().sum(dim=1, dtype=torch.float64)
-        slopes.append(2.0 * (centred @ gap) + bessel * spread)
-    every = torch.cat(slopes) if slopes else mean.new_zeros(0)
-    if form.of_rows is not None:
-        every -= bessel * form.of_rows
-    return torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, samples, every)
-
-
 @dataclass(frozen=True)
 class SampleSums:
     """What the samples of a probe count in one layer, summed over ranks.
 
     Attributes:
-        vision: (n,) float64, :func:`sums_over_samples` of the vision rows.
+        vision: (n,) float64, :func:`sum_over_samples` of the vision rows.
         text: the same of the text rows.
         text_norms: (n,) float64, sums of the raw norms of the text rows.
         vision_rows: (n,) int64, how many rows each sample has.
@@ -154,7 +63,20 @@ class SampleSums:
     text_rows: Tensor
 
 
-def influences(sums: SampleSums, distance: float, scale: float) -> Tensor:
+def compute_mir_influences(per_layer: Tensor, distances: list[float]) -> Tensor:
+    """Influence of each sample on MIR, (n,) float64 in log10 units, from those on the layers (K, n). Ranks: pure."""
+    return per_layer.sum(dim=0) / (math.log(10.0) * math.fsum(distances))
+
+
+def compute_standard_error(influences: Tensor) -> Tensor:
+    """Standard error of what a probe measures, from its samples' influences along the last dimension, n >= 2.
+
+    Ranks: pure.
+    """
+    return (influences.var(dim=-1) / influences.shape[-1]).sqrt()
+
+
+def compute_influences(sums: SampleSums, distance: float, scale: float) -> Tensor:
     """First-order influence of each sample on the distance of a layer.
 
     Args:
@@ -180,28 +102,102 @@ def influences(sums: SampleSums, distance: float, scale: float) -> Tensor:
     return found
 
 
-def rate_influences(per_layer: Tensor, distances: list[float]) -> Tensor:
-    """Influence of each sample on MIR, (n,) float64 in log10 units, from those on the layers (K, n). Ranks: pure."""
-    return per_layer.sum(dim=0) / (math.log(10.0) * math.fsum(distances))
+def sum_over_samples(
+    rows: Tensor, mean: Tensor, gap: Tensor, form: Map, samples: Tensor, count: int, total: int
+) -> Tensor:
+    """What the rows of each sample count together in FD, up to a constant a row: see the head of this file.
+
+    Args:
+        rows: (n, d), any floating dtype, outliers replaced; centred rows will do, with a mean of zero.
+        mean: (d,) float64, of all rows of this modality.
+        gap: (d,) float64, mean of this modality minus that of the other.
+        form: the transport map of this modality; ``of_rows`` belongs to these very rows.
+        samples: (n,) int64, sample of each row.
+        count: number of samples of the probe.
+        total: rows of this modality on all ranks.
+
+    Returns:
+        (count,) float64, in squared units of the rows; zero for samples without rows here.
+
+    Ranks: pure; the results of the ranks add up.
+    """
+    bessel = total / (total - 1)  # of the sample covariances
+    slopes = []
+    for chunk in iterate_in_float64(rows):
+        centred = chunk - mean
+        spread = centred.square().sum(dim=1)
+        if form.root is not None:
+            # float32 is plenty for an error estimate; the centring is not left to it.
+            spread -= (centred.float() @ form.root.T).square().sum(dim=1, dtype=torch.float64)
+        slopes.append(2.0 * (centred @ gap) + bessel * spread)
+    every = torch.cat(slopes)
+    if form.of_rows is not None:
+        every -= bessel * form.of_rows
+    return every.new_zeros(count).index_add_(0, samples, every)
 
 
-def standard_error(influence: Tensor) -> Tensor:
-    """Standard error of what a probe measures, from its samples' influences along the last dimension, n >= 2.
+def compute_transport_maps(coupling: Coupling) -> tuple[Map, Map]:
+    """The maps A_v and A_t of vision and text; scaling both clouds alike does not change them.
+
+    Directions in which the two clouds together have less variance than rounding are left out.
 
     Ranks: pure.
     """
-    return (influence.var(dim=-1) / influence.shape[-1]).sqrt()
+    maps = compute_maps_by_polar_factor(coupling) if coupling.on_gpu else None  # eigenvectors take longest there
+    first, second = maps or _compute_maps_by_eigenvectors(coupling)
+    return (second, first) if coupling.turned else (first, second)
 
 
-def _by_inverse(cloud: Factored, matrix: Tensor) -> Tensor:
+def compute_maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
+    """Maps of the coupling's first and second cloud; None without Cholesky's factors of both clouds and maps.
+
+    Ranks: pure.
+    """
+    if not coupling.vision.kind == coupling.text.kind == "triangle" or coupling.polar is None:
+        return None
+    near = coupling.polar.near
+    polar = (near @ (near.T @ near)).mul_(-0.5).add_(near, alpha=1.5)
+    maps = []
+    for own, other, turn in (
+        (coupling.first, coupling.second, polar.T),
+        (coupling.second, coupling.first, polar),
+    ):
+        form = other.T @ turn
+        torch.linalg.solve_triangular(own.T, form, upper=False, left=False, out=form)
+        form = form.add(form.T).mul_(0.5)
+        lower, failed = torch.linalg.cholesky_ex(form)
+        if failed.item():
+            return None
+        maps.append(Map(root=lower.T.float()))
+        del form, lower  # which would outlive the next product
+    return maps[0], maps[1]
+
+
+def _compute_maps_by_eigenvectors(coupling: Coupling) -> tuple[Map, Map]:
+    first, second = (coupling.text, coupling.vision) if coupling.turned else (coupling.vision, coupling.text)
+    values, vectors = coupling.spectrum
+    fourth = values.clamp_min(0.0).pow(0.25)
+    known = values > 8.0 * _EPS * first.size * second.size
+    inverse_fourth = torch.where(known, values.clamp_min(1e-300).pow(-0.25), 0.0)
+    if second.kind == "rows":
+        forms = (vectors.T @ coupling.cross()).mul_(inverse_fourth[:, None]).square_().sum(dim=0)
+        second_map = Map(of_rows=(second.count - 1) * forms)
+    else:
+        second_map = Map(root=_fill((vectors.T @ first.factor).mul_(inverse_fourth[:, None]), coupling))
+    if first.kind == "rows":
+        return Map(of_rows=(first.count - 1) * (vectors * fourth).square_().sum(dim=1)), second_map
+    return Map(root=_fill(_multiply_by_inverse(first, vectors).mul_(fourth).T, coupling)), second_map
+
+
+def _multiply_by_inverse(moments: Moments, matrix: Tensor) -> Tensor:
     """F^-1 matrix for a covariance's own factor F, triangular or of its eigenvectors (then the pseudo inverse)."""
-    if cloud.kind == "triangle":
-        solved: Tensor = torch.linalg.solve_triangular(cloud.factor, matrix, upper=True)
+    if moments.kind == "triangle":
+        solved: Tensor = torch.linalg.solve_triangular(moments.factor, matrix, upper=True)
         return solved
-    return product(cloud.factor.T, matrix / cloud.factor.square().sum(dim=1)[:, None])
+    return moments.factor.T @ (matrix / moments.factor.square().sum(dim=1)[:, None])
 
 
-def _filled(root: Tensor, coupling: Coupling) -> Tensor:
+def _fill(root: Tensor, coupling: Coupling) -> Tensor:
     """``root`` with rows of zeros up to the number that follows from the clouds' sizes alone, in float32."""
     missing = min(coupling.vision.count, coupling.text.count, root.shape[1]) - root.shape[0]
     return torch.nn.functional.pad(root, (0, 0, 0, missing)).float()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Modality Integration Rate: its definition, in memory, in one page.
 
-The evaluation of a live model (mir_callback/evaluation/evaluate.py) computes the same number from rows that are spread over
-ranks; tests hold the two together.
+The evaluation of a live model (mir_callback/evaluation/evaluate.py) computes the same number from rows that are spread
+over ranks; tests hold the two together.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mir_callback.errors import NumericsError
-from mir_callback.metric.frechet import check_root, check_rows, frechet_from_moments, warn_if_clipped
-from mir_callback.metric.moments import moments_of
-from mir_callback.metric.tokens import OutlierRule, lower_medians, row_norms, text_centric_scale
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import check_root, check_rows, frechet_from_coupling, warn_if_clipped
+from mir_callback.metric.moments import compute_moments
+from mir_callback.metric.tokens import OutlierRule, compute_lower_medians, compute_row_norms, compute_text_scale
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,39 @@ def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], 
 
     Ranks: pure.
     Source: arXiv:2410.07167, section 3. Replacement of outliers and lower medians follow the authors' code.
+
+    Example:
+        >>> import torch
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> text = [torch.randn(300, 16, generator=rng) for layer in range(2)]
+        >>> vision = [5.0 * torch.randn(400, 16, generator=rng) for layer in range(2)]  # five times as long
+        >>> result = modality_integration_rate(vision, text)
+        >>> f"{result.mir:.2f}", [round(distance) for distance in result.per_layer]
+        ('1.50', [16, 16])
     """
     check_root(root)
     for name, layers in (("vision", vision), ("text", text)):
         if not isinstance(layers, Sequence):
             raise NumericsError(
-                f"{name} must be a list with one (N, d) tensor of rows per decoder layer, got {type(layers).__name__}; "
-                "for a single layer pass a list of one"
+                f"{name} is a {type(layers).__name__}; pass a list with one (N, d) tensor of rows per decoder layer, "
+                "for a single layer a list of one"
             )
     if len(vision) != len(text) or not len(vision):
         raise NumericsError(
-            "vision and text must hold the same number of decoder layers, at least one, "
-            f"got {len(vision)} and {len(text)}"
+            f"vision has {len(vision)} decoder layers and text {len(text)}; pass the same layers of both, at least one"
         )
     per_layer = []
     for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True), start=1):
         check_rows(vision_rows, text_rows, where=f"layer {layer}, ")
-        alpha = text_centric_scale(row_norms(text_rows))
-        result = frechet_from_moments(
-            moments_of(replace_outliers(vision_rows)).scaled(alpha),
-            moments_of(replace_outliers(text_rows)).scaled(alpha),
-            root,
-        )
+        scale = compute_text_scale(compute_row_norms(text_rows))
+        moments = [compute_moments(replace_outliers(rows), scale) for rows in (vision_rows, text_rows)]
+        result = frechet_from_coupling(Coupling(*moments), root)
         warn_if_clipped(result, layer, root)
         per_layer.append(result.distance)
-    return MIRResult(mir=rate_of(per_layer), per_layer=per_layer, root=root)
+    return MIRResult(mir=mir_from_distances(per_layer), per_layer=per_layer, root=root)
 
 
-def rate_of(per_layer: Sequence[float]) -> float:
+def mir_from_distances(per_layer: Sequence[float]) -> float:
     """log10 of the sum of per-layer distances; -inf for a zero sum. Ranks: pure."""
     total = math.fsum(per_layer)
     return math.log10(total) if total > 0.0 else -math.inf
@@ -101,10 +107,10 @@ def replace_outliers(rows: Tensor) -> Tensor:
     Ranks: pure.
     Source: the authors' code (the paper speaks of removal); see docs/metric.md.
     """
-    norms = row_norms(rows)
+    norms = compute_row_norms(rows)
     outliers = OutlierRule.from_norms(norms).outliers(norms)
     if not bool(outliers.any()):
         return rows
     replaced = rows.clone()
-    replaced[outliers] = lower_medians(rows)
+    replaced[outliers] = compute_lower_medians(rows)
     return replaced

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir, modality_integration_rate
-from mir_callback.config import MIRConfig
-from mir_callback.evaluation.evaluate import Evaluator
-from mir_callback.evaluation.hidden_states import GB, HiddenStateStore, find_budgets
-from mir_callback.evaluation.memory import PeakMemory
-from mir_callback.metric import coupling, frechet, influence
-from mir_callback.metric import moments as fixed_point
-from mir_callback.metric.moments import moments_of
+from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_beside, evaluate_encoded
+from mir_callback.evaluation.hidden_states import Stash
+from mir_callback.evaluation.memory import GB, budgets_of, peak_memory
+from mir_callback.metric import coupling
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.influence import compute_transport_maps
+from mir_callback.metric.moments import compute_moments, suits_fixed_point
 from tests import reference, tiny_models
 from tests.clouds import CASES, generator
 from tests.distributed.launch import run_ranks
@@ -43,7 +44,7 @@ def test_wide_half_precision_rows_with_steep_spectra(spread, alike):
     bases = [torch.linalg.qr(torch.randn(dim, dim, generator=rng, device="cuda"))[0] for _ in range(2)]
     vision = (torch.randn(6000, dim, generator=rng, device="cuda") * spectrum @ bases[0]).bfloat16()
     text = (torch.randn(9000, dim, generator=rng, device="cuda") * spectrum * 1.1 @ bases[0 if alike else 1]).bfloat16()
-    assert fixed_point.is_possible(vision)
+    assert suits_fixed_point(vision)
     expected = modality_integration_rate([vision.double()], [text.double()])
     assert modality_integration_rate([vision], [text]).mir == pytest.approx(expected.mir, abs=1e-6)
 
@@ -59,10 +60,10 @@ def test_outliers_are_replaced_where_only_deterministic_algorithms_are_allowed()
 
 
 def test_the_polar_factor_is_the_way_taken(monkeypatch):
-    vision, text = (moments_of(rows.cuda()) for rows in CASES["conditioned"](generator(0)))
-    polar = frechet.frechet_from_moments(vision, text)
-    monkeypatch.setattr(coupling, "nuclear_norm", lambda cross, near: None)
-    other = frechet.frechet_from_moments(vision, text)
+    vision, text = (compute_moments(rows.cuda()) for rows in CASES["conditioned"](generator(0)))
+    polar = frechet_from_coupling(Coupling(vision, text))
+    monkeypatch.setattr(coupling, "find_polar_factor", lambda cross: None)
+    other = frechet_from_coupling(Coupling(vision, text))
     assert polar.distance == pytest.approx(other.distance, rel=1e-9)
     assert polar.distance != other.distance
 
@@ -84,14 +85,26 @@ def test_value_of_a_model_on_the_gpu_equals_that_on_the_cpu():
 
 @pytest.mark.parametrize("case", ["equal", "offset", "conditioned", "massive_constant"])
 def test_maps_for_standard_errors_need_no_eigenvectors(case):
-    found, expected = (
-        influence.transport_maps(coupling.couple(*[coupling.factored(moments_of(part.to(device))) for part in both]))
-        for device, both in (("cuda", CASES[case](generator(0))), ("cpu", CASES[case](generator(0))))
-    )
+    vision, text = (compute_moments(rows.cuda()) for rows in CASES[case](generator(0)))
+    found = compute_transport_maps(Coupling(vision, text))
+    expected = compute_transport_maps(Coupling(*(compute_moments(rows) for rows in CASES[case](generator(0)))))
     for rows, one, other in zip(CASES[case](generator(0)), found, expected, strict=True):
         centred = rows - rows.mean(dim=0)
         values = [(centred @ form.root.double().cpu().T).square().sum(dim=1) for form in (one, other)]
         assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
+
+
+def test_solving_beside_other_work_gives_the_same_value():
+    model, processor = tiny_models.llava()
+    model, probe = model.cuda(), Probe.from_pairs(pairs(7))
+    adapter = adapter_for(model, processor)
+    encoded = encode_for(model, probe, adapter)
+    now = evaluate_encoded(model, encoded, adapter)
+    beside = evaluate_beside(model, encoded, adapter)
+    while not beside.advance():
+        torch.randn(500, 500, device="cuda") @ torch.randn(500, 500, device="cuda")
+    assert beside.value.mir == pytest.approx(now.mir, abs=1e-9)
+    assert beside.value.mir_se == pytest.approx(now.mir_se, rel=1e-4)
 
 
 def test_rows_that_wait_in_pinned_memory_give_the_same_value_to_the_last_bit(monkeypatch):
@@ -99,18 +112,18 @@ def test_rows_that_wait_in_pinned_memory_give_the_same_value_to_the_last_bit(mon
     probe = Probe.from_pairs(pairs(7))
     model.cuda()
     whole = evaluate_mir(model, probe, processor=processor)
-    assert (whole.storage_device, whole.passes) == ("device", 1)
+    assert (whole.stash, whole.passes) == ("device", 1)
     layer = (whole.num_vision_tokens + whole.num_text_tokens) * tiny_models.HIDDEN * 4
     blocks = []
-    empty = HiddenStateStore._empty
+    empty = Stash._empty
 
     def noted(self, count, state):
         blocks.append(empty(self, count, state))
         return blocks[-1]
 
-    monkeypatch.setattr(HiddenStateStore, "_empty", noted)
+    monkeypatch.setattr(Stash, "_empty", noted)
     parted = evaluate_mir(model, probe, processor=processor, capture_budget_gb=2 * layer / GB)
-    assert (parted.storage_device, parted.passes) == ("host", 1)
+    assert (parted.stash, parted.passes) == ("host", 1)
     assert parted.per_layer == whole.per_layer
     assert all(block.is_pinned() for block in blocks)
     assert len(blocks) == 2 * 5
@@ -122,24 +135,24 @@ def test_rows_of_unknown_number_wait_in_pinned_memory_once_they_are_known(monkey
     probe = Probe.from_pairs(pairs(7))
     whole = evaluate_mir(model, probe, adapter=adapter)
     budget = 3 * (whole.num_vision_tokens + whole.num_text_tokens) * tiny_models.HIDDEN * 4 / GB
-    evaluator = Evaluator(model, probe, adapter, MIRConfig(capture_budget_gb=budget))
-    first, second = (evaluator.evaluate(model, progress=False) for _ in range(2))
+    encoded = encode_for(model, probe, adapter, capture_budget_gb=budget)
+    first, second = (evaluate_encoded(model, encoded, adapter, progress=False) for _ in range(2))
     assert first.per_layer == second.per_layer == whole.per_layer
-    assert (second.storage_device, second.passes) == ("host", 1)
+    assert (second.stash, second.passes) == ("host", 1)
 
 
 def test_rows_on_their_way_to_the_host_are_there_before_they_come_back():
     torch.manual_seed(0)
-    store = HiddenStateStore(range(3), capacity=(3000, 1000), on_host=True)
+    stash = Stash(range(3), capacity=(3000, 1000), on_host=True)
     states = [torch.randn(4000, 2048, device="cuda") for _ in range(3)]
     expected = [(state[:3000].clone(), state[3000:].clone()) for state in states]
     where = torch.arange(3000, device="cuda"), torch.arange(3000, 4000, device="cuda")
     for layer, state in enumerate(states):
-        store.append(layer, state, where)
+        stash.append(layer, state, where)
         state.fill_(-1.0)  # as models overwrite their activations
-    store.finish()
+    stash.settle()
     for layer in range(3):
-        assert all(map(torch.equal, store.take(layer), expected[layer]))
+        assert all(map(torch.equal, stash.take(layer), expected[layer]))
 
 
 def test_batches_are_halved_when_the_gpu_runs_out_of_memory():
@@ -163,21 +176,21 @@ def test_peak_memory_is_seen_and_torchs_own_statistics_are_left_alone():
     high = torch.empty(2**28, device=cuda, dtype=torch.uint8)
     del high
     before = torch.cuda.max_memory_allocated()
-    peak = PeakMemory(cuda)
-    held = torch.empty(2**26, device=cuda, dtype=torch.uint8)
-    peak.sample()
-    del held
-    assert 2**26 <= peak.sample() < 2**27
+    with peak_memory(cuda) as meter:
+        held = torch.empty(2**26, device=cuda, dtype=torch.uint8)
+        meter.look()
+        del held
+    assert 2**26 <= meter.extra_bytes < 2**27
     assert torch.cuda.max_memory_allocated() == before
-    peak = PeakMemory(cuda)
-    del_soon = torch.empty(2**29, device=cuda, dtype=torch.uint8)
-    del del_soon
-    assert peak.sample() >= 2**29  # above all before, so exact without a sample
+    with peak_memory(cuda) as meter:
+        del_soon = torch.empty(2**29, device=cuda, dtype=torch.uint8)
+        del del_soon
+    assert meter.extra_bytes >= 2**29  # above all before, so exact even where nobody looked
 
 
 def test_what_is_free_is_known_to_the_default_budget():
     free, total = torch.cuda.mem_get_info()
-    budgets = find_budgets(torch.device("cuda"), None, 1)
+    budgets = budgets_of(torch.device("cuda"), None, 1)
     assert 0.4 * free < budgets.device <= 0.5 * total
     assert budgets.host > 0
 

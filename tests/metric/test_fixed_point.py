@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from mir_callback.metric import moments as fixed_point
-from mir_callback.metric.moments import add_scatter
+from mir_callback.metric import moments
+from mir_callback.metric.moments import compute_scatter_in_fixed_point, suits_fixed_point
 from tests.clouds import CASES, generator
 
 HALF = [torch.bfloat16, torch.float16]
@@ -14,8 +14,7 @@ HALF = [torch.bfloat16, torch.float16]
 def both(rows, mean=None):
     """Scatter of rows in fixed point and in float64, each divided by the spread of its two dimensions."""
     mean = rows.double().mean(dim=0) if mean is None else mean
-    found = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    add_scatter(found, rows, mean)
+    found = compute_scatter_in_fixed_point(rows, mean)
     centred = rows.double() - mean
     expected = centred.T @ centred
     spread = expected.diagonal().clamp_min(1e-300).sqrt()
@@ -39,8 +38,7 @@ def test_constant_massive_and_minute_dimensions(dtype):
     rows[:, 11] *= 1e-4
     rows[:, 13] *= 1e3
     rows = rows.to(dtype)
-    found = torch.zeros(40, 40, dtype=torch.float64)
-    add_scatter(found, rows, rows.double().mean(dim=0))
+    found = compute_scatter_in_fixed_point(rows, rows.double().mean(dim=0))
     assert found[3].abs().max() == 0.0
     assert found[5].abs().max() == 0.0
     found, expected = both(rows)
@@ -57,7 +55,7 @@ def test_error_does_not_grow_with_the_number_of_rows(count):
 def test_blocks_of_rows_add_up(monkeypatch):
     rows = torch.randn(333, 32, generator=generator(3)).bfloat16()
     whole, _ = both(rows)
-    monkeypatch.setattr(fixed_point, "_BLOCK_ROWS", 50)
+    monkeypatch.setattr(moments, "_BLOCK_ROWS", 50)
     pieces, expected = both(rows)
     assert not torch.equal(whole, pieces)
     assert torch.allclose(pieces, expected, atol=1e-7)
@@ -71,4 +69,4 @@ def test_rows_about_another_mean_as_a_rank_has_it():
 
 def test_only_half_precision_rows_on_a_gpu_are_taken():
     for dtype in (torch.float32, *HALF):
-        assert not fixed_point.is_possible(torch.zeros(64, 64, dtype=dtype))
+        assert not suits_fixed_point(torch.zeros(64, 64, dtype=dtype))

@@ -2,14 +2,15 @@
 """Matrices that a solve holds at a time: they decide whether an evaluation fits beside training."""
 
 import ctypes
+import math
 
 import pytest
 import torch
 
-from mir_callback.evaluation.memory import PeakMemory
-from mir_callback.metric.coupling import couple, factored
+from mir_callback.evaluation.memory import peak_memory
+from mir_callback.metric.coupling import Coupling
 from mir_callback.metric.frechet import frechet_from_coupling
-from mir_callback.metric.influence import maps_by_polar_factor, transport_maps
+from mir_callback.metric.influence import compute_maps_by_polar_factor, compute_transport_maps
 from mir_callback.metric.moments import moments_from_scatter
 
 DIM = 1024
@@ -25,16 +26,15 @@ def scatter(dim, seed):
 def solve(scatters, way):
     dim = len(scatters[0])
     mean = torch.zeros(dim, dtype=torch.float64)
-    coupling = couple(*[factored(moments_from_scatter(2 * dim, mean, scatters.pop())) for _ in range(2)])
+    moments = [moments_from_scatter(2 * dim, mean, scatters.pop()) for _ in range(2)]
+    coupling = Coupling(*moments, maps_wanted=way == "eigenvectors")
     if way == "polar factor":
-        assert coupling.polar.norm is not None
-        assert maps_by_polar_factor(coupling) is not None
+        assert coupling.polar.bound < math.inf
+        assert compute_maps_by_polar_factor(coupling) is not None
         return
-    if way == "eigenvectors":
-        coupling.find_vectors()
     assert frechet_from_coupling(coupling).distance > 0.0
     if way == "eigenvectors":
-        transport_maps(coupling)
+        compute_transport_maps(coupling)
 
 
 def matrices_held(way):
@@ -42,9 +42,9 @@ def matrices_held(way):
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)  # what is let go of goes back to the system
     solve([scatter(DIM // 4, 1), scatter(DIM // 4, 2)], way)  # after which the libraries have room of their own
     scatters = [scatter(DIM, 1), scatter(DIM, 2)]
-    peak = PeakMemory(torch.device("cpu"))
-    solve(scatters, way)
-    return 2.0 + peak.sample() / (DIM * DIM * 8)
+    with peak_memory(torch.device("cpu")) as peak:
+        solve(scatters, way)
+    return 2.0 + peak.extra_bytes / (DIM * DIM * 8)
 
 
 @pytest.mark.parametrize(("way", "most"), [("eigenvalues", 4), ("eigenvectors", 7), ("polar factor", 8)])

@@ -6,19 +6,19 @@ import pytest
 import scipy.linalg
 import torch
 
-from mir_callback.metric.coupling import couple, factored
-from mir_callback.metric.frechet import frechet_from_moments
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import frechet_from_coupling
 from mir_callback.metric.influence import (
     SampleSums,
-    influences,
-    maps_by_polar_factor,
-    rate_influences,
-    standard_error,
-    sums_over_samples,
-    transport_maps,
+    compute_influences,
+    compute_maps_by_polar_factor,
+    compute_mir_influences,
+    compute_standard_error,
+    compute_transport_maps,
+    sum_over_samples,
 )
-from mir_callback.metric.moments import moments_of
-from mir_callback.metric.tokens import row_norms, text_centric_scale
+from mir_callback.metric.moments import compute_moments
+from mir_callback.metric.tokens import compute_row_norms, compute_text_scale
 from tests import clouds, reference
 
 SAMPLES = 12
@@ -30,26 +30,22 @@ def sample_of_rows(count):
     return torch.from_numpy(np.searchsorted(bounds[1:-1], np.arange(count), side="right"))
 
 
-def coupled(vision, text):
-    return couple(factored(vision), factored(text))
-
-
 def evaluate(vision, text, vision_samples, text_samples, samples):
     """Distance and influences of one layer."""
-    norms = row_norms(text)
-    scale = text_centric_scale(norms)
-    of_vision, of_text = moments_of(vision), moments_of(text)
-    distance = frechet_from_moments(of_vision.scaled(scale), of_text.scaled(scale)).distance
-    maps = transport_maps(coupled(of_vision, of_text))
+    norms = compute_row_norms(text)
+    scale = compute_text_scale(norms)
+    of_vision, of_text = compute_moments(vision), compute_moments(text)
+    distance = scale**2 * frechet_from_coupling(Coupling(of_vision, of_text)).distance
+    maps = compute_transport_maps(Coupling(of_vision, of_text, maps_wanted=True))
     gap = of_vision.mean - of_text.mean
     counts = [torch.bincount(of, minlength=samples) for of in (vision_samples, text_samples)]
     sums = SampleSums(
-        sums_over_samples(vision, of_vision.mean, gap, maps[0], vision_samples, samples, len(vision)),
-        sums_over_samples(text, of_text.mean, -gap, maps[1], text_samples, samples, len(text)),
+        sum_over_samples(vision, of_vision.mean, gap, maps[0], vision_samples, samples, len(vision)),
+        sum_over_samples(text, of_text.mean, -gap, maps[1], text_samples, samples, len(text)),
         torch.zeros(samples, dtype=torch.float64).index_add_(0, text_samples, norms),
         *counts,
     )
-    return distance, influences(sums, distance, scale)
+    return distance, compute_influences(sums, distance, scale)
 
 
 def weighted_distance(vision, text, vision_weights, text_weights):
@@ -95,8 +91,8 @@ def test_influences_are_finite_and_add_up_to_zero(case):
 
 def test_maps_of_either_side_agree_when_modalities_change_places():
     vision, text = clouds.CASES["offset"](clouds.generator(5))
-    of_vision, of_text = moments_of(vision), moments_of(text)
-    there, back = (transport_maps(coupled(*pair)) for pair in ((of_vision, of_text), (of_text, of_vision)))
+    of_vision, of_text = compute_moments(vision), compute_moments(text)
+    there, back = (compute_transport_maps(Coupling(*pair)) for pair in ((of_vision, of_text), (of_text, of_vision)))
     for one, other in zip(there, reversed(back), strict=True):
         found, expected = ((root.T @ root).numpy() for root in (one.root, other.root))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max()))
@@ -105,10 +101,10 @@ def test_maps_of_either_side_agree_when_modalities_change_places():
 @pytest.mark.parametrize("case", ["equal", "offset", "conditioned", "massive", "massive_constant", "with_outliers"])
 def test_maps_by_polar_factor_give_every_row_the_same(case):
     vision, text = clouds.CASES[case](clouds.generator(6))
-    of_vision, of_text = moments_of(vision), moments_of(text)
-    found = maps_by_polar_factor(coupled(of_vision, of_text))
+    of_vision, of_text = compute_moments(vision), compute_moments(text)
+    found = compute_maps_by_polar_factor(Coupling(of_vision, of_text))
     assert found is not None
-    expected = transport_maps(coupled(of_vision, of_text))
+    expected = compute_transport_maps(Coupling(of_vision, of_text))
     for rows, moments, one, other in zip((vision, text), (of_vision, of_text), found, expected, strict=True):
         values = [((rows - moments.mean) @ form.root.double().T).square().sum(dim=1) for form in (one, other)]
         assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
@@ -116,8 +112,8 @@ def test_maps_by_polar_factor_give_every_row_the_same(case):
 
 def test_maps_by_polar_factor_are_declined_when_a_cloud_has_no_cholesky_factor():
     for case in ("few_rows", "few_vision_rows", "few_text_rows", "rank_deficient"):
-        vision, text = (moments_of(rows) for rows in clouds.CASES[case](clouds.generator(6)))
-        assert maps_by_polar_factor(coupled(vision, text)) is None
+        vision, text = (compute_moments(rows) for rows in clouds.CASES[case](clouds.generator(6)))
+        assert compute_maps_by_polar_factor(Coupling(vision, text)) is None
 
 
 def draw(rng, samples, dim, vision_scale, turned):
@@ -147,5 +143,5 @@ def test_standard_error_is_the_deviation_over_repeated_probes(vision_scale, turn
         clouds_drawn = draw(clouds.generator(1000 + repeat), samples, dim, vision_scale, turned)
         distance, found = evaluate(*clouds_drawn, *of, samples)
         values.append(np.log10(distance))
-        errors.append(standard_error(rate_influences(found[None], [distance])).item())
+        errors.append(compute_standard_error(compute_mir_influences(found[None], [distance])).item())
     assert 0.9 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35

@@ -158,19 +158,19 @@ def test_error_names_layer_modality_and_count_when_rows_are_not_finite():
     broken = text.clone()
     broken[3, 5] = math.inf
     broken[9, 0] = math.nan
-    with pytest.raises(NumericsError, match=r"layer 2, text must be finite, got NaN or infinity in 2 of 500 rows"):
+    with pytest.raises(NumericsError, match="layer 2, text holds NaN or infinity in 2 of 500 rows"):
         modality_integration_rate([vision, vision], [text, broken])
 
 
 @pytest.mark.parametrize(
     ("vision", "text", "message"),
     [
-        (torch.ones(1, 3), torch.ones(4, 3), "vision must have at least 2 rows"),
-        (torch.ones(4, 3), torch.ones(0, 3), "text must have at least 2 rows"),
-        (torch.ones(4, 3), torch.ones(4, 2), "same width d, got 3 and 2"),
-        (torch.ones(4), torch.ones(4, 2), "vision must be a floating"),
-        (torch.ones(4, 2), torch.ones(4, 2, dtype=torch.int64), "text must be a floating"),
-        ([[1.0]], torch.ones(4, 2), "vision must be a floating"),
+        (torch.ones(1, 3), torch.ones(4, 3), "vision has 1 rows, too few"),
+        (torch.ones(4, 3), torch.ones(0, 3), "text has 0 rows, too few"),
+        (torch.ones(4, 3), torch.ones(4, 2), "vision rows are 3 wide and text rows 2"),
+        (torch.ones(4), torch.ones(4, 2), r"vision is a torch.float32 tensor \(4,\)"),
+        (torch.ones(4, 2), torch.ones(4, 2, dtype=torch.int64), "text is a torch.int64 tensor"),
+        ([[1.0]], torch.ones(4, 2), "vision is a list; token rows come stacked"),
     ],
 )
 def test_error_names_the_field_when_rows_are_malformed(vision, text, message):
@@ -181,7 +181,7 @@ def test_error_names_the_field_when_rows_are_malformed(vision, text, message):
 
 
 def test_error_when_mean_text_norm_is_zero():
-    with pytest.raises(NumericsError, match="mean token norm must be positive"):
+    with pytest.raises(NumericsError, match="mean norm of the text tokens is 0.0"):
         modality_integration_rate([torch.ones(4, 2)], [torch.zeros(4, 2)])
 
 
@@ -193,17 +193,15 @@ def test_error_when_root_is_unknown():
 
 def test_error_when_rows_are_not_given_layer_by_layer():
     vision, text = good()
-    with pytest.raises(
-        NumericsError, match="vision must be a list with one .* tensor of rows per decoder layer, got Ten"
-    ):
+    with pytest.raises(NumericsError, match="vision is a Tensor; pass a list with one .* per decoder layer"):
         modality_integration_rate(vision, text)
 
 
 def test_error_when_layer_counts_differ_or_are_zero():
     vision, text = offset(generator(0))
-    with pytest.raises(NumericsError, match="got 2 and 1"):
+    with pytest.raises(NumericsError, match="vision has 2 decoder layers and text 1"):
         modality_integration_rate([vision, vision], [text])
-    with pytest.raises(NumericsError, match="got 0 and 0"):
+    with pytest.raises(NumericsError, match="pass the same layers of both, at least one"):
         modality_integration_rate([], [])
 
 

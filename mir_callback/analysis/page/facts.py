@@ -17,7 +17,7 @@ from mir_callback.analysis.page.charts import precise
 from mir_callback.analysis.page.timeline import verdict_of
 from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView
 from mir_callback.history import DEFINITION_FIELDS, Record
-from mir_callback.metric.influence import standard_error
+from mir_callback.metric.influence import compute_standard_error as standard_error
 from mir_callback.probe.probe import Probe, Sample
 
 _UNKNOWN = "unknown"
