@@ -16,15 +16,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mir_callback.metric.frechet import frechet_from_moments
-from mir_callback.metric.moments import Moments, compute_scatter, moments_from_scatter, sum_rows
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import Frechet, frechet_from_coupling
+from mir_callback.metric.moments import compute_scatter, moments_from_scatter, sum_rows
 from mir_callback.metric.tokens import compute_lower_medians, compute_row_norms, iterate_in_float64
 
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,14 +57,22 @@ def scatter_in_float64(cloud: Tensor, mean: Tensor) -> Tensor:
     return scatter
 
 
-def root_by_eigenvalues(vision: Moments, text: Moments) -> float:
+def solve(covariances: Sequence[Tensor], means: Sequence[Tensor]) -> Frechet:
+    """Our distance: factors, the polar factor of their product, its bound."""
+    # A scatter of two rows is their covariance; it is overwritten.
+    vision, text = (
+        moments_from_scatter(2, *each) for each in zip(means, (c.clone() for c in covariances), strict=True)
+    )
+    return frechet_from_coupling(Coupling(vision, text))
+
+
+def solve_by_eigenvalues(covariances: Sequence[Tensor], means: Sequence[Tensor]) -> float:
     """The distance through the eigenvalues of A S A^T in float64."""
-    assert vision.covariance is not None
-    assert text.covariance is not None
-    upper = torch.linalg.cholesky(vision.covariance).T
-    values = torch.linalg.eigvalsh(upper @ text.covariance @ upper.T).clamp_min(0.0)
-    gap = (vision.mean - text.mean).square().sum()
-    return (gap + vision.trace + text.trace - 2.0 * values.sqrt().sum()).item()
+    vision, text = covariances
+    upper = torch.linalg.cholesky(vision).T
+    values = torch.linalg.eigvalsh(upper @ text @ upper.T).clamp_min(0.0)
+    gap = (means[0] - means[1]).square().sum()
+    return (gap + vision.trace() + text.trace() - 2.0 * values.sqrt().sum()).item()
 
 
 def milliseconds(*calls: Callable[[], Any], repeats: int) -> list[float]:
@@ -91,27 +100,27 @@ def line(name: str, alike: bool, options: argparse.Namespace) -> str:
     ]
     means = [sum_rows(cloud) / len(cloud) for cloud in clouds]
 
-    def moments(scatter: Callable[[Tensor, Tensor], Tensor]) -> list[Moments]:
-        return [moments_from_scatter(len(c), m, scatter(c, m)) for c, m in zip(clouds, means, strict=True)]
+    def covariances(scatter: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        return [scatter(cloud, mean).div_(len(cloud) - 1) for cloud, mean in zip(clouds, means, strict=True)]
 
-    exact, fast = moments(scatter_in_float64), moments(compute_scatter)
-    reference = frechet_from_moments(exact[0], exact[1]).distance
-    found = frechet_from_moments(fast[0], fast[1])
+    exact, fast = covariances(scatter_in_float64), covariances(compute_scatter)
+    reference = solve(exact, means).distance
+    found = solve(fast, means)
     norms, medians = milliseconds(
         lambda: [compute_row_norms(cloud) for cloud in clouds],
         lambda: [compute_lower_medians(cloud) for cloud in clouds],
         repeats=options.repeats,
     )
     ours, plain = milliseconds(
-        lambda: moments(compute_scatter), lambda: moments(scatter_in_float64), repeats=options.repeats
+        lambda: covariances(compute_scatter), lambda: covariances(scatter_in_float64), repeats=options.repeats
     )
-    solve, eigen = milliseconds(
-        lambda: frechet_from_moments(exact[0], exact[1]), lambda: root_by_eigenvalues(*exact), repeats=options.repeats
+    polar, eigen = milliseconds(
+        lambda: solve(exact, means), lambda: solve_by_eigenvalues(exact, means), repeats=options.repeats
     )
-    base = ((means[0] - means[1]).square().sum() + exact[0].trace + exact[1].trace).item()
+    base = ((means[0] - means[1]).square().sum() + sum(each.trace() for each in exact)).item()
     return (
         f"| {name}, {'one basis' if alike else 'two bases'} | {reference / base:.3g} | {norms:.1f} | {medians:.1f} "
-        f"| {ours:.1f} | {plain:.1f} | {plain / ours:.1f} | {solve:.1f} | {eigen:.1f} | {eigen / solve:.1f} "
+        f"| {ours:.1f} | {plain:.1f} | {plain / ours:.1f} | {polar:.1f} | {eigen:.1f} | {eigen / polar:.1f} "
         f"| {abs(math.log10(found.distance / reference)):.1e} "
         f"| {math.log10(1.0 + found.rounding / found.distance):.1e} |"
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact distance of one layer against three other ways to it.
+"""Exact distance of one layer against three other ways to it, and the libraries that it could use on a CPU.
 
-    python benchmarks/solver.py                                   # d = 512, 1024, 2048
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE python benchmarks/solver.py        # d = 512, 1024, 2048
     python benchmarks/solver.py --dims 4096 --repeats 1
 
 - sqrtm: scipy's matrix square root of the float32 product of the covariances, as the authors' accurate mode has it;
@@ -10,8 +10,9 @@
   is found);
 - eigvals: the root of each eigenvalue of the product S_v S_t, float64, the formula that torchmetrics' FID publishes.
 
-All use the same library (NumPy's and SciPy's BLAS) and start from the same covariances of hidden-state-like clouds;
-computing those is in none. They run alternately; the table shows medians, and medians of the ratios within a round.
+The others use NumPy's and SciPy's BLAS; all start from the same covariances of hidden-state-like clouds, and computing
+those is in none. They run alternately; the tables show medians, and medians of the ratios within a round. The second
+table says which of PyTorch and NumPy is faster at what the exact distance is made of: `metric/linalg.py` follows it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from measuring import alternate, machine, options_of, publish, ratio, table
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mir_callback.metric.frechet import frechet_from_moments
-from mir_callback.metric.moments import Moments, compute_moments
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.moments import moments_from_scatter
 
 Array = NDArray[np.floating]
 STEPS = 10
@@ -70,44 +72,54 @@ def by_eigenvalues_of_product(first: Array, second: Array) -> float:
 
 def row(dim: int, spectrum: str, repeats: int) -> list[str]:
     """Measure one dimension and spectrum."""
-    vision, text = compute_moments(cloud(dim, spectrum, 1)), compute_moments(cloud(dim, spectrum, 2))
+    clouds = [cloud(dim, spectrum, seed) for seed in (1, 2)]
+    means = [rows.mean(dim=0) for rows in clouds]
+    covariances = [torch.cov(rows.T) for rows in clouds]
+    base = float((means[0] - means[1]).square().sum() + sum(each.trace() for each in covariances))
     values = {}
+
+    def ours() -> None:
+        # The scatter of two rows is their covariance; it is overwritten.
+        parts = (moments_from_scatter(2, mean, each.clone()) for mean, each in zip(means, covariances, strict=True))
+        values["ours"] = frechet_from_coupling(Coupling(*parts)).distance
 
     def by_trace(name: str, trace: Callable[[Array, Array], float]) -> Callable[[], None]:
         def call() -> None:
-            values[name] = _distance(vision, text, trace)
+            values[name] = base - 2.0 * trace(*(each.numpy() for each in covariances))
 
         return call
 
-    def ours() -> None:
-        values["ours"] = frechet_from_moments(vision, text).distance
-
-    taken = alternate(
-        {
-            "ours": ours,
-            "sqrtm": by_trace("sqrtm", by_sqrtm),
-            "inverses": by_trace("inverses", by_inverses),
-            "eigvals": by_trace("eigvals", by_eigenvalues_of_product),
-        },
-        repeats,
-    )
+    others = {"sqrtm": by_sqrtm, "inverses": by_inverses, "eigvals": by_eigenvalues_of_product}
+    taken = alternate({"ours": ours} | {name: by_trace(name, trace) for name, trace in others.items()}, repeats)
     cells = [str(dim), spectrum, f"{statistics.median(taken['ours']):.3f}"]
-    for name in ("sqrtm", "inverses", "eigvals"):
+    for name in others:
         off = abs(values[name] / values["ours"] - 1.0)
         cells += [f"{statistics.median(taken[name]):.3f}", f"{ratio(taken, name, 'ours'):.1f}", f"{off:.0e}"]
     return cells
 
 
-def _distance(vision: Moments, text: Moments, trace: Callable[[Array, Array], float]) -> float:
-    """The distance with another way to the last trace."""
-    assert vision.covariance is not None
-    assert text.covariance is not None
-    gap = (vision.mean - text.mean).square().sum()
-    return float(gap + vision.trace + text.trace) - 2.0 * trace(vision.covariance.numpy(), text.covariance.numpy())
+def libraries(dim: int, repeats: int) -> list[str]:
+    """How many times as fast NumPy is as PyTorch at one dimension."""
+    rows = cloud(dim, "power law i^-0.6", 1)
+    square = torch.cov(rows.T)
+    array, square_array = rows.numpy(), square.numpy()
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "product": (lambda: rows @ square, lambda: array @ square_array),
+        "X^T X": (lambda: rows.T @ rows, lambda: array.T @ array),
+        "Cholesky": (lambda: torch.linalg.cholesky_ex(square), lambda: np.linalg.cholesky(square_array)),
+        "eigenvalues": (lambda: torch.linalg.eigvalsh(square), lambda: np.linalg.eigvalsh(square_array)),
+        "eigenvectors": (lambda: torch.linalg.eigh(square), lambda: np.linalg.eigh(square_array)),
+        "SVD": (lambda: torch.linalg.svd(square), lambda: np.linalg.svd(square_array)),
+    }
+    ratios = []
+    for ours, theirs in pairs.values():
+        taken = alternate({"PyTorch": ours, "NumPy": theirs}, repeats)
+        ratios.append(f"{ratio(taken, 'PyTorch', 'NumPy'):.2f}")
+    return [str(dim), *ratios]
 
 
 def main() -> None:
-    """Print the table, and write it where asked."""
+    """Print the tables, and write them where asked."""
     options = options_of(
         __doc__,
         dims={"type": int, "nargs": "+", "default": [512, 1024, 2048]},
@@ -116,10 +128,13 @@ def main() -> None:
     header = ["d", "spectrum", "exact (s)"]
     for name in ("sqrtm", "inverses", "eigvals"):
         header += [f"{name} (s)", "ratio", "off by"]
+    kinds = ["product", "X^T X", "Cholesky", "eigenvalues", "eigenvectors", "SVD"]
     publish(
         options.output,
         f"{machine('scipy')}; medians of {options.repeats} alternating runs; off by: relative to the exact distance",
         table(header, [row(dim, spectrum, options.repeats) for dim in options.dims for spectrum in SPECTRA]),
+        "PyTorch's time over NumPy's, float64, X with 2 d rows:",
+        table(["d", *kinds], [libraries(dim, options.repeats) for dim in options.dims]),
     )
 
 
