@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rate against an independent float64 reference, and properties that must always hold."""
 
+import doctest
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from mir_callback import frechet_distance, modality_integration_rate
 from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.metric import frechet, rate
 from tests import reference
 from tests.clouds import CASES, DIM, equal, generator, offset
 
@@ -40,7 +42,8 @@ def test_rate_equals_scipy_sqrtm_when_clouds_are_well_conditioned(case):
     assert modality_integration_rate(vision, text).mir == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["equal", "offset", "few_rows", "few_vision_rows", "few_text_rows", "with_outliers"])
+@pytest.mark.filterwarnings("ignore:layer .* clipped to 0")
+@pytest.mark.parametrize("case", CASES)
 def test_paper_fast_equals_its_analytic_value(case):
     vision, text = layers_of(case, seed=7, dtype=torch.float32)
     result = modality_integration_rate(vision, text, root="paper_fast")
@@ -140,12 +143,22 @@ def test_rate_does_not_change_when_rows_are_shuffled_or_rotated(vision, text, se
     )
 
 
-def test_input_rows_are_left_as_they_are():
-    vision, text = CASES["with_outliers"](generator(4))
-    before = vision.clone(), text.clone()
-    modality_integration_rate([vision], [text])
+@pytest.mark.parametrize("case", ["with_outliers", "few_vision_rows", "rank_deficient"])
+def test_rows_of_two_dtypes_that_want_gradients_are_measured_and_left_as_they_are(case):
+    vision, text = CASES[case](generator(4))
+    vision, text = vision.bfloat16().requires_grad_(), text.float().requires_grad_()
+    before = vision.detach().clone(), text.detach().clone()
+    expected, _ = reference.rate([vision], [text])
+    assert modality_integration_rate([vision], [text]).mir == pytest.approx(expected, abs=TOLERANCE)
     assert torch.equal(vision, before[0])
     assert torch.equal(text, before[1])
+
+
+@pytest.mark.parametrize("module", [rate, frechet])
+def test_examples_of_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 def good():
