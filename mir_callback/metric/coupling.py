@@ -58,27 +58,27 @@ class Coupling:
 
     @property
     def turned(self) -> bool:
-        """Whether the first factor belongs to the text."""
+        """Whether the text comes first."""
         return len(self.vision.factor) > len(self.text.factor)
 
     @property
-    def first(self) -> Tensor:
-        """A (m, d) of one of the clouds, m <= n."""
-        return (self.text if self.turned else self.vision).factor
+    def first(self) -> Moments:
+        """The cloud whose factor A (m, d) has no more rows than the other's."""
+        return self.text if self.turned else self.vision
 
     @property
-    def second(self) -> Tensor:
-        """B (n, d) of the other."""
-        return (self.vision if self.turned else self.text).factor
+    def second(self) -> Moments:
+        """The cloud with the factor B (n, d), m <= n."""
+        return self.vision if self.turned else self.text
 
     @property
     def on_gpu(self) -> bool:
         """Whether products and Cholesky factors are what is cheap."""
-        return self.first.is_cuda
+        return self.vision.factor.is_cuda
 
     def cross(self) -> Tensor:
         """C = A B^T (m, n)."""
-        return self.first @ self.second.T
+        return self.first.factor @ self.second.factor.T
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
@@ -113,11 +113,12 @@ def compute_covariance_part(coupling: Coupling, gap: float) -> tuple[float, floa
 
 def _nuclear_norms(coupling: Coupling) -> Iterator[tuple[float, float]]:
     """The nuclear norm of C and an estimate of its error, from the cheapest way to the most precise."""
-    if len(coupling.first) == 0:
+    rank = len(coupling.first.factor)
+    if not rank:
         yield 0.0, 0.0
         return
     # Of C itself: each singular value moves by at most the rounding of the product.
-    rounding = 8.0 * _EPS * len(coupling.first) * (coupling.vision.size * coupling.text.size).sqrt().item()
+    rounding = 8.0 * _EPS * rank * (coupling.vision.size * coupling.text.size).sqrt().item()
     if coupling.on_gpu and coupling.polar is not None:
         yield coupling.polar.norm, coupling.polar.bound + rounding
     values = coupling.spectrum[0] if coupling.maps_wanted else eigvalsh(gram(coupling.cross().T))
@@ -134,7 +135,7 @@ def _align(coupling: Coupling) -> tuple[float, float]:
     Whatever moves Q counts to second order only, as Q is where the square is least. What moves A and B moves the root
     of the square, which is a metric between covariances, by no more than their own distance from the exact factors.
     """
-    vision, text, first, second = coupling.vision, coupling.text, coupling.first, coupling.second
+    vision, text, first, second = coupling.vision, coupling.text, coupling.first.factor, coupling.second.factor
     left, values, right = torch.linalg.svd(coupling.cross())
     turned = right @ second
     part = (left.T @ first - turned[: len(first)]).square().sum() + turned[len(first) :].square().sum()

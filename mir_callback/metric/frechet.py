@@ -95,7 +95,7 @@ def frechet_from_coupling(coupling: Coupling, root: str = "exact") -> Frechet:
     else:
         traces, sizes = (vision.trace + text.trace).item(), (vision.size * text.size).item()
         part = traces - 2.0 * coupling.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
-        error = 16.0 * _EPS * (gap + traces + len(coupling.first) * sizes)
+        error = 16.0 * _EPS * (gap + traces + len(coupling.first.factor) * sizes)
     # The means themselves are rounded, which counts where large ones are all but equal.
     off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
     raw, rounding = gap + part, error + 2.0 * gap**0.5 * off + off**2

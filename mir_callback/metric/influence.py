@@ -158,10 +158,8 @@ def compute_maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
     near = coupling.polar.near
     polar = (near @ (near.T @ near)).mul_(-0.5).add_(near, alpha=1.5)
     maps = []
-    for own, other, turn in (
-        (coupling.first, coupling.second, polar.T),
-        (coupling.second, coupling.first, polar),
-    ):
+    first, second = coupling.first.factor, coupling.second.factor
+    for own, other, turn in ((first, second, polar.T), (second, first, polar)):
         form = other.T @ turn
         torch.linalg.solve_triangular(own.T, form, upper=False, left=False, out=form)
         form = form.add(form.T).mul_(0.5)
@@ -174,7 +172,7 @@ def compute_maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
 
 
 def _compute_maps_by_eigenvectors(coupling: Coupling) -> tuple[Map, Map]:
-    first, second = (coupling.text, coupling.vision) if coupling.turned else (coupling.vision, coupling.text)
+    first, second = coupling.first, coupling.second
     values, vectors = coupling.spectrum
     fourth = values.clamp_min(0.0).pow(0.25)
     known = values > 8.0 * _EPS * first.size * second.size

@@ -28,6 +28,7 @@ from mir_callback.metric.tokens import iterate_in_float64
 _EPS = torch.finfo(torch.float64).eps
 _PRODUCT_ROWS = 2048  # enough for float64 products at full speed
 
+# Of the fixed point.
 _LARGEST = 127.0  # digits lie in [-127, 127]
 _BASE = 2.0 * _LARGEST  # a remainder of at most one half becomes a digit again
 _DIGITS = 3
@@ -35,7 +36,7 @@ _PAIRS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # digits that are multiplied;
 _BLOCK_ROWS = 2**17  # times 127^2 stays below 2^31
 _BLOCK_ELEMENTS = 2**28  # 1 GiB in float32
 _MULTIPLE = 8  # what integer products need of all sizes
-_LEAST = 32
+_LEAST = 32  # rows and dimensions that are worth it
 
 
 @dataclass(frozen=True)
