@@ -29,8 +29,8 @@ from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
 from mir_callback.metric.frechet import COMPANIONS
-from mir_callback.metric.influence import rate_influences, standard_error
-from mir_callback.metric.rate import rate_of
+from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
+from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import find_decoder
 from mir_callback.model.text_loss import TextLoss
 from mir_callback.probe.adapters import Adapter, find_adapter
@@ -219,7 +219,7 @@ class Evaluator:
         predicted = sum(count for _, _, (_, count) in everyone)
         per_layer = [result.distance for result in results]
         return MIRReport(
-            mir=rate_of(per_layer),
+            mir=mir_from_distances(per_layer),
             per_layer=per_layer,
             root=config.root,
             seconds=everyone[0][0],
@@ -270,9 +270,9 @@ def _find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
     on_layers = [result.influences for result in results if result.influences is not None]
     distances = [result.distance for result in results]
     if on_layers:
-        fields["per_layer_se"] = standard_error(torch.stack(on_layers)).tolist()
+        fields["per_layer_se"] = compute_standard_error(torch.stack(on_layers)).tolist()
     if on_layers and math.fsum(distances) > 0.0:  # else there is no logarithm to have an error
-        on_mir = rate_influences(torch.stack(on_layers), distances)
-        fields["mir_se"] = standard_error(on_mir).item()
+        on_mir = compute_mir_influences(torch.stack(on_layers), distances)
+        fields["mir_se"] = compute_standard_error(on_mir).item()
         fields["influences"] = [float(f"{value:.6g}") for value in on_mir.tolist()]
     return fields

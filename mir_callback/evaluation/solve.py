@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from mir_callback import distributed
 from mir_callback.evaluation.memory import PeakMemory
 from mir_callback.evaluation.token_statistics import TEXT, VISION, LayerRows, MomentShard, SampleRows, reduce_moments
-from mir_callback.metric.coupling import couple, factored
-from mir_callback.metric.frechet import companions_of, frechet_from_coupling, frechet_from_moments, warn_if_clipped
-from mir_callback.metric.influence import Map, SampleSums, influences, sums_over_samples, transport_maps
+from mir_callback.metric.coupling import Coupling
+from mir_callback.metric.frechet import compute_companions, frechet_from_coupling, warn_if_clipped
+from mir_callback.metric.influence import Map, SampleSums, compute_influences, compute_transport_maps, sum_over_samples
 from mir_callback.watchdog import enter_phase
 
 
@@ -78,7 +78,7 @@ def solve_layers(
         distance, companions = everyone[index]
         vision, text, norms = sums[index]
         counted = SampleSums(vision, text, norms, samples.totals(VISION), samples.totals(TEXT))
-        found = influences(counted, distance, layer.scale) if errors else None
+        found = compute_influences(counted, distance, layer.scale) if errors else None
         dtype = str(layer.vision.rows.dtype).removeprefix("torch.")
         results.append(LayerResult(distance, companions, found, layer.vision.replaced, layer.text.replaced, dtype))
     return results
@@ -125,27 +125,20 @@ def _solve(
 ) -> _Solution:
     """A layer's distance, with what else its moments tell, by its owner."""
     norms = layer.vision_norm, 1.0 / layer.scale
-    if root != "exact":
-        vision, text = (shard.take_moments(layer.scale) for shard in shards)
-        result = frechet_from_moments(vision, text, root)
-        warn_if_clipped(result, index + 1, root)
-        return _Solution(result.distance, companions_of(vision, text, result.distance, *norms))
     # One after the other, as each covariance is let go of once it is factored.
-    coupling = couple(*[factored(shard.take_moments(layer.scale)) for shard in shards])
-    if errors and not coupling.on_gpu:
-        coupling.find_vectors()  # first, as the distance then comes from the same solve
-    result = frechet_from_coupling(coupling)
+    coupling = Coupling(*[shard.take_moments(layer.scale) for shard in shards], maps_wanted=errors)
+    result = frechet_from_coupling(coupling, root)
     warn_if_clipped(result, index + 1, root)
     peak.sample()
-    found = _Solution(result.distance, companions_of(coupling.vision, coupling.text, result.distance, *norms))
+    found = _Solution(result.distance, compute_companions(coupling.vision, coupling.text, result.distance, *norms))
     if errors:
-        found.maps = transport_maps(coupling)
+        found.maps = compute_transport_maps(coupling)
         gap = shards[VISION].mean - shards[TEXT].mean
         for modality, shard, form, sign in zip((VISION, TEXT), shards, found.maps, (1.0, -1.0), strict=True):
             if form.of_rows is not None:  # of the centred rows of all ranks, which are here
                 rows, center = torch.cat(shard.columns, dim=1).T, torch.zeros_like(shard.mean)
                 of_rows = samples.of_all_ranks(modality).to(rows.device)
-                found.sums[modality] = sums_over_samples(
+                found.sums[modality] = sum_over_samples(
                     rows, center, sign * gap, form, of_rows, samples.num_samples, shard.count
                 )
         peak.sample()
@@ -181,7 +174,5 @@ def _add_rows(
     for modality, part, sign in ((VISION, layer.vision, 1.0), (TEXT, layer.text, -1.0)):
         mean, form, mine = means[modality], maps[modality], of_rows[modality]
         if form is not None:
-            sums[modality] += sums_over_samples(
-                part.rows, mean, sign * gap, form, mine, samples.num_samples, part.count
-            )
+            sums[modality] += sum_over_samples(part.rows, mean, sign * gap, form, mine, samples.num_samples, part.count)
     sums[2].index_add_(0, of_rows[TEXT], layer.text_norms)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from mir_callback import distributed
 from mir_callback.errors import NumericsError
-from mir_callback.metric.moments import Moments, moments_from_centred, moments_from_scatter, row_sum, scatter_about
+from mir_callback.metric.moments import Moments, compute_scatter, moments_from_centred, moments_from_scatter, sum_rows
 from mir_callback.metric.tokens import (
     OutlierRule,
-    lower_medians,
-    lower_medians_of_shards,
-    median_rounds,
-    row_norms,
-    text_centric_scale,
+    bisect_lower_medians,
+    compute_lower_medians,
+    compute_row_norms,
+    compute_text_scale,
 )
 from mir_callback.watchdog import enter_phase
 
@@ -104,13 +103,13 @@ def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerR
     """
     enter_phase("norms of all tokens")
     with distributed.fail_together():
-        vision, text = (torch.stack([row_norms(pair[i]) for pair in rows]) for i in (VISION, TEXT))
+        vision, text = (torch.stack([compute_row_norms(pair[i]) for pair in rows]) for i in (VISION, TEXT))
     all_vision, all_text = distributed.gather_columns(vision), distributed.gather_columns(text)
     with distributed.fail_together():
         vision_norms, text_norms = torch.cat(all_vision, dim=1), torch.cat(all_text, dim=1)
         visions = _find_outliers([pair[VISION] for pair in rows], vision, vision_norms, first, "vision")
         texts = _find_outliers([pair[TEXT] for pair in rows], text, text_norms, first, "text")
-        scales = [text_centric_scale(norms) for norms in text_norms]
+        scales = [compute_text_scale(norms) for norms in text_norms]
         lengths = vision_norms.mean(dim=1).tolist()
     layers = [LayerRows(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
     enter_phase("outlier medians")
@@ -138,7 +137,7 @@ class MomentShard:
         if self.scatter is not None:
             scatter, self.scatter = self.scatter, None
             return moments_from_scatter(self.count, self.mean, scatter, scale)
-        return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T).scaled(scale)
+        return moments_from_centred(self.mean, torch.cat(self.columns, dim=1).T, scale)
 
 
 def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentShard]:
@@ -148,7 +147,7 @@ def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentSha
     """
     modalities = (layer.vision, layer.text)
     with distributed.fail_together():
-        sums = torch.stack([row_sum(part.rows) for part in modalities])
+        sums = torch.stack([sum_rows(part.rows) for part in modalities])
     distributed.sum_over_ranks(sums)
     with distributed.fail_together():  # the largest allocations of an evaluation after its forwards
         means = [total / part.count for part, total in zip(modalities, sums, strict=True)]
@@ -187,12 +186,12 @@ def _find_medians(modalities: list[ModalityRows]) -> list[Tensor]:
     """Lower medians over all ranks. Ranks: collective."""
     rows = [part.rows for part in modalities]
     if distributed.world_size() == 1:
-        return [lower_medians(each) for each in rows]
+        return [compute_lower_medians(each) for each in rows]
     with distributed.fail_together():
         counts = torch.zeros(len(rows), rows[0].shape[1], dtype=torch.int64, device=rows[0].device)
     return distributed.sum_in_rounds(
-        lambda add: lower_medians_of_shards(rows, [part.count for part in modalities], add),
-        median_rounds(rows[0].dtype),
+        lambda add: bisect_lower_medians(rows, [part.count for part in modalities], add),
+        torch.finfo(rows[0].dtype).bits,
         like=counts,
     )
 
@@ -201,4 +200,4 @@ def _centred_or_scatter(part: ModalityRows, mean: Tensor) -> Tensor:
     """This rank's scatter (d, d), or its centred rows as columns (d, n) where there are fewer rows than dimensions."""
     if part.count < part.rows.shape[1]:
         return (part.rows.double() - mean).T.contiguous()
-    return scatter_about(part.rows, mean)
+    return compute_scatter(part.rows, mean)

@@ -22,19 +22,19 @@ from tests.samples import pairs
 # Function that runs out of memory, at which of its calls, and in which of the two probes. All are local work: what runs
 # out inside a collective itself cannot be healed.
 CASES: dict[str, tuple[str, int, str]] = {
-    "norms": ("row_norms", 3, "many rows"),
+    "norms": ("compute_row_norms", 3, "many rows"),
     "gathering norms": ("_room_for", 1, "many rows"),
     "first round of the medians": ("_count_at_most", 1, "many rows"),
     "later round of the medians": ("_count_at_most", 40, "many rows"),
-    "every round of the medians": ("lower_medians_of_shards", 1, "many rows"),
-    "sums": ("row_sum", 1, "many rows"),
-    "scatter of text": ("scatter_about", 2, "many rows"),
+    "every round of the medians": ("bisect_lower_medians", 1, "many rows"),
+    "sums": ("sum_rows", 1, "many rows"),
+    "scatter of text": ("compute_scatter", 2, "many rows"),
     "centred rows": ("_centred_or_scatter", 1, "few rows"),
     "gathering centred rows": ("_room_for", 4, "few rows"),
     "moments from centred rows": ("moments_from_centred", 1, "few rows"),
     "factors": ("factored", 1, "many rows"),
     "solve": ("find_vectors", 1, "many rows"),
-    "transport maps": ("transport_maps", 1, "many rows"),
+    "transport maps": ("compute_transport_maps", 1, "many rows"),
 }
 
 # What is made good: a forward by smaller batches, a layer that cannot be kept by another pass.
