@@ -49,7 +49,7 @@ from tiny_llava.summary import summarise
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PrinterCallback, Trainer, TrainingArguments
 
 from mir_callback import MIRCallback, PlateauRule, Probe
-from mir_callback.analysis.figures import plot_run
+from mir_callback.analysis.pictures import plot_run
 
 FULL = Size(steps=800, batch=16, every=10, probe_samples=100)  # the batch is over all processes
 

@@ -14,6 +14,8 @@ from mir_callback.fs import free_name, write_atomic
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
+_ROOTS = ("exact", "paper_fast")  # those of metric.frechet, which would bring torch along
+_LISTED = 3  # findings of one kind that are said one by one
 
 
 class History:
@@ -134,6 +136,55 @@ def read_history(path: str | Path) -> list[EvalRecord]:
                 "that line"
             ) from error
     return records
+
+
+def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
+    """Read a history file of any origin, as far as it can be read.
+
+    Unlike :func:`read_history`, which a run is continued from, this leaves out damaged lines wherever they stand, and
+    fields that break their rule. Steps are put in order; of several records of one step the last one counts.
+
+    Returns:
+        Records by increasing step; and what was found wrong, in sentences, the first ones of each kind.
+
+    Raises:
+        HistoryError: there is no such file, or it cannot be read.
+
+    Ranks: pure.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise HistoryError(f"the history {path} cannot be read: {error.strerror or error}") from error
+    records: list[EvalRecord] = []
+    lines: list[str] = []
+    fields: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(EvalRecord.from_line(line, fields))
+        except ValueError as error:
+            lines.append(f"line {number} is left out, it is no record ({error}): {line.strip()!r:.60}")
+    messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
+    by_step = {record.step: record for record in records}  # the last one of each
+    steps = [record.step for record in records]
+    if steps != sorted(steps):
+        messages.append("its steps do not increase; they are put in order")
+    if len(by_step) < len(records):
+        messages.append(f"{len(records) - len(by_step)} records are left out, a later one has the same step")
+    unknown = sorted({record.root for record in records if record.root is not None} - {*_ROOTS})
+    if unknown:
+        messages.append(
+            f"root {', '.join(map(repr, unknown))} is unknown here (known: {', '.join(_ROOTS)}); such values are like "
+            "none of another root"
+        )
+    return [by_step[step] for step in sorted(by_step)], messages
+
+
+def _first_few(findings: list[str], kind: str) -> list[str]:
+    more = len(findings) - _LISTED
+    return findings if more <= 0 else [*findings[:_LISTED], f"{more} more {kind} are left out"]
 
 
 def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> list[EvalRecord]:

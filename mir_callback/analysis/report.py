@@ -17,12 +17,9 @@ from markupsafe import Markup
 
 from mir_callback.analysis.compare import Comparison
 from mir_callback.analysis.page import facts, profiles, timeline
-from mir_callback.analysis.page import facts as samples
-from mir_callback.analysis.page import profiles as costs
-from mir_callback.analysis.page import timeline as marks
-from mir_callback.analysis.page.charts import precise
-from mir_callback.analysis.page.views import MOMENTS, RunView, colours_of
-from mir_callback.analysis.tables import remarks_of, tables_of, verdict_of
+from mir_callback.analysis.page.charts import format_value
+from mir_callback.analysis.page.views import MOMENTS, RunView, number_colours
+from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import HistoryError
 from mir_callback.probe.probe import Probe
 
@@ -58,96 +55,76 @@ def render_report(
     Ranks: pure.
     """
     if not runs:
-        raise HistoryError("runs must hold at least one run to report on, got none")
+        raise HistoryError("there is no run to report on")
     shown = [run for run in runs if run.moments]
     ordered = [*shown, *(run for run in runs if not run.moments)]  # a run has the same number wherever it is shown
+    lines = timeline.draw_timelines(shown) if shown else []
+    curves = profiles.draw_profiles(shown)
+    script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
+    own = [(note if len(ordered) == 1 else f"{run.name}: {note}") for run in ordered for note in run.notes]
     return (
         _environment()
         .get_template("page.html")
         .render(
-            **_of_all(ordered),
-            **_of_shown(shown),
-            **_own_parts(),
-            comparison=None if comparison is None else _compared(comparison),
-            sheet=samples.sheet_of(shown, probe),
-            notes=[*notes, *_notes(ordered)],
+            # the same on every page
+            version=metadata.version("mir-callback"),
+            styles=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            format_value=format_value,
+            read_verdict=timeline.read_verdict,
+            verdict_classes=timeline.VERDICTS,
+            moments=MOMENTS,
+            # of every run
+            runs=ordered,
+            title=_make_title(ordered),
+            colours=number_colours(ordered),
+            summaries=[facts.summarize(run) for run in ordered],
+            costs=facts.list_costs(ordered),
+            definition=facts.tabulate_definition(ordered),
+            incomparable=facts.find_incomparable(ordered),
+            notes=[*notes, *own],
+            # of the runs that have values
+            shown=shown,
+            timelines=lines,
+            profiles=curves,
+            quantities=[curve.quantity for curve in curves],
+            steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
+            cost_charts=profiles.draw_costs(shown),
+            seen_verdicts=_list_verdicts(shown),
+            sheet=facts.make_sheet(shown, probe),
+            data=_collect_data(shown, lines, curves),
+            # of the page
+            comparison=None if comparison is None else _describe_comparison(comparison),
             written=written,
             reload_seconds=reload_seconds,
         )
     )
 
 
-def _compared(found: Comparison) -> dict[str, Any]:
-    verdict = verdict_of(found) or f"Nothing is ranked by {found.by}."
-    return {"verdict": verdict, "tables": tables_of(found), "remarks": remarks_of(found)}
+def _describe_comparison(found: Comparison) -> dict[str, Any]:
+    verdict = state_verdict(found) or f"Nothing is ranked by {found.by}."
+    return {"verdict": verdict, "tables": make_tables(found), "remarks": list_remarks(found)}
 
 
-def _own_parts() -> dict[str, Any]:
-    """What is the same on every page."""
-    script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
-    return {
-        "styles": Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
-        "script": script,
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "version": metadata.version("mir-callback"),
-        "precise": precise,
-        "verdict_of": marks.verdict_of,
-        "verdict_classes": marks.VERDICTS,
-        "moments": MOMENTS,
-    }
-
-
-def _of_all(runs: Sequence[RunView]) -> dict[str, Any]:
-    """What the page says of every run."""
-    return {
-        "runs": runs,
-        "title": _title(runs),
-        "colours": colours_of(runs),
-        "summaries": [facts.summary_of(run) for run in runs],
-        "costs": facts.costs_of(runs),
-        "definition": facts.definition_table(runs),
-        "incomparable": facts.incomparable(runs),
-    }
-
-
-def _title(runs: Sequence[RunView]) -> str:
+def _make_title(runs: Sequence[RunView]) -> str:
     recipes = {run.recipe for run in runs}
     if None not in recipes and len(recipes) <= _NAMED:
         return ", ".join(dict.fromkeys(str(run.recipe) for run in runs))
     return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
-def _of_shown(runs: Sequence[RunView]) -> dict[str, Any]:
-    """What the page draws of the runs that have values."""
-    lines = timeline.timelines(runs) if runs else []
-    curves = profiles.profiles(runs)
-    return {
-        "shown": runs,
-        "timelines": lines,
-        "quantities": [curve.quantity for curve in curves],
-        "profiles": curves,
-        "steps_at": {moment: _steps_at(runs, moment) for moment in MOMENTS},
-        "cost_charts": costs.cost_charts(runs),
-        "seen_verdicts": _seen_verdicts(runs),
-        "data": _data(runs, lines, curves),
-    }
-
-
-def _steps_at(runs: Sequence[RunView], moment: str) -> str:
-    steps = sorted({run.moments[moment]["step"] for run in runs})
+def _name_steps(runs: Sequence[RunView], moment: str) -> str:
+    steps = sorted({run.moments[moment].step for run in runs})
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}" if steps else ""
 
 
-def _seen_verdicts(runs: Sequence[RunView]) -> list[str]:
-    seen = dict.fromkeys(marks.verdict_of(record) for run in runs for record in run.records)
+def _list_verdicts(runs: Sequence[RunView]) -> list[str]:
+    seen = dict.fromkeys(timeline.read_verdict(record) for run in runs for record in run.records)
     return [verdict for verdict in seen if verdict]
 
 
-def _notes(runs: Sequence[RunView]) -> list[str]:
-    return [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
-
-
-def _data(
+def _collect_data(
     runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[profiles.Profile]
 ) -> Mapping[str, Any]:
     """What the page's script reads out under a pointer; the pictures themselves do without it."""
@@ -155,14 +132,14 @@ def _data(
         "runs": [
             {
                 "name": run.name,
-                "steps": [record["step"] for record in run.measured],
+                "steps": [record.step for record in run.measured],
                 "mir": [facts.with_error(record) for record in run.measured],
                 "loss": _losses_at(run),
-                "verdict": [marks.verdict_of(record) for record in run.measured],
-                "reason": [str(record.get("reason") or "") for record in run.measured],
+                "verdict": [timeline.read_verdict(record) for record in run.measured],
+                "reason": [record.reason or "" for record in run.measured],
                 "layers": {
                     curve.quantity.name: [
-                        [precise(value) for value in curve.quantity.of(record) or []] for record in run.measured
+                        [format_value(value) for value in curve.quantity.read(record)] for record in run.measured
                     ]
                     for curve in curves
                 },
@@ -170,9 +147,9 @@ def _data(
             for run in runs
         ],
         "moments": MOMENTS,
-        "places": {line.axis.name: line.places for line in lines},
+        "x": {line.axis.name: line.x for line in lines},
         "profiles": {
-            curve.quantity.name: {"label": curve.quantity.label, "places": curve.places, "series": curve.series}
+            curve.quantity.name: {"label": curve.quantity.label, "x": curve.x, "series": curve.series}
             for curve in curves
         },
     }
@@ -180,11 +157,11 @@ def _data(
 
 def _losses_at(run: RunView) -> list[str]:
     """For each evaluation the last loss logged up to its step."""
-    found, position, points = [], 0, run.loss_points
+    found, passed, points = [], 0, run.loss_points
     for record in run.measured:
-        while position < len(points) and points[position][0] <= record["step"]:
-            position += 1
-        found.append(precise(points[position - 1][1] if position else None))
+        while passed < len(points) and points[passed][0] <= record.step:
+            passed += 1
+        found.append(format_value(points[passed - 1][1] if passed else None))
     return found
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison as JSON, CSV and Markdown."""
+"""What a comparison found, as tables of words, a verdict and remarks; and as JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mir_callback.analysis.compare import AxisResult, Comparison, Stop
 from mir_callback.analysis.curves import AXES, Axis
 from mir_callback.analysis.load import Run
-from mir_callback.history import lowest_record
+from mir_callback.record import EvalRecord, lowest_record
 
 NOT_ALIKE = "NOT ALIKE, compared anyway"
 _MAX_PAIRS = 28  # of 8 recipes
@@ -22,172 +22,167 @@ _MAX_PAIRS = 28  # of 8 recipes
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of words.
-
-    Attributes:
-        title: what it shows.
-        columns: their headings; the first one's cells are names, the others are figures.
-        rows: cells.
-    """
+    """A table of words; the first column's cells are names, the others are figures."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-def place_words(axis: Axis, place: float) -> str:
-    """A place of an axis, such as "step 120" or "3.2 min". Ranks: pure."""
-    match axis:
-        case "step":
-            return f"step {place:.10g}"
-        case "time":
-            return duration(place)
-        case _:
-            return f"{place:,.0f} {axis}"
+def make_tables(found: Comparison) -> list[TextTable]:
+    """The ranking, the differences behind it, and what each run would have saved. Ranks: pure."""
+    mark = f"{NOT_ALIKE}: " if found.mismatch else ""
+    tables = []
+    if found.ranking is not None:
+        tables.append(_make_ranking(found, found.ranking, mark))
+        tables.append(_make_differences(found, found.ranking, mark))
+    return [*tables, _make_runs(found)]
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them. Ranks: pure."""
+def state_verdict(found: Comparison) -> str | None:
+    """The outcome in a sentence; None if nothing is ranked. Ranks: pure."""
+    result = found.ranking
+    if result is None or result.x is None:
+        return None
+    names = _names(found, result)
+    where = _format_position(result.axis, result.x)
+    mark = f"{NOT_ALIKE}. " if found.mismatch else ""
+    if not any(pair.differs for pair in result.pairs):
+        return f"{mark}No difference beyond noise at {where}: {', '.join(names)}."
+    lowest = min(range(len(names)), key=result.mean)
+    alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
+    tied = [name for index, name in enumerate(names) if {index, lowest} in alike]
+    more = f"; not told apart from it by the noise: {', '.join(tied)}" if tied else ""
+    return f"{mark}Lowest MIR at {where}: {names[lowest]}{more}."
+
+
+def list_remarks(found: Comparison) -> list[str]:
+    """What is to be known about a comparison, in sentences. Ranks: pure."""
+    remarks = [] if found.mismatch is None else [f"the values are not alike: {found.mismatch}"]
+    for result in found.axes:
+        if result.axis == found.by or result.x is None:
+            remarks += [f"by {result.axis}: {message}" for message in result.messages]
+        if result.doubt is not None:
+            remarks.append(
+                f"by {result.axis}: {result.doubt}; such positions are in the tables with --by {result.axis} only"
+            )
+    return remarks + list(found.remarks)
+
+
+def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable:
+    assert result.x is not None
+    assert result.noise is not None
+    others = [
+        (other, _format_position(other.axis, other.x))
+        for other in found.axes
+        if other is not result and other.x is not None and len(other.members) > 1 and other.doubt is None
+    ]
+    rows = []
+    for member in sorted(range(len(result.members)), key=lambda member: (result.ranks[member], result.mean(member))):
+        index = result.members[member]
+        recipe = found.recipes[index]
+        cells = [recipe.name, _format_rank(result, member), str(len(recipe.runs))]
+        cells += [f"{result.mean(member):.4f}", f"{result.noise.stds[member]:.2g}"]
+        for other, _ in others:
+            place = other.members.index(index) if index in other.members else None
+            cells.append("-" if place is None else f"{other.mean(place):.4f} (rank {_format_rank(other, place)})")
+        rows.append(tuple(cells))
+    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = shares its rank)"
+    return TextTable(
+        title, ("recipe", "rank", "runs", "MIR", "std of a run", *(f"at {x}" for _, x in others)), tuple(rows)
+    )
+
+
+def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextTable:
+    names = _names(found, result)
+    rows = tuple(
+        (
+            f"{names[pair.one]} - {names[pair.other]}",
+            f"{pair.value:+.4f}",
+            f"{pair.se:.4f}",
+            "?" if pair.probe.kind == "unknown" else f"{pair.probe.se:.4f} {pair.probe.kind}",
+            f"{pair.runs_se:.4f}",
+            f"{pair.p_adjusted:.3f}",
+            f"{pair.max_seed_std:.2g}",
+            f"{names[pair.one if pair.value < 0 else pair.other]} is lower" if pair.differs else "no difference",
+        )
+        for pair in result.pairs[:_MAX_PAIRS]
+    )
+    title = f"{mark}Differences (beyond noise where p < {found.level:g}, adjusted for {len(result.pairs)} of them)"
+    if len(result.pairs) > _MAX_PAIRS:
+        title += f", the first {_MAX_PAIRS}"
+    columns = ("difference", "MIR", "standard error", "of the probe", "of the runs", "p", "max seed std", "so")
+    return TextTable(title, columns, rows)
+
+
+def _make_runs(found: Comparison) -> TextTable:
+    rows = tuple(
+        (found.recipes[index].label(run), *_describe(run), *_describe_stop(stop))
+        for index, _, run, stop in _each_run(found)
+    )
+    title = f"Runs, and where {found.rule} would have stopped them"
+    columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "stop", "saves", "missed gain")
+    return TextTable(title, columns, rows)
+
+
+def _describe(run: Run) -> tuple[str, ...]:
+    failed = len(run.records) - len(run.measured)
+    last, lowest = run.measured[-1], lowest_record(run.records)
+    se = f" ± {last.mir_se:.4f}" if last.mir_se is not None else ""
+    return (
+        f"{len(run.records)}" + (f" ({failed} failed)" if failed else ""),
+        f"{last.mir:.4f}{se} (step {last.step})",
+        "-" if lowest is None else f"{lowest.mir:.4f} (step {lowest.step})",
+    )
+
+
+def _describe_stop(stop: Stop) -> tuple[str, ...]:
+    if stop.step is None:
+        return f"none ({stop.reason.partition(':')[0]})", "-", "-"
+    saves = f"{stop.saved_steps} steps, {stop.saved_share:.0%}"
+    if stop.saved_seconds is not None:
+        saves += f", {_format_seconds(stop.saved_seconds)}"
+    return f"step {stop.step}", saves, "-" if stop.missed_gain is None else f"{stop.missed_gain:+.4f}"
+
+
+def _each_run(found: Comparison) -> Iterator[tuple[int, int, Run, Stop]]:
+    """All runs, with the index of their recipe and their own in it."""
+    for index, (recipe, stops) in enumerate(zip(found.recipes, found.stops, strict=True)):
+        for number, (run, stop) in enumerate(zip(recipe.runs, stops, strict=True)):
+            yield index, number, run, stop
+
+
+def _names(found: Comparison, result: AxisResult) -> list[str]:
+    return [found.recipes[index].name for index in result.members]
+
+
+def _format_rank(result: AxisResult, member: int) -> str:
+    own = result.ranks[member]
+    return f"{own}{'=' if result.ranks.count(own) > 1 else ''}"
+
+
+def _format_position(axis: Axis, x: float) -> str:
+    if axis == "step":
+        return f"step {x:.10g}"
+    return _format_seconds(x) if axis == "time" else f"{x:,.0f} {axis}"
+
+
+def _format_seconds(seconds: float) -> str:
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if abs(seconds) >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
 
 
-def tables_of(found: Comparison) -> list[TextTable]:
-    """The ranking, the differences behind it, and what each run would have saved. Ranks: pure."""
-    marked = f"{NOT_ALIKE}: " if found.mismatch else ""
-    tables = []
-    if found.ranking is not None:
-        tables.append(_ranking(found, found.ranking, marked))
-        tables.append(_differences(found, found.ranking, marked))
-    tables.append(_runs(found))
-    return tables
-
-
-def verdict_of(found: Comparison) -> str | None:
-    """The outcome in a sentence; None if nothing is ranked. Ranks: pure."""
-    result = found.ranking
-    if result is None or result.place is None:
-        return None
-    names = [found.recipes[index].name for index in result.members]
-    where = place_words(result.axis, result.place)
-    mark = f"{NOT_ALIKE}. " if found.mismatch else ""
-    if not any(pair.differs for pair in result.pairs):
-        return f"{mark}No difference beyond noise at {where}: {', '.join(names)}."
-    lowest = min(range(len(names)), key=result.mean)
-    best = names[lowest]
-    alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
-    tied = [name for index, name in enumerate(names) if {index, lowest} in alike]
-    more = f"; not told apart from it by the noise: {', '.join(tied)}" if tied else ""
-    return f"{mark}Lowest MIR at {where}: {best}{more}."
-
-
-def _ranking(found: Comparison, result: AxisResult, marked: str) -> TextTable:
-    others = [
-        axis
-        for axis in found.axes
-        if axis.axis != result.axis and axis.place is not None and len(axis.members) > 1 and axis.doubt is None
-    ]
-    headings = [f"at {place_words(axis.axis, axis.place)}" for axis in others if axis.place is not None]
-    assert result.place is not None
-    assert result.noise is not None
-    rows = []
-    order = sorted(range(len(result.members)), key=lambda member: (result.ranks[member], result.mean(member)))
-    for member in order:
-        index = result.members[member]
-        cells = [found.recipes[index].name, _rank(result.ranks, member), str(len(found.recipes[index].runs))]
-        cells += [f"{result.mean(member):.4f}", f"{result.noise.sds[member]:.2g}"]
-        cells += [_elsewhere(axis, index) for axis in others]
-        rows.append(tuple(cells))
-    title = f"{marked}MIR at {place_words(result.axis, result.place)} (lower is better; = shares its rank)"
-    return TextTable(title, ("recipe", "rank", "runs", "MIR", "sd of a run", *headings), tuple(rows))
-
-
-def _elsewhere(axis: AxisResult, index: int) -> str:
-    if index not in axis.members:
-        return "-"
-    member = axis.members.index(index)
-    return f"{axis.mean(member):.4f} (rank {_rank(axis.ranks, member)})"
-
-
-def _rank(ranks: Sequence[int], member: int) -> str:
-    return f"{ranks[member]}{'=' if ranks.count(ranks[member]) > 1 else ''}"
-
-
-def _differences(found: Comparison, result: AxisResult, marked: str) -> TextTable:
-    names = [found.recipes[index].name for index in result.members]
-    rows = []
-    for pair in result.pairs[:_MAX_PAIRS]:
-        lower = names[pair.one if pair.value < 0 else pair.other]
-        rows.append(
-            (
-                f"{names[pair.one]} - {names[pair.other]}",
-                f"{pair.value:+.4f}",
-                f"{pair.se:.4f}",
-                "?" if pair.probe.kind == "unknown" else f"{pair.probe.se:.4f} {pair.probe.kind}",
-                f"{pair.runs_se:.4f}",
-                f"{pair.p_adjusted:.3f}",
-                f"{pair.bearable_sd:.2g}",
-                f"{lower} is lower" if pair.differs else "no difference",
-            )
-        )
-    title = f"{marked}Differences (beyond noise where p < {found.level:g}, adjusted for {len(result.pairs)} of them)"
-    if len(result.pairs) > _MAX_PAIRS:
-        title += f", the first {_MAX_PAIRS}"
-    columns = ("difference", "MIR", "standard error", "of the probe", "of the runs", "p", "bears sd", "so")
-    return TextTable(title, columns, tuple(rows))
-
-
-def _runs(found: Comparison) -> TextTable:
-    rows = []
-    for recipe, stops in zip(found.recipes, found.stops, strict=True):
-        for run, stop in zip(recipe.runs, stops, strict=True):
-            rows.append((recipe.label(run), *_measured(run), *_saved(stop)))
-    title = f"Runs, and where {found.rule} would have stopped them"
-    columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "stop", "saves", "gives away")
-    return TextTable(title, columns, tuple(rows))
-
-
-def _measured(run: Run) -> tuple[str, ...]:
-    failed = len(run.records) - len(run.measured)
-    last, best = run.measured[-1], lowest_record(run.records)
-    se = f" ± {last['mir_se']:.4f}" if last.get("mir_se") is not None else ""
-    return (
-        f"{len(run.records)}" + (f" ({failed} failed)" if failed else ""),
-        f"{last['mir']:.4f}{se} (step {last['step']})",
-        "-" if best is None else f"{best['mir']:.4f} (step {best['step']})",
-    )
-
-
-def _saved(stop: Stop) -> tuple[str, ...]:
-    if stop.step is None:
-        return f"none ({stop.reason.partition(':')[0]})", "-", "-"
-    saves = f"{stop.saved_steps} steps, {stop.saved_share:.0%}"
-    if stop.saved_seconds is not None:
-        saves += f", {duration(stop.saved_seconds)}"
-    return f"step {stop.step}", saves, "-" if stop.given_away is None else f"{stop.given_away:+.4f}"
-
-
-def as_json(found: Comparison) -> str:
+def to_json(found: Comparison) -> str:
     """Everything a comparison found, but the records themselves. Ranks: pure."""
-    recipes = []
-    for recipe, stops in zip(found.recipes, found.stops, strict=True):
-        runs = [
-            {
-                "name": run.name,
-                "path": str(run.path),
-                "source": str(run.source),
-                "evaluations": len(run.records),
-                "last": _brief(run.measured[-1]),
-                "lowest": _brief(lowest_record(run.records)),
-                "stop": asdict(stop),
-            }
-            for run, stop in zip(recipe.runs, stops, strict=True)
-        ]
-        recipes.append({"name": recipe.name, "runs": runs})
+    recipes: list[dict[str, Any]] = [{"name": recipe.name, "runs": []} for recipe in found.recipes]
+    for index, _, run, stop in _each_run(found):
+        entry = {"name": run.name, "path": str(run.path), "source": str(run.source), "evaluations": len(run.records)}
+        entry |= {"last": _brief(run.measured[-1]), "lowest": _brief(lowest_record(run.records)), "stop": asdict(stop)}
+        recipes[index]["runs"].append(entry)
     content = {
-        "verdict": verdict_of(found),
+        "verdict": state_verdict(found),
         "ranked_by": found.by if found.ranking is not None else None,
         "mismatch": found.mismatch,
         "level": found.level,
@@ -199,77 +194,30 @@ def as_json(found: Comparison) -> str:
     return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
 
 
-def as_csv(found: Comparison) -> str:
-    """A line for each run. Ranks: pure."""
-    lines = io.StringIO()
-    fields = ["recipe", "run", "rank", "alike", "evaluations", "last_step", "last_mir", "last_mir_se"]
-    fields += ["lowest_step", "lowest_mir"]
-    fields += [name for axis in AXES for name in (f"equal_{axis}", f"mir_at_equal_{axis}")]
-    fields += ["stop_step", "saved_steps", "saved_share", "saved_seconds", "given_away"]
-    writer = csv.DictWriter(lines, fields, lineterminator="\n")
-    writer.writeheader()
-    for index, recipe in enumerate(found.recipes):
-        for number, run in enumerate(recipe.runs):
-            last, lowest, stop = run.measured[-1], lowest_record(run.records) or {}, found.stops[index][number]
-            row: dict[str, Any] = {"recipe": recipe.name, "run": run.name, "alike": "no" if found.mismatch else "yes"}
-            row |= {"rank": _rank_export(found, index), "evaluations": len(run.records), "last_step": last["step"]}
-            row |= {"last_mir": last["mir"], "last_mir_se": last.get("mir_se")}
-            row |= {"lowest_step": lowest.get("step"), "lowest_mir": lowest.get("mir")}
-            for result in found.axes:
-                if result.place is not None and index in result.members:
-                    point = result.points[result.members.index(index)][number]
-                    row |= {f"equal_{result.axis}": result.place, f"mir_at_equal_{result.axis}": point.mir}
-            row |= {"stop_step": stop.step, "saved_steps": stop.saved_steps, "saved_share": stop.saved_share}
-            row |= {"saved_seconds": stop.saved_seconds, "given_away": stop.given_away}
-            writer.writerow(row)
-    return lines.getvalue()
-
-
-def as_markdown(found: Comparison) -> str:
-    """The tables of the terminal, and what there is to know. Ranks: pure."""
-    parts = [f"**{_escaped(verdict)}**"] if (verdict := verdict_of(found)) else []
-    parts += [_markdown_table(table) for table in tables_of(found)]
-    remarks = remarks_of(found)
-    if remarks:
-        parts.append("\n".join(f"- {_escaped(remark)}" for remark in remarks))
-    return "\n\n".join(parts) + "\n"
-
-
-def remarks_of(found: Comparison) -> list[str]:
-    """What is to be known about a comparison, in sentences. Ranks: pure."""
-    told = [] if found.mismatch is None else [f"the values are not alike: {found.mismatch}"]
-    for result in found.axes:
-        if result.axis == found.by or result.place is None:
-            told += [f"by {result.axis}: {sentence}" for sentence in result.told]
-        if result.doubt is not None:
-            told.append(f"by {result.axis}: {result.doubt}; such places are in the tables with --by {result.axis} only")
-    return told + list(found.remarks)
-
-
-def _rank_export(found: Comparison, index: int) -> int | None:
-    result = found.ranking
-    return None if result is None or index not in result.members else result.ranks[result.members.index(index)]
-
-
 def _axis(found: Comparison, result: AxisResult) -> dict[str, Any]:
-    names = [found.recipes[index].name for index in result.members]
+    names = _names(found, result)
     standings = [
         {
             "recipe": name,
-            "mir": result.mean(member) if result.points else None,
+            "mir": result.mean(member) if points else None,
             "rank": result.ranks[member] if result.pairs else None,
-            "values": [{"mir": p.mir, "mir_se": p.se, "measured": p.measured, "step": p.step} for p in found_points],
+            "values": [{"mir": p.mir, "mir_se": p.se, "measured": p.measured, "step": p.step} for p in points],
         }
-        for member, (name, found_points) in enumerate(zip(names, result.points or ((),) * len(names), strict=True))
+        for member, (name, points) in enumerate(zip(names, result.points or ((),) * len(names), strict=True))
     ]
-    pairs = [{**asdict(pair), "one": names[pair.one], "other": names[pair.other]} for pair in result.pairs]
-    noise = None if result.noise is None or not result.pairs else asdict(result.noise)
-    place = {"clock": result.clock, "place": result.place, "doubt": result.doubt}
-    return {**place, "recipes": standings, "differences": pairs, "run_noise": noise, "told": list(result.told)}
+    return {
+        "clock": result.clock,
+        "x": result.x,
+        "doubt": result.doubt,
+        "recipes": standings,
+        "differences": [{**asdict(pair), "one": names[pair.one], "other": names[pair.other]} for pair in result.pairs],
+        "run_noise": None if result.noise is None or not result.pairs else asdict(result.noise),
+        "messages": list(result.messages),
+    }
 
 
-def _brief(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if record is None else {name: record.get(name) for name in ("step", "mir", "mir_se")}
+def _brief(record: EvalRecord | None) -> dict[str, Any] | None:
+    return None if record is None else {"step": record.step, "mir": record.mir, "mir_se": record.mir_se}
 
 
 def _plain(value: Any) -> Any:
@@ -281,17 +229,53 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _markdown_table(table: TextTable) -> str:
-    lines = [f"### {_escaped(table.title)}", "", _line(table.columns)]
-    lines.append("|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|")
-    return "\n".join([*lines, *(_line(row) for row in table.rows)])
+def to_csv(found: Comparison) -> str:
+    """A line for each run. Ranks: pure."""
+    columns = ["recipe", "run", "rank", "alike", "evaluations", "last_step", "last_mir", "last_mir_se"]
+    columns += ["lowest_step", "lowest_mir"]
+    columns += [name for axis in AXES for name in (f"equal_{axis}", f"mir_at_equal_{axis}")]
+    columns += ["stop_step", "saved_steps", "saved_share", "saved_seconds", "missed_gain"]
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, columns, lineterminator="\n")
+    writer.writeheader()
+    for index, number, run, stop in _each_run(found):
+        last, lowest = run.measured[-1], lowest_record(run.records)
+        row: dict[str, Any] = {"recipe": found.recipes[index].name, "run": run.name}
+        row["alike"] = "no" if found.mismatch else "yes"
+        row |= {
+            "evaluations": len(run.records),
+            "last_step": last.step,
+            "last_mir": last.mir,
+            "last_mir_se": last.mir_se,
+        }
+        if lowest is not None:
+            row |= {"lowest_step": lowest.step, "lowest_mir": lowest.mir}
+        for result in found.axes:
+            if result.x is not None and index in result.members:
+                member = result.members.index(index)
+                point = result.points[member][number]
+                row |= {f"equal_{result.axis}": result.x, f"mir_at_equal_{result.axis}": point.mir}
+                if result is found.ranking:
+                    row["rank"] = result.ranks[member]
+        row |= {"stop_step": stop.step, "saved_steps": stop.saved_steps, "saved_share": stop.saved_share}
+        writer.writerow({**row, "saved_seconds": stop.saved_seconds, "missed_gain": stop.missed_gain})
+    return lines.getvalue()
 
 
-def _line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+def to_markdown(found: Comparison) -> str:
+    """The tables of the terminal, and what there is to know. Ranks: pure."""
+    parts = [f"**{_escape(verdict)}**"] if (verdict := state_verdict(found)) else []
+    for table in make_tables(found):
+        rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
+        rows = [f"| {' | '.join(map(_escape, row))} |" for row in (table.columns, *table.rows)]
+        parts.append("\n".join([f"### {_escape(table.title)}", "", rows[0], rule, *rows[1:]]))
+    remarks = list_remarks(found)
+    if remarks:
+        parts.append("\n".join(f"- {_escape(remark)}" for remark in remarks))
+    return "\n\n".join(parts) + "\n"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Names come from folders: nothing in them may become a cell, a heading or a tag."""
     text = "".join(sign if sign.isprintable() or sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text)
     for sign in ("\\", "|", "*", "_", "`", "<", "["):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mir` command: reads the subcommand and hands over to its file in `commands`."""
+"""The `mir` command: imports the file of the subcommand that is wanted, and nothing of the others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from importlib import import_module
 
-from mir_callback.cli import compare, probe, report
-from mir_callback.cli import eval as evaluate
+import mir_callback
 from mir_callback.errors import MIRError
 
+COMMANDS = {
+    "probe": "build, look at and save a probe: the fixed samples that MIR is measured on",
+    "eval": "measure finished models, or every checkpoint of a run",
+    "compare": "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped",
+    "report": "make one HTML page of runs: MIR and loss, layers, cost, samples, how it was measured",
+}
 _CLOSED = 141  # as of a program that a closed pipe ends
-COMMANDS = {"probe": probe, "eval": evaluate, "compare": compare, "report": report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default that of this process.
 
     Returns:
-        Exit status: 0, or 2 after an error, which is told in one line, or 141 where nobody reads on. (Usage errors
+        Exit status: 0, or 2 after an error, which is said in one line, or 141 where nobody reads on. (Usage errors
         exit with 2 by themselves.)
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal's encoding lacks must not end a command
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _make_parser(words).parse_args(words)
     try:
-        COMMANDS[options.command].run(options)
+        options.run(options)
         sys.stdout.flush()
     except MIRError as error:
         print(f"mir {options.command}: error: {error}", file=sys.stderr)
@@ -46,17 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def _make_parser(words: Sequence[str]) -> ArgumentParser:
     parser = ArgumentParser("mir", description="MIR, the Modality Integration Rate, from the command line.")
-    parser.add_argument("--version", action="version", version=f"mir-callback {sys.modules[__package__].__version__}")
+    parser.add_argument("--version", action="version", version=f"mir-callback {mir_callback.__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = subcommands.add_parser(
-            name,
-            help=command.HELP,
-            description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
-            epilog=command.EPILOG,
-            formatter_class=RawDescriptionHelpFormatter,
-        )
-        command.add_flags(subparser)
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, does in COMMANDS.items():
+        subparser = subcommands.add_parser(name, help=does, formatter_class=RawDescriptionHelpFormatter)
+        if name == wanted:
+            command = import_module(f"{__name__}.{name}")
+            subparser.description, subparser.epilog = f"{does[0].upper()}{does[1:]}.", command.EPILOG
+            subparser.set_defaults(run=command.run)
+            command.add_flags(subparser)
     return parser

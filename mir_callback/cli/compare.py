@@ -10,12 +10,11 @@ from dataclasses import fields
 
 from mir_callback.analysis.compare import DEFAULT_LEVEL, Comparison, compare
 from mir_callback.analysis.curves import AXES
-from mir_callback.analysis.tables import TextTable, as_csv, as_json, as_markdown, remarks_of, tables_of, verdict_of
-from mir_callback.cli.arguments import RUNS, output_path, recipes_from, write_output
+from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict, to_csv, to_json, to_markdown
+from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError, HistoryError
 
-HELP = "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped"
 EPILOG = f"""\
 {RUNS}
 Without such replicates it is not known how far a seed alone moves MIR; it is then assumed, generously.
@@ -26,27 +25,20 @@ examples:
   mir compare runs/a runs/b --rule window=6,min_delta=0.03 --json - | jq .verdict
 """
 _FILE_WIDTH = 160  # where there is no terminal to fit
-_WRITERS = {"json": as_json, "csv": as_csv, "markdown": as_markdown}
+_WRITERS = {"json": to_json, "csv": to_csv, "markdown": to_markdown}
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN,RUN,... for a recipe")
-    how = parser.add_argument_group("how to compare")
-    how.add_argument("--by", choices=AXES, default="step", help="rank at equal steps, tokens, samples or training time")
-    how.add_argument(
-        "--at", type=float, metavar="N", help="where on that axis (default: the last place all have reached)"
-    )
-    how.add_argument("--seed-sd", type=float, metavar="X", help="standard deviation of MIR between seeds, if known")
-    how.add_argument(
-        "--level", type=float, default=DEFAULT_LEVEL, help="probability of a false difference (default: 0.05)"
-    )
-    how.add_argument(
-        "--anyway", action="store_true", help="compare values of different probes, token ids or roots too, and say so"
-    )
-    how.add_argument(
-        "--rule", metavar="NAME=VALUE,...", help="options of the stop rule to try (default: PlateauRule())"
-    )
+    how = parser.add_argument_group("how to compare").add_argument
+    how("--by", choices=AXES, default="step", help="rank at equal steps, tokens, samples or training time")
+    how("--at", type=float, metavar="N", help="where on that axis (default: the last position all have reached)")
+    how("--seed-std", type=float, metavar="X", help="standard deviation of MIR between seeds, if known")
+    how("--level", type=float, default=DEFAULT_LEVEL, help="probability of a false difference (default: 0.05)")
+    mismatch = "compare values of different probes, token ids or roots too, and say so"
+    how("--allow-mismatch", action="store_true", help=mismatch)
+    how("--rule", metavar="NAME=VALUE,...", help="options of the stop rule to try (default: PlateauRule())")
     result = parser.add_argument_group("besides the tables on the terminal ('-' writes to it instead of them)")
     result.add_argument("--json", metavar="FILE", help="write everything as JSON")
     result.add_argument("--csv", metavar="FILE", help="write a line for each run as CSV")
@@ -59,80 +51,67 @@ def run(options: Namespace) -> None:
     Raises:
         MIRError: a flag breaks its rule, no run can be read, or their values are not alike.
     """
-    if sum(getattr(options, name) == "-" for name in _WRITERS) > 1:
-        raise ConfigError("'-' can be given for one of --json, --csv, --markdown, got it for several; name files")
-    rule = rule_from(options.rule)
-    recipes, missing = recipes_from(options.runs)
+    outputs = {name: words for name in _WRITERS if (words := getattr(options, name)) is not None}
+    if list(outputs.values()).count("-") > 1:
+        raise ConfigError("'-' can be given for one of --json, --csv and --markdown; name files for the others")
+    rule = parse_rule(options.rule)
+    recipes, missing = read_recipes(options.runs)
     if not recipes:
         raise HistoryError("; ".join(missing))
-    for sentence in missing:
-        print(f"mir compare: left out: {sentence}", file=sys.stderr)
+    for message in missing:
+        print(f"mir compare: left out: {message}", file=sys.stderr)
     runs = [run for recipe in recipes for run in recipe.runs]
-    targets = {
-        name: output_path(f"--{name}", words, runs)
-        for name in _WRITERS
-        if (words := getattr(options, name)) not in (None, "-")
-    }
-    settings = {"by": options.by, "at": options.at, "level": options.level, "seed_sd": options.seed_sd}
-    found = compare(recipes, rule=rule, anyway=options.anyway, **settings)
-    shown = True
-    for name, write in _WRITERS.items():
-        if (target := getattr(options, name)) == "-":
-            sys.stdout.write(write(found))
-            shown = False
-        elif target is not None:
-            write_output(f"--{name}", targets[name], write(found))
-    if shown:
+    files = {name: check_output(f"--{name}", words, runs) for name, words in outputs.items() if words != "-"}
+    settings = {name: getattr(options, name) for name in ("by", "at", "level", "seed_std", "allow_mismatch")}
+    found = compare(recipes, rule=rule, **settings)
+    for name in outputs:
+        text = _WRITERS[name](found)
+        if name in files:
+            write_output(f"--{name}", files[name], text)
+        else:
+            sys.stdout.write(text)
+    if len(files) == len(outputs):
         show(found)
 
 
-def rule_from(text: str | None) -> PlateauRule:
-    """A stop rule from `name=value,...`.
-
-    Raises:
-        ConfigError: no such option, or no value of one.
-    """
+def parse_rule(text: str | None) -> PlateauRule:
+    """A stop rule from `name=value,...`; ConfigError if there is no such option, or no value of one."""
     known = [field.name for field in fields(PlateauRule)]
     values: dict[str, float | int | bool | None] = {}
-    for part in (text or "").split(",") if text else []:
+    for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
         if name not in known:
             raise ConfigError(
-                f"--rule takes {', '.join(known)}, got {part!r}; write e.g. --rule window=8,min_delta=0.02"
+                f"--rule takes {', '.join(known)}, not {part!r}; write e.g. --rule window=8,min_delta=0.02"
             )
         try:
             values[name] = literal_eval(value)
             float(values[name] or 0)
         except (ValueError, SyntaxError, TypeError, OverflowError) as error:
-            raise ConfigError(f"{name} of --rule must be a number, True, False or None, got {value!r}") from error
+            raise ConfigError(f"{name} of --rule is a number, True, False or None, not {value!r}") from error
     return PlateauRule(**values)  # type: ignore[arg-type]
 
 
 def show(found: Comparison) -> None:
     """Print a comparison."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_FILE_WIDTH)
-    for table in tables_of(found):
-        console.print(_rich(table))
+    for table in make_tables(found):
+        drawn = Table(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD)
+        for number, heading in enumerate(table.columns):
+            drawn.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*map(Text, row))
+        console.print(drawn)
         console.print()
-    for remark in remarks_of(found):
+    for remark in list_remarks(found):
         console.print(f"- {remark}", markup=False, style="dim", soft_wrap=True)
     if len(found.recipes) > 1:
-        verdict = verdict_of(found) or f"Nothing is ranked by {found.by}; the sentences above say why."
+        verdict = state_verdict(found) or f"Nothing is ranked by {found.by}; the sentences above say why."
         console.print(verdict, markup=False, style="bold", soft_wrap=True)
-
-
-def _rich(table: TextTable) -> object:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD)
-    for number, heading in enumerate(table.columns):
-        drawn.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    return drawn

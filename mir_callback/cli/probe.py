@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mir_callback.analysis.contact_sheet import check_sheet_path, draw_sheet
+from mir_callback.analysis.pictures import check_sheet_path, draw_sheet
 from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import TokenCounts, counts_of_model, counts_of_tokenizer

@@ -8,55 +8,42 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from mir_callback.analysis.compare import Comparison, Recipe, compare
 from mir_callback.analysis.load import Run
-from mir_callback.analysis.page.views import PLANNED, RunView
+from mir_callback.analysis.page.views import RunView
 from mir_callback.analysis.report import render_report
-from mir_callback.cli.arguments import RUNS, output_path, recipes_from, write_output
+from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
 from mir_callback.probe.probe import Probe
 
-HELP = "make one HTML page of runs: MIR and loss, layers, cost, samples, how it was measured"
+FILE_NAME = "mir_report.html"
 EPILOG = f"""\
 {RUNS}
 
 examples:
-  mir report runs/demo                               # writes runs/demo/mir_report.html
+  mir report runs/demo                               # writes runs/demo/{FILE_NAME}
   mir report runs/demo --watch 30                    # again every 30 seconds, while it trains
   mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # several runs in the same pictures, and compared
   mir report short='runs/short_seed*' long='runs/long_seed*' -o captions.html
   mir report runs/demo --no-probe                    # without the samples MIR was measured on
 """
-FILE_NAME = "mir_report.html"
-_LEAST_WATCH = 1.0
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run, which may be training, or NAME=RUN,RUN,... for a recipe"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help=f"page to write (default: {FILE_NAME} in the run's folder; of several, here)",
-    )
-    parser.add_argument(
-        "--probe", metavar="PATH", help="saved probe, to show its samples (default: one that lies in the run's folder)"
-    )
-    parser.add_argument("--no-probe", action="store_true", help="show no samples, though the probe may be at hand")
-    parser.add_argument(
-        "--watch",
-        type=float,
-        metavar="SECONDS",
-        help="write the page again and again; it reloads itself; end with Ctrl-C",
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run, which may be training, or NAME=RUN,RUN,... for a recipe")
+    where = f"page to write (default: {FILE_NAME} in the run's folder; of several, here)"
+    add("-o", "--output", metavar="FILE", help=where)
+    probe = "saved probe, to show its samples (default: one that lies in the run's folder)"
+    add("--probe", metavar="PATH", help=probe)
+    add("--no-probe", action="store_true", help="show no samples, though the probe may be at hand")
+    watch = "write the page again and again; it reloads itself; end with Ctrl-C"
+    add("--watch", type=float, metavar="SECONDS", help=watch)
 
 
 def run(options: Namespace) -> None:
@@ -65,11 +52,17 @@ def run(options: Namespace) -> None:
     Raises:
         MIRError: a flag breaks its rule, no run can be read, or the page cannot be written.
     """
-    _check(options)
-    page = _page(options)
+    for flag in ("output", "probe"):
+        if getattr(options, flag) == "":
+            raise ConfigError(f"--{flag} is empty, ''; is a shell variable unset?")
+    if options.probe and options.no_probe:
+        raise ConfigError(f"--probe {options.probe} and --no-probe exclude each other; leave one out")
+    if options.watch is not None and not (math.isfinite(options.watch) and options.watch >= 1):
+        raise ConfigError(f"--watch takes 1 second or more, not {options.watch:g}; use e.g. 30")
+    page = _choose_page(options)
     probe = Probe.load(options.probe) if options.probe else None
-    told: set[str] = set()
-    _write(page, options, probe, told)
+    said: set[str] = set()
+    _write(page, options, probe, said)
     if not options.watch:
         print(f"report in {page}")
         return
@@ -78,108 +71,72 @@ def run(options: Namespace) -> None:
         while True:
             time.sleep(options.watch)
             try:
-                _write(page, options, probe, told)
+                _write(page, options, probe, said)
             except HistoryError as error:  # a run that starts anew moves its history aside; the page waits
-                _tell(str(error), told)
+                _say([str(error)], said)
     except KeyboardInterrupt:
         options.watch = None
-        _write(page, options, probe, told)  # the page that stays does not reload itself
+        _write(page, options, probe, said)  # the page that stays does not reload itself
         print(f"\nreport in {page}")
 
 
-def _check(options: Namespace) -> None:
-    for flag in ("output", "probe"):
-        if getattr(options, flag) == "":
-            raise ConfigError(f"--{flag} must not be empty, got ''; is a shell variable unset?")
-    if options.probe and options.no_probe:
-        raise ConfigError(f"--probe and --no-probe exclude each other, got --probe {options.probe}; leave one out")
-    if options.watch is not None and not (math.isfinite(options.watch) and options.watch >= _LEAST_WATCH):
-        raise ConfigError(f"--watch must be at least {_LEAST_WATCH:g} second, got {options.watch:g}; use e.g. 30")
-
-
-def _write(page: Path, options: Namespace, probe: Probe | None, told: set[str]) -> None:
-    """Read everything anew and replace the page; what has gone wrong is told once and stands on the page."""
-    recipes, notes = recipes_from(options.runs)
+def _write(page: Path, options: Namespace, probe: Probe | None, said: set[str]) -> None:
+    """Read everything anew and replace the page; what has gone wrong is said once and stands on the page."""
+    recipes, notes = read_recipes(options.runs)
     runs = [run for recipe in recipes for run in recipe.runs]
     if not runs:
         raise HistoryError("; ".join(notes))
-    if probe is not None:
-        notes += _foreign(probe, runs)
-    elif not options.no_probe:
-        probe = _probe_beside(runs)
-    views = [_in_recipe(run, recipe) for recipe in recipes for run in recipe.runs]
-    for sentence in [*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)]:
-        _tell(sentence, told)
-    now = datetime.now().astimezone()
-    compared = _compared(recipes)
+    measured_on = {record.probe_fingerprint for run in runs for record in run.records} - {None}
+    if probe is not None and measured_on and probe.fingerprint not in measured_on:
+        notes.append(
+            f"--probe is {probe.fingerprint}, but the values are of {', '.join(sorted(map(str, measured_on)))}: "
+            "the samples shown are not those that were measured"
+        )
+    if probe is None and not options.no_probe:
+        probe = _find_probe(runs)
+    views = [RunView.from_run(run, recipe) for recipe in recipes for run in recipe.runs]
+    _say([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], said)
+    now, comparison = datetime.now().astimezone(), _compare(recipes)
     text = render_report(
-        views, comparison=compared, probe=probe, notes=notes, written=now, reload_seconds=options.watch
+        views, comparison=comparison, probe=probe, notes=notes, written=now, reload_seconds=options.watch
     )
-    write_output("--output", output_path("--output", str(page), runs), text)
+    write_output("--output", check_output("--output", str(page), runs), text)
 
 
-def _compared(recipes: Sequence[Recipe]) -> Comparison | None:
+def _compare(recipes: Sequence[Recipe]) -> Comparison | None:
     """The comparison of several recipes; None where there is none, which the page itself explains."""
     measured = [recipe for recipe in recipes if any(run.measured for run in recipe.runs)]
-    if len(measured) < 2:
-        return None
     try:
-        return compare(measured)
+        return compare(measured) if len(measured) > 1 else None
     except HistoryError:  # their values are not alike
         return None
 
 
-def _tell(sentence: str, told: set[str]) -> None:
-    if sentence not in told:
-        told.add(sentence)
-        print(f"mir report: {sentence}", file=sys.stderr)
+def _say(messages: Sequence[str], said: set[str]) -> None:
+    for message in messages:
+        if message not in said:
+            said.add(message)
+            print(f"mir report: {message}", file=sys.stderr)
 
 
-def view_of(run: Run) -> RunView:
-    """A run from disk as the page shows it."""
-    settings = {PLANNED: run.max_steps, "read from": str(run.source)}
-    known = {name: value for name, value in settings.items() if value is not None}
-    return RunView(run.name, run.records, run.losses, known, run.problems)
-
-
-def _in_recipe(run: Run, recipe: Recipe) -> RunView:
-    label = recipe.label(run)
-    return replace(view_of(run), name=label, recipe=None if label == recipe.name else recipe.name)
-
-
-def _page(options: Namespace) -> Path:
+def _choose_page(options: Namespace) -> Path:
     if options.output:
-        return output_path("--output", options.output)
+        return check_output("--output", options.output)
     only = Path(os.path.expanduser(options.runs[0]))
     if len(options.runs) > 1 or not os.path.exists(only):  # several, or a recipe
         return Path(FILE_NAME)
     return (only if only.is_dir() else only.parent) / FILE_NAME
 
 
-def _probe_beside(runs: Sequence[Run]) -> Probe | None:
+def _find_probe(runs: Sequence[Run]) -> Probe | None:
     """A probe that lies in a run's folder and is the one its values were measured on."""
     for run in runs:
-        wanted = {record.get("probe_fingerprint") for record in run.records}
-        for place in _possible_probes(run.source.parent):
+        folder, measured_on = run.source.parent, {record.probe_fingerprint for record in run.records}
+        for path in [*sorted(folder.glob("*.zip")), *sorted(file.parent for file in folder.glob("*/probe.json"))]:
             try:
-                probe = Probe.load(place)
+                probe = Probe.load(path)
             except ProbeError:  # another kind of archive or folder
                 continue
-            if probe.fingerprint in wanted:
+            if probe.fingerprint in measured_on:
                 return probe
     return None
-
-
-def _possible_probes(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("*.zip"))
-    yield from sorted(manifest.parent for manifest in folder.glob("*/probe.json"))
-
-
-def _foreign(probe: Probe, runs: Sequence[Run]) -> list[str]:
-    measured = {record.get("probe_fingerprint") for run in runs for record in run.records} - {None}
-    if not measured or probe.fingerprint in measured:
-        return []
-    return [
-        f"--probe is {probe.fingerprint}, but the values are of {', '.join(sorted(map(str, measured)))}: "
-        "the samples shown are not those that were measured"
-    ]

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mir_callback.analysis.figures import plot_run
+from mir_callback.analysis.pictures import plot_run
 from mir_callback.errors import HistoryError
 
 

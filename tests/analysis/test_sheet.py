@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mir_callback import Probe
-from mir_callback.analysis.contact_sheet import draw_sheet
+from mir_callback.analysis.pictures import draw_sheet
 from mir_callback.errors import ConfigError
 from mir_callback.probe.batches import TokenCounts
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heat maps: layers upwards, evaluations to the right, as a small picture that the page stretches."""
+"""Scales, panels and shapes of charts as SVG, and heat maps as small pictures that the page stretches."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 Kind = Literal["linear", "log", "log1p"]
+Ticks = Sequence[tuple[float, str]]  # (position from 0 to 1, label)
+
 _FEWEST_TICKS = 3
 _LEAST_POWER = -300.0  # of ten, on a logarithmic scale: floats end not far below
+_SIDE = 1000  # of the coordinates in a panel
+_COLOURS = 255  # the palette's last entry is for cells without a value
+_MAP = "viridis"
+_PIXELS = 1200  # across a heat map: cells are as wide as their evaluations lie apart
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values from low..high to 0..1.
-
-    Attributes:
-        low: value at 0.
-        high: value at 1; above ``low``.
-        kind: "linear", "log", or "log1p", which has a place for zero.
-    """
+    """Maps values from low..high to 0..1; "log1p" is a logarithmic kind that shows zero too."""
 
     low: float
     high: float
     kind: Kind = "linear"
 
-    def __call__(self, values: np.ndarray | list[float]) -> np.ndarray:
-        """Places of values, (n,) float64; those outside the scale lie outside 0..1, those it cannot show are NaN."""
-        low, high = self._inner(np.array([self.low, self.high]))
-        places: np.ndarray = (self._inner(np.asarray(values, dtype=float)) - low) / (high - low)
-        return places
+    def __call__(self, values: np.ndarray | Sequence[float]) -> np.ndarray:
+        """Positions of values, (n,) float64; outside 0..1 if outside the scale, NaN if it cannot show them."""
+        low, high = self._transform(np.array([self.low, self.high]))
+        found: np.ndarray = (self._transform(np.asarray(values, dtype=float)) - low) / (high - low)
+        return found
 
-    def ticks(self, count: int) -> list[tuple[float, str]]:
-        """About ``count`` round values as (place, label)."""
+    def ticks(self, count: int) -> Ticks:
+        """About ``count`` round values."""
         values = self._round_values(count)
-        return [(float(place), short(value)) for place, value in zip(self(list(values)), values, strict=True)]
+        return [(float(at), format_tick(value)) for at, value in zip(self(values), values, strict=True)]
 
-    def _inner(self, values: np.ndarray) -> np.ndarray:
+    def _transform(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             if self.kind == "log":
                 return np.where(values > 0, np.log10(np.where(values > 0, values, 1.0)), np.nan)
@@ -65,7 +65,7 @@ class Scale:
     def _of_decades(self, digits: tuple[float, ...]) -> list[float]:
         from_zero = self.kind == "log1p"
         low = max(self.low, 1.0) if from_zero else self.low
-        values = [float(value) for value in LogLocator(subs=digits, numticks=99).tick_values(low, self.high)]
+        values = LogLocator(subs=digits, numticks=99).tick_values(low, self.high)
         found = self._inside(value for value in values if value >= low)
         return [0.0, *found] if from_zero and self.low <= 0 else found
 
@@ -74,8 +74,8 @@ class Scale:
         return [float(value) for value in values if self.low - slack <= value <= self.high + slack]
 
 
-def scale_of(values: Iterable[float | None], kind: Kind = "linear", padding: float = 0.06) -> Scale:
-    """A scale on which all values have a place, with room at both ends.
+def fit_scale(values: Iterable[float | None], kind: Kind = "linear", padding: float = 0.06) -> Scale:
+    """A scale on which all values have a position, with room at both ends.
 
     Args:
         values: None, NaN and infinite ones do not count; nor do those up to zero on a logarithmic scale.
@@ -86,7 +86,7 @@ def scale_of(values: Iterable[float | None], kind: Kind = "linear", padding: flo
     if kind == "log":
         positive = [value for value in finite if value > 0]
         if not positive:
-            return scale_of(finite, "linear", padding)
+            return fit_scale(finite, "linear", padding)
         low, high = math.log10(min(positive)), math.log10(max(positive))
         room = padding * (high - low) if low < high else 0.15
         return Scale(10 ** max(low - room, _LEAST_POWER), 10 ** (high + room), "log")
@@ -97,7 +97,7 @@ def scale_of(values: Iterable[float | None], kind: Kind = "linear", padding: flo
     return Scale(low - room if kind == "linear" else low, high + room, kind)
 
 
-def short(value: float) -> str:
+def format_tick(value: float) -> str:
     """A round number as short as a tick label should be: 0.05, 1200, 25k, 3M."""
     text = f"{value:.6g}"
     for least, unit, letter in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -107,7 +107,7 @@ def short(value: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def precise(value: float | None, digits: int = 4) -> str:
+def format_value(value: float | None, digits: int = 4) -> str:
     """A measured number with its first digits; a dash where there is none."""
     if value is None:
         return "\N{EN DASH}"
@@ -115,81 +115,77 @@ def precise(value: float | None, digits: int = 4) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-_SIDE = 1000
+def format_range(values: np.ndarray, digits: int = 4) -> str:
+    """The least and the largest of measured numbers, NaN left out."""
+    return f"{format_value(float(np.nanmin(values)), digits)} to {format_value(float(np.nanmax(values)), digits)}"
 
 
-def line(places: np.ndarray, heights: np.ndarray, css: str) -> Markup:
-    """A line through points; it is interrupted where a point has no place.
+# Shapes: x is 0 at the left border and 1 at the right one, y is 0 at the lower border and 1 at the upper one; arrays
+# are (n,) and NaN where a point has no position; ``css`` are class names.
 
-    Args:
-        places: (n,), 0 is the left border and 1 the right one.
-        heights: (n,), 0 is the lower border and 1 the upper one.
-        css: class names.
-    """
+
+def draw_line(x: np.ndarray, y: np.ndarray, css: str) -> Markup:
+    """A line through points; it is interrupted where a point has no position."""
     drawn, pen = [], "M"
-    for x, y in zip(places, heights, strict=True):
-        if np.isfinite(x) and np.isfinite(y):
-            drawn.append(f"{pen}{_x(x)} {_y(y)}")
-            pen = "L"
-        else:
-            pen = "M"
-    return Markup('<path class="line {}" d="{}"/>').format(css, "".join(drawn)) if drawn else Markup("")
+    for known, left, height in zip(np.isfinite(x) & np.isfinite(y), x, y, strict=True):
+        if known:
+            drawn.append(f"{pen}{_x(left)} {_y(height)}")
+        pen = "L" if known else "M"
+    return _path(f"line {css}", "".join(drawn))
 
 
-def dots(places: np.ndarray, heights: np.ndarray, css: str) -> Markup:
-    """A dot at every point that has a place."""
-    known = [(x, y) for x, y in zip(places, heights, strict=True) if np.isfinite(x) and np.isfinite(y)]
-    drawn = "".join(f"M{_x(x)} {_y(y)}h.01" for x, y in known)
-    return Markup('<path class="dot {}" d="{}"/>').format(css, drawn) if drawn else Markup("")
+def draw_dots(x: np.ndarray, y: np.ndarray, css: str) -> Markup:
+    """A dot at every point that has a position."""
+    known = np.isfinite(x) & np.isfinite(y)
+    points = zip(x[known], y[known], strict=True)
+    return _path(f"dot {css}", "".join(f"M{_x(left)} {_y(height)}h.01" for left, height in points))
 
 
-def band(places: np.ndarray, lows: np.ndarray, highs: np.ndarray, css: str) -> Markup:
+def draw_band(x: np.ndarray, lows: np.ndarray, highs: np.ndarray, css: str) -> Markup:
     """An area between two lines, in one piece for each row of points where both are known."""
-    known = np.isfinite(places) & np.isfinite(lows) & np.isfinite(highs)
+    known = np.isfinite(x) & np.isfinite(lows) & np.isfinite(highs)
     drawn = []
-    for piece in np.split(np.arange(len(places)), np.flatnonzero(np.diff(known)) + 1):
+    for piece in np.split(np.arange(len(x)), np.flatnonzero(np.diff(known)) + 1):
         if len(piece) > 1 and known[piece[0]]:
-            forth = [f"{_x(places[i])} {_y(highs[i])}" for i in piece]
-            back = [f"{_x(places[i])} {_y(lows[i])}" for i in reversed(piece)]
+            forth = [f"{_x(x[i])} {_y(highs[i])}" for i in piece]
+            back = [f"{_x(x[i])} {_y(lows[i])}" for i in reversed(piece)]
             drawn.append(f"M{'L'.join(forth + back)}Z")
-    return Markup('<path class="band {}" d="{}"/>').format(css, "".join(drawn)) if drawn else Markup("")
+    return _path(f"band {css}", "".join(drawn))
 
 
-def bar(left: float, right: float, css: str, title: str) -> Markup:
+def draw_bar(left: float, right: float, css: str, title: str) -> Markup:
     """A bar over the whole height, with a text that shows where a pointer rests on it."""
-    return Markup('<rect class="bar {}" x="{}" y="0" width="{}" height="1000"><title>{}</title></rect>').format(
-        css, _x(left), f"{max(right - left, 0) * _SIDE:.1f}", title
-    )
+    bar = Markup('<rect class="bar {}" x="{}" y="0" width="{}" height="1000"><title>{}</title></rect>')
+    return bar.format(css, _x(left), _x(max(right - left, 0)), title)
 
 
-def upright(place: float, css: str) -> Markup:
+def draw_upright(x: float, css: str) -> Markup:
     """A line from the lower to the upper border."""
-    return Markup('<path class="upright {}" d="M{} 0V1000"/>').format(css, _x(place))
+    return _path(f"upright {css}", f"M{_x(x)} 0V1000")
 
 
-def across(height: float, css: str) -> Markup:
+def draw_across(y: float, css: str) -> Markup:
     """A line from the left to the right border."""
-    return Markup('<path class="across {}" d="M0 {}H1000"/>').format(css, _y(height))
+    return _path(f"across {css}", f"M0 {_y(y)}H1000")
 
 
-def note(place: float, height: float, text: str, css: str) -> Markup:
+def draw_note(x: float, y: float, text: str, css: str) -> Markup:
     """Words beside a point, towards the middle of the chart."""
-    side = "before" if place > 0.6 else "after"
-    return Markup('<span class="note {} {}" style="left:{};bottom:{}">{}</span>').format(
-        side, css, _percent(place), _percent(height), text
-    )
+    side = "before" if x > 0.6 else "after"
+    words = Markup('<span class="note {} {}" style="left:{};bottom:{}">{}</span>')
+    return words.format(side, css, percent(x), percent(y), text)
 
 
-def panel(
+def make_panel(
     y: Scale | None,
     shapes: Iterable[Markup],
     *,
     title: str,
     says: str,
     size: str = "medium",
-    x_ticks: Sequence[tuple[float, str]] = (),
+    x_ticks: Ticks = (),
     over: Iterable[Markup] = (),
-    y_ticks: Sequence[tuple[float, str]] | None = None,
+    y_ticks: Ticks | None = None,
 ) -> Markup:
     """One coordinate system.
 
@@ -204,46 +200,23 @@ def panel(
         y_ticks: instead of round values of ``y``.
     """
     ticks = y_ticks if y_ticks is not None else y.ticks(4 if size != "tall" else 6) if y else []
-    grid = [*(across(place, "grid") for place, _ in ticks), *(upright(place, "grid") for place, _ in x_ticks)]
-    labels = Markup("").join(
-        Markup('<span style="bottom:{}">{}</span>').format(_percent(place), label) for place, label in ticks
-    )
+    grid = [*(draw_across(at, "grid") for at, _ in ticks), *(draw_upright(at, "grid") for at, _ in x_ticks)]
     return Markup(
         '<div class="panel {}"><div class="ytitle">{}</div><div class="yticks" aria-hidden="true">{}</div>'
         '<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}">'
         '{}{}</svg>{}<div class="cross"></div></div></div>'
-    ).format(size, title, labels, says, Markup("").join(grid), Markup("").join(shapes), Markup("").join(over))
+    ).format(size, title, _labels("bottom", ticks), says, _all(grid), _all(shapes), _all(over))
 
 
-def foot(ticks: Sequence[tuple[float, str]], label: str) -> Markup:
+def make_foot(ticks: Ticks, label: str) -> Markup:
     """Numbers and name of the horizontal axis, below the lowest panel."""
-    numbers = Markup("").join(
-        Markup('<span style="left:{}">{}</span>').format(_percent(place), text) for place, text in ticks
-    )
     return Markup(
         '<div class="foot"><div class="xticks" aria-hidden="true">{}</div><div class="xlabel">{}</div></div>'
-    ).format(numbers, label)
+    ).format(_labels("left", ticks), label)
 
 
-def _x(place: float) -> str:
-    return f"{place * _SIDE:.1f}"
-
-
-def _y(height: float) -> str:
-    return f"{(1 - height) * _SIDE:.1f}"
-
-
-def _percent(place: float) -> str:
-    return f"{100 * place:.2f}%"
-
-
-_COLOURS = 255  # the palette's last place is for cells without a value
-_MAP = "viridis"
-_PIXELS = 1200  # across: cells are as wide as their evaluations lie apart
-
-
-def heat_map(edges: np.ndarray, values: np.ndarray, scale: Scale, says: str) -> Markup:
-    """A picture of values over layers and evaluations.
+def draw_heat_map(edges: np.ndarray, values: np.ndarray, scale: Scale, says: str) -> Markup:
+    """A picture of values over layers, upwards, and evaluations, to the right.
 
     Args:
         edges: (evaluations + 1,) borders of the columns, increasing, from 0 to 1.
@@ -266,35 +239,49 @@ def heat_map(edges: np.ndarray, values: np.ndarray, scale: Scale, says: str) -> 
     picture.putpalette([*palette.ravel().tolist(), 0, 0, 0])
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True, transparency=_COLOURS)
-    return Markup('<img class="heat" alt="{}" src="data:image/png;base64,{}">').format(
-        says, base64.b64encode(file.getvalue()).decode()
-    )
+    code = base64.b64encode(file.getvalue()).decode()
+    return Markup('<img class="heat" alt="{}" src="data:image/png;base64,{}">').format(says, code)
 
 
-def colour_bar(scale: Scale, label: str) -> Markup:
+def make_colour_bar(scale: Scale, label: str) -> Markup:
     """The colours of a scale, with numbers."""
     stops = ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b, _ in 255 * colormaps[_MAP](np.linspace(0, 1, 17)))
-    numbers = Markup("").join(
-        Markup('<span style="left:{}%">{}</span>').format(f"{100 * place:.2f}", text) for place, text in scale.ticks(4)
-    )
     return Markup(
         '<div class="colours"><span class="what">{}</span><div class="scale">'
         '<div class="ramp" style="background:linear-gradient(90deg, {})"></div><div class="xticks">{}</div></div></div>'
-    ).format(label, stops, numbers)
+    ).format(label, stops, _labels("left", scale.ticks(4)))
 
 
-def edges_between(places: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Borders half way between neighbours; the outer ones at 0 and 1, where the chart ends.
-
-    Args:
-        places: (n,) increasing, within 0 to 1; n >= 1.
-
-    Returns:
-        (n + 1,) float64.
-    """
-    known = np.asarray(places, dtype=float)
+def find_edges(x: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Borders half way between neighbours, the outer ones within 0 to 1; (n,) increasing to (n + 1,) float64."""
+    known = np.asarray(x, dtype=float)
     middle = (known[1:] + known[:-1]) / 2
     if len(known) == 1:
         return np.array([0.0, 1.0])
     first, last = 2 * known[0] - middle[0], 2 * known[-1] - middle[-1]
     return np.concatenate([[max(first, 0.0)], middle, [min(last, 1.0)]])
+
+
+def percent(share: float) -> str:
+    """A length in a style, of the whole."""
+    return f"{100 * share:.2f}%"
+
+
+def _labels(side: str, ticks: Ticks) -> Markup:
+    return _all(Markup('<span style="{}:{}">{}</span>').format(side, percent(at), label) for at, label in ticks)
+
+
+def _all(parts: Iterable[Markup]) -> Markup:
+    return Markup("").join(parts)
+
+
+def _path(css: str, d: str) -> Markup:
+    return Markup('<path class="{}" d="{}"/>').format(css, d) if d else Markup("")
+
+
+def _x(x: float) -> str:
+    return f"{x * _SIDE:.1f}"
+
+
+def _y(y: float) -> str:
+    return f"{(1 - y) * _SIDE:.1f}"

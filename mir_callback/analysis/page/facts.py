@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe on the page: small pictures, beginnings of the texts, and how much each sample moves the number."""
+"""What the page says in words and tables: overview, cost, how it was measured, and the samples of the probe."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import ImageOps
 
-from mir_callback.analysis.page.charts import precise
-from mir_callback.analysis.page.timeline import verdict_of
+from mir_callback.analysis.page.charts import format_value
+from mir_callback.analysis.page.timeline import read_verdict
 from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView
-from mir_callback.history import DEFINITION_FIELDS, Record
-from mir_callback.metric.influence import compute_standard_error as standard_error
+from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
+from mir_callback.record import DEFINITION_FIELDS, EvalRecord
 
 _UNKNOWN = "unknown"
 _DEFINITION = {
@@ -32,257 +32,218 @@ _DEFINITION = {
     "num_text_tokens": "text tokens",
     "world_size": "ranks",
 }
-# What a record holds besides: shown elsewhere on the page, or different at each evaluation.
-_MEASURED = {
-    *("step", "epoch", "mir", "mir_se", "per_layer", "per_layer_se", "influences", "companions", "seconds"),
-    *("vision_outliers", "text_outliers", "verdict", "reason", "elapsed", "time", "train_seconds", "eval_seconds"),
-    *("loss", "loss_step", "eval_cost", "step_seconds", "error", "tokens_seen", "samples_seen", "peak_memory_bytes"),
-    *("would_stop", "expected_gain", "expected_gain_se", "stage", "probe_loss", "mir_extrapolated"),
+# Shown under their own name where they do not change over a run, as are fields of other versions.
+_FURTHER = {
+    *("batch_size", "checkpoint", "disabled", "load_seconds", "max_steps", "passes", "run", "storage_device"),
+    "weights_stamp",
 }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run in a line of the overview.
-
-    Attributes:
-        run: whose.
-        best: its lowest MIR, with its standard error.
-        best_step: where.
-        start: MIR of the untrained weights, where it is lower than that; else "".
-        last: its last MIR, with its standard error.
-        last_step: where.
-        planned: steps the run was planned for, where it has not taken them all; else None.
-        change: last minus best with its standard error, or "".
-        verdict: the stop rule's last one.
-        reason: why.
-    """
-
-    run: RunView
-    best: str
-    best_step: int | None
-    start: str
-    last: str
-    last_step: int | None
-    planned: int | None
-    change: str
-    verdict: str
-    reason: str
-
-
-def summary_of(run: RunView) -> Summary:
-    """The overview of a run."""
-    newest = run.records[-1] if run.records else {}
-    verdict, reason = (
-        (verdict_of(newest), str(newest.get("reason") or newest.get("error") or "")) if newest else ("", "")
-    )
-    if not run.moments:
-        dash = precise(None)
-        return Summary(run, dash, None, "", dash, None, None, "", verdict, reason)
-    first, best, last = (run.moments[moment] for moment in MOMENTS)
-    planned = run.settings.get(PLANNED)
-    return Summary(
-        run,
-        with_error(best),
-        best["step"],
-        f"{first['mir']:.3f}" if first["step"] == 0 and first["mir"] < best["mir"] else "",
-        with_error(last),
-        last["step"],
-        planned if planned is not None and planned > last["step"] else None,
-        _difference(last, best),
-        verdict,
-        reason,
-    )
-
-
-def with_error(record: Record) -> str:
-    """MIR and, where it is known, its standard error."""
-    error = record.get("mir_se")
-    return f"{record['mir']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-
-
-def paired_error(record: Record, other: Record) -> float | None:
-    """The standard error of the difference of two values of the same probe; None where it cannot be known."""
-    here, there = record.get("influences"), other.get("influences")
-    same = all(record.get(field) == other.get(field) for field in ("probe_fingerprint", "num_samples"))
-    if not here or not there or not same or len(here) != len(there) or len(here) < 2:
-        return None
-    return standard_error(torch.tensor(here, dtype=torch.float64) - torch.tensor(there, dtype=torch.float64)).item()
-
-
-def _difference(record: Record, other: Record) -> str:
-    if record["step"] == other["step"]:
-        return ""
-    error = paired_error(record, other)
-    text = f"{record['mir'] - other['mir']:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def costs_of(runs: Sequence[RunView]) -> list[dict[str, str]]:
-    """What the evaluations of each run cost, by what the page calls it; without what is known of no run."""
-    costs = [_costs(run) for run in runs]
-    known = [name for name in costs[0] if any(cost[name] != precise(None) for cost in costs)]
-    return [{name: cost[name] for name in known} for cost in costs]
-
-
-def _costs(run: RunView) -> dict[str, str]:
-    seconds = [record["seconds"] for record in run.measured if record.get("seconds") is not None]
-    shares = [share for record in run.records if (share := time_share(record)) is not None]
-    memory = [record["peak_memory_bytes"] for record in run.records if record.get("peak_memory_bytes") is not None]
-    spent = [record["eval_seconds"] for record in run.records if record.get("eval_seconds") is not None]
-    in_all = spent[-1] if spent else (sum(seconds) if seconds else None)
-    return {
-        "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
-        "each, median": duration(statistics.median(seconds) if seconds else None),
-        "longest": duration(max(seconds, default=None)),
-        "in all": duration(in_all),
-        "of the time": f"{shares[-1]:.1%}" if shares else precise(None),
-        "peak memory, besides training": size(max(memory)) if memory else precise(None),
-    }
-
-
-def time_share(record: Record) -> float | None:
-    """The part of the time so far that went into evaluations; None before the first step."""
-    spent, trained = record.get("eval_seconds"), record.get("train_seconds")
-    if spent is None or trained is None or record["step"] == 0 or spent + trained <= 0:
-        return None
-    return float(spent / (spent + trained))
-
-
-def definition_table(runs: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
-    """How the values were made: (name, its text for each run, whether the runs differ), settings last."""
-    others = {
-        name
-        for run in runs
-        for record in run.records
-        for name, value in record.items()
-        if name not in _MEASURED and name not in _DEFINITION and isinstance(value, (str, int, float, bool))
-    }
-    constant = {name for name in others if all(len(run.common(name)) <= 1 for run in runs)}
-    rows = [(label, [_joined(run.common(name)) for run in runs]) for name, label in _DEFINITION.items()]
-    rows += [(name.replace("_", " "), [_joined(run.common(name)) for run in runs]) for name in sorted(constant)]
-    settings = dict.fromkeys(name for run in runs for name in run.settings)
-    rows += [
-        (name, [_joined([run.settings[name]] if name in run.settings else []) for run in runs]) for name in settings
-    ]
-    return [
-        (label, texts, len(set(texts)) > 1) for label, texts in rows if any(text != precise(None) for text in texts)
-    ]
-
-
-def incomparable(runs: Sequence[RunView]) -> list[str]:
-    """Why values of these runs are not to be compared, in sentences; empty if they are."""
-    told = []
-    for field in DEFINITION_FIELDS:
-        found = {str(value) for run in runs for value in run.common(field) or [_UNKNOWN]}
-        if len(found) > 1 or (len(runs) > 1 and found == {_UNKNOWN}):
-            told.append(f"{_DEFINITION[field]}: {', '.join(sorted(found))}")
-    return told
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds is None:
-        return precise(None)
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{precise(seconds, 3)} s"
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} bytes"
-
-
-def _joined(values: Sequence[Any]) -> str:
-    return ", then ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "") if values else precise(None)
-
-
 _THUMBNAIL = (240, 180)  # twice as large as it is shown, for fine screens
 _QUALITY = 72
 _CHARACTERS = 220
 
 
 @dataclass(frozen=True)
-class Card:
-    """One sample.
+class Summary:
+    """A run in a line of the overview; its numbers are texts, with their standard error where it is known."""
 
-    Attributes:
-        index: in the probe.
-        name: where it came from.
-        text: its beginning.
-        picture: address of a JPEG that holds the picture itself; "" without the probe.
-        effect: what the sample adds to MIR at ``Sheet.record``, about, in log10 units; or None.
-    """
+    run: RunView
+    verdict: str  # the stop rule's last one
+    reason: str
+    best: str = format_value(None)  # lowest MIR
+    best_step: int | None = None
+    start: str = ""  # MIR of the untrained weights, where it is lower than that
+    last: str = format_value(None)
+    last_step: int | None = None
+    planned: float | None = None  # steps, where the run has not taken them all
+    change: str = ""  # last minus best
+
+
+def summarize(run: RunView) -> Summary:
+    """The overview of a run."""
+    newest = run.records[-1] if run.records else None
+    verdict, reason = (read_verdict(newest), newest.reason or newest.error or "") if newest else ("", "")
+    if not run.moments:
+        return Summary(run, verdict, reason)
+    first, best, last = (run.moments[moment] for moment in MOMENTS)
+    untrained = first.step == 0 and _mir(first) < _mir(best)
+    planned = run.settings.get(PLANNED)
+    return Summary(
+        run,
+        verdict,
+        reason,
+        best=with_error(best),
+        best_step=best.step,
+        start=f"{first.mir:.3f}" if untrained else "",
+        last=with_error(last),
+        last_step=last.step,
+        planned=planned if planned is not None and planned > last.step else None,
+        change=_describe_change(last, best),
+    )
+
+
+def with_error(record: EvalRecord) -> str:
+    """MIR and, where it is known, its standard error."""
+    return f"{record.mir:.3f}" + (f" ± {record.mir_se:.3f}" if record.mir_se is not None else "")
+
+
+def paired_error(record: EvalRecord, other: EvalRecord) -> float | None:
+    """The standard error of the difference of two values of the same probe; None where it cannot be known."""
+    here, there = record.influences or [], other.influences or []
+    probes = [(each.probe_fingerprint, each.num_samples) for each in (record, other)]
+    if probes[0] != probes[1] or len(here) != len(there) or len(here) < 2:
+        return None
+    return standard_error(np.array(here, dtype=float) - np.array(there, dtype=float))
+
+
+def _describe_change(record: EvalRecord, other: EvalRecord) -> str:
+    if record.step == other.step:
+        return ""
+    error = paired_error(record, other)
+    text = f"{_mir(record) - _mir(other):+.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _mir(record: EvalRecord) -> float:
+    assert record.mir is not None
+    return record.mir
+
+
+def list_costs(runs: Sequence[RunView]) -> list[dict[str, str]]:
+    """What the evaluations of each run cost, by what the page calls it; without what is known of no run."""
+    costs = [_list_costs(run) for run in runs]
+    known = [name for name in costs[0] if any(cost[name] != format_value(None) for cost in costs)]
+    return [{name: cost[name] for name in known} for cost in costs]
+
+
+def _list_costs(run: RunView) -> dict[str, str]:
+    seconds = [record.seconds for record in run.measured if record.seconds is not None]
+    shares = [share for record in run.records if (share := time_share(record)) is not None]
+    memory = [record.peak_memory_bytes for record in run.records if record.peak_memory_bytes is not None]
+    spent = [record.eval_seconds for record in run.records if record.eval_seconds is not None]
+    in_all = spent[-1] if spent else (sum(seconds) if seconds else None)
+    return {
+        "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
+        "each, median": _format_seconds(statistics.median(seconds) if seconds else None),
+        "longest": _format_seconds(max(seconds, default=None)),
+        "in all": _format_seconds(in_all),
+        "of the time": f"{shares[-1]:.1%}" if shares else format_value(None),
+        "peak memory, besides training": _format_bytes(max(memory, default=None)),
+    }
+
+
+def time_share(record: EvalRecord) -> float | None:
+    """The part of the time so far that went into evaluations; None before the first step."""
+    spent, trained = record.eval_seconds, record.train_seconds
+    if spent is None or trained is None or record.step == 0 or spent + trained <= 0:
+        return None
+    return float(spent / (spent + trained))
+
+
+def tabulate_definition(runs: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
+    """How the values were made: (name, its text for each run, whether the runs differ), settings last."""
+    others = {
+        name
+        for run in runs
+        for record in run.records
+        for name, value in record.unknown.items()
+        if isinstance(value, (str, int, float, bool))
+    }
+    further = [name for name in others | _FURTHER if all(len(run.distinct(name)) <= 1 for run in runs)]
+    rows = [(label, [run.distinct(name) for run in runs]) for name, label in _DEFINITION.items()]
+    rows += [(name.replace("_", " "), [run.distinct(name) for run in runs]) for name in sorted(further)]
+    settings = dict.fromkeys(name for run in runs for name in run.settings)
+    rows += [(name, [[value] if (value := run.settings.get(name)) else [] for run in runs]) for name in settings]
+    texts = [(label, [_join(values) for values in columns]) for label, columns in rows if any(columns)]
+    return [(label, cells, len(set(cells)) > 1) for label, cells in texts]
+
+
+def find_incomparable(runs: Sequence[RunView]) -> list[str]:
+    """Why values of these runs are not to be compared, in sentences; empty if they are."""
+    messages = []
+    for field in DEFINITION_FIELDS:
+        found = {str(value) for run in runs for value in run.distinct(field) or [_UNKNOWN]}
+        if len(found) > 1 or (len(runs) > 1 and found == {_UNKNOWN}):
+            messages.append(f"{_DEFINITION[field]}: {', '.join(sorted(found))}")
+    return messages
+
+
+def _join(values: Sequence[Any]) -> str:
+    return ", then ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "") if values else format_value(None)
+
+
+def _format_seconds(seconds: float | None) -> str:
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds is not None and seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return format_value(None) if seconds is None else f"{format_value(seconds, 3)} s"
+
+
+def _format_bytes(count: float | None) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count is not None and count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return format_value(None) if count is None else f"{count:.0f} bytes"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample of the probe."""
 
     index: int
-    name: str
-    text: str
-    picture: str
-    effect: float | None
+    effect: float | None  # what it adds to MIR at ``Sheet.record``, about, in log10 units
+    name: str = ""
+    text: str = ""  # its beginning
+    picture: str = ""  # address of a JPEG that holds the picture itself
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The samples of a probe.
-
-    Attributes:
-        heading: which probe.
-        cards: in the probe's order.
-        run: name of the run the influences are of.
-        record: the evaluation the influences are of, or None.
-    """
+    """The samples of a probe, in its order."""
 
     heading: str
     cards: list[Card]
-    run: str
-    record: Record | None
+    run: str  # whose influences they show
+    record: EvalRecord | None  # at which evaluation
 
 
-def sheet_of(runs: Sequence[RunView], probe: Probe | None) -> Sheet | None:
+def make_sheet(runs: Sequence[RunView], probe: Probe | None) -> Sheet | None:
     """The samples of the probe and, at the last evaluation that has them, their influences; None if neither is known.
 
     Influences of another probe than the given one are left out.
     """
-    known = [
-        (run, record)
-        for run in runs
-        for record in reversed(run.measured)
-        if record.get("influences")
-        and (
-            probe is None
-            or (record.get("probe_fingerprint"), len(record["influences"])) == (probe.fingerprint, len(probe))
-        )
-    ]
-    run, record = known[0] if known else (None, None)
-    count = len(record["influences"]) if record else 0
-    # An influence is the derivative of MIR by a sample's weight; a sample has one part in `count` of the weight.
-    effects: list[float | None] = [influence / count for influence in record["influences"]] if record else []
+    run, record = next(
+        (
+            (run, record)
+            for run in runs
+            for record in reversed(run.measured)
+            if record.influences
+            and (probe is None or (record.probe_fingerprint, len(record.influences)) == (probe.fingerprint, len(probe)))
+        ),
+        (None, None),
+    )
+    influences = (record.influences if record else None) or []
+    # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
+    effects: list[float | None] = [influence / len(influences) for influence in influences]
     if probe is not None:
-        effects = effects or [None] * len(probe)
-        cards = [
-            Card(index, sample.name, _beginning(sample.text), _picture(sample), effect)
-            for index, (sample, effect) in enumerate(zip(probe.samples, effects, strict=True))
-        ]
         heading = f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens"
+        cards = [
+            Card(index, effect, sample.name, _shorten(sample.text), _encode_picture(sample))
+            for index, (sample, effect) in enumerate(zip(probe.samples, effects or [None] * len(probe), strict=True))
+        ]
     elif record:
-        cards = [Card(index, "", "", "", effect) for index, effect in enumerate(effects)]
-        heading = f"probe {record.get('probe_fingerprint') or 'unknown'}: {len(cards)} samples"
+        heading = f"probe {record.probe_fingerprint or _UNKNOWN}: {len(effects)} samples"
+        cards = [Card(index, effect) for index, effect in enumerate(effects)]
     else:
         return None
     return Sheet(heading, cards, run.name if run else "", record)
 
 
-def _picture(sample: Sample) -> str:
+def _encode_picture(sample: Sample) -> str:
     file = io.BytesIO()
     ImageOps.contain(sample.open_image(), _THUMBNAIL).save(file, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _beginning(text: str) -> str:
+def _shorten(text: str) -> str:
     words = " ".join(text.split())
     return words if len(words) <= _CHARACTERS else words[:_CHARACTERS].rstrip() + " ..."

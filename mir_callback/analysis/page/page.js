@@ -17,39 +17,39 @@
   const currentTimeline = () => all(".timeline").find((chart) => !chart.hidden);
   const quantity = () => document.querySelector("select[name=quantity]")?.value ?? "per_layer";
 
-  // A chart's places run from 0 to 1 over its area.
+  // Positions in a chart run from 0 to 1 over its area.
   function across(chart, event) {
     const box = chart.querySelector(".area").getBoundingClientRect();
     return (event.clientX - box.left) / box.width;
   }
 
-  function nearest(places, at) {
+  function nearest(positions, at) {
     let best = 0;
-    places.forEach((place, index) => {
-      if (Math.abs(place - at) < Math.abs(places[best] - at)) best = index;
+    positions.forEach((x, index) => {
+      if (Math.abs(x - at) < Math.abs(positions[best] - at)) best = index;
     });
     return best;
   }
 
-  function show(chart, place) {
-    chart.classList.toggle("pointed", place !== null);
-    if (place !== null) chart.style.setProperty("--cross", `${100 * place}%`);
+  function show(chart, x) {
+    chart.classList.toggle("pointed", x !== null);
+    if (x !== null) chart.style.setProperty("--cross", `${100 * x}%`);
   }
 
   // Over the run ------------------------------------------------------------------------------------------------------
   function readTimeline(chart, at) {
-    const places = data.places[chart.dataset.axis];
+    const positions = data.x[chart.dataset.axis];
     let cross = null;
     for (const row of all(".reading tbody tr")) {
       const number = Number(row.dataset.run);
       const run = data.runs[number];
-      const index = at === null ? run.steps.length - 1 : nearest(places[number], at);
+      const index = at === null ? run.steps.length - 1 : nearest(positions[number], at);
       for (const cell of all("[data-field]", row)) {
         cell.textContent = run[cell.dataset.field][index];
         if (cell.dataset.field === "verdict") cell.title = run.reason[index];
       }
-      const place = places[number][index];
-      if (at !== null && !isHidden(number) && (cross === null || Math.abs(place - at) < Math.abs(cross - at))) cross = place;
+      const x = positions[number][index];
+      if (at !== null && !isHidden(number) && (cross === null || Math.abs(x - at) < Math.abs(cross - at))) cross = x;
     }
     show(chart, cross);
     chart.dataset.at = cross ?? "";
@@ -63,7 +63,7 @@
     const box = area.getBoundingClientRect();
     const number = Number(/run-(\d+)/.exec(area.closest(".map").className)[1]);
     const run = data.runs[number];
-    const index = nearest(data.places[chart.dataset.axis][number], across(chart, event));
+    const index = nearest(data.x[chart.dataset.axis][number], across(chart, event));
     const values = run.layers[quantity()][index];
     const layer = Math.min(values.length, Math.max(1, Math.ceil((1 - (event.clientY - box.top) / box.height) * values.length)));
     if (!values.length) return;
@@ -73,7 +73,7 @@
   }
 
   function stepThrough(chart, key) {
-    const visible = data.places[chart.dataset.axis].filter((_, run) => !isHidden(run));
+    const visible = data.x[chart.dataset.axis].filter((_, run) => !isHidden(run));
     const stops = [...new Set(visible.flat())].sort((a, b) => a - b);
     if (!stops.length) return;
     const here = chart.dataset.at ? nearest(stops, Number(chart.dataset.at)) : stops.length - 1;
@@ -100,18 +100,18 @@
   function readProfile(chart, at) {
     const profile = data.profiles[chart.dataset.profile];
     const output = chart.querySelector("output");
-    const index = at === null ? null : nearest(profile.places, at);
-    show(chart, index === null ? null : profile.places[index]);
-    chart.dataset.at = index === null ? "" : profile.places[index];
+    const index = at === null ? null : nearest(profile.x, at);
+    show(chart, index === null ? null : profile.x[index]);
+    chart.dataset.at = index === null ? "" : profile.x[index];
     if (index === null) { output.textContent = ""; return; }
-    const told = profile.series
+    const said = profile.series
       .filter((curve) => !isHidden(curve.run) && !body.classList.contains(`hide-${curve.moment}`) && curve.values[index])
       .map((curve) => `${data.runs.length > 1 ? data.runs[curve.run].name + " " : ""}${data.moments[curve.moment]} ${curve.values[index]}`);
-    output.textContent = `layer ${index + 1}: ${told.join(", ")}`;
+    output.textContent = `layer ${index + 1}: ${said.join(", ")}`;
   }
 
   for (const chart of all(".profile")) {
-    const places = data.profiles[chart.dataset.profile].places;
+    const positions = data.profiles[chart.dataset.profile].x;
     chart.addEventListener("pointermove", (event) => readProfile(chart, across(chart, event)));
     chart.addEventListener("pointerleave", () => readProfile(chart, null));
     chart.addEventListener("blur", () => readProfile(chart, null));
@@ -119,8 +119,8 @@
       const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!move) return;
       event.preventDefault();
-      const here = chart.dataset.at === undefined || chart.dataset.at === "" ? (move > 0 ? -1 : places.length) : nearest(places, Number(chart.dataset.at));
-      readProfile(chart, places[Math.min(places.length - 1, Math.max(0, here + move))]);
+      const here = chart.dataset.at === undefined || chart.dataset.at === "" ? (move > 0 ? -1 : positions.length) : nearest(positions, Number(chart.dataset.at));
+      readProfile(chart, positions[Math.min(positions.length - 1, Math.max(0, here + move))]);
     });
   }
 

@@ -6,18 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from mir_callback.analysis.page import charts
-from mir_callback.analysis.page import charts as heat
-from mir_callback.analysis.page.charts import Scale, precise, scale_of
-from mir_callback.analysis.page.views import DISTANCE, Axis, Quantity, RunView, axes_of, companions_of, over_layers
-from mir_callback.history import STOPPING, Record
+from mir_callback.analysis.page.charts import Scale, Ticks, fit_scale, format_range, format_value
+from mir_callback.analysis.page.views import DISTANCE, Axis, Quantity, RunView, find_axes, list_companions, stack_layers
+from mir_callback.record import STOPPING, EvalRecord
 
+BAND = 1.96  # standard errors: 95 % of a normal distribution
 _OBSERVED = "would stop"  # of a rule that only observes, where it has found the plateau
+# What the rule says, and its class name.
 VERDICTS = {
     "going on": "going-on",
     STOPPING: "plateau",
@@ -29,225 +29,195 @@ VERDICTS = {
 }
 
 
-def verdict_of(record: Record) -> str:
-    """What the stop rule said; "failed" where the evaluation did; "" without a rule."""
-    if record.get("mir") is None:
-        return "failed"
-    verdict = str(record.get("verdict") or "")
-    return _OBSERVED if record.get("would_stop") and verdict != STOPPING else verdict
-
-
-def marks(run: RunView, number: int, axis: Axis, x: Scale, y: Scale, alone: bool) -> tuple[list[Markup], list[Markup]]:
-    """What stands out: the best value, where the rule would stop, and evaluations that failed."""
-    css = f"run-{number}"
-    best = run.moments["best"]
-    place, height = float(x(axis.places(run, [best["step"]]))[0]), float(y([best["mir"]])[0])
-    shapes = [charts.dots(np.array([place]), np.array([height]), f"best-outer {css}")]
-    shapes.append(charts.dots(np.array([place]), np.array([height]), f"best-inner {css}"))
-    words = [charts.note(place, height, f"lowest {best['mir']:.3f}", f"below {css}")] if alone else []
-    for number_of_stop, (step, verdict) in enumerate(_plateaus(run)):
-        place = float(x(axis.places(run, [step]))[0])
-        shapes.append(charts.upright(place, f"stop {css}"))
-        if alone and number_of_stop == 0:
-            words.append(charts.note(place, 1.0, f"{verdict}, step {step}", "top"))
-    for step in _stages(run):
-        place = float(x(axis.places(run, [step]))[0])
-        shapes.append(charts.upright(place, f"stage {css}"))
-        if alone:
-            words.append(charts.note(place, 0.93, f"other parameters train, step {step}", "top faint"))
-    failed = x(axis.places(run, [record["step"] for record in run.failed]))
-    words += [
-        Markup(
-            '<span class="cross-mark {}" style="left:{}%" title="step {}: {}">\N{MULTIPLICATION SIGN}</span>'
-        ).format(css, f"{100 * place:.2f}", record["step"], record.get("error") or "failed")
-        for place, record in zip(failed, run.failed, strict=True)
-        if np.isfinite(place)
-    ]
-    return shapes, words
-
-
-def ribbon(number: int, run: RunView, axis: Axis, x: Scale) -> Markup:
-    """A ribbon of the rule's verdicts."""
-    places = x(axis.places(run, [record["step"] for record in run.records]))
-    records = [record for record, place in zip(run.records, places, strict=True) if np.isfinite(place)]
-    edges = heat.edges_between(places[np.isfinite(places)])
-    bars = []
-    for verdict, group in groupby(range(len(records)), lambda index: verdict_of(records[index])):
-        if verdict:
-            span = list(group)
-            first, last = records[span[0]], records[span[-1]]
-            title = f"{verdict}, steps {first['step']} to {last['step']}: {last.get('reason') or ''}"
-            bars.append(
-                charts.bar(edges[span[0]], edges[span[-1] + 1], f"verdict {VERDICTS.get(verdict, 'other')}", title)
-            )
-    says = f"Verdicts of the stop rule on {run.name}; the last one: {verdict_of(run.records[-1]) or 'none'}"
-    return charts.panel(None, bars, title="", says=says, size=f"ribbon run-{number}")
-
-
-def _plateaus(run: RunView) -> list[tuple[int, str]]:
-    """Where a plateau was found, the first of each row of such verdicts: its step, and what the rule said."""
-    found = [(record["step"], verdict_of(record)) for record in run.measured]
-    said = [verdict for _, verdict in found]
-    return [
-        (step, verdict)
-        for (step, verdict), before in zip(found, ["", *said], strict=False)
-        if verdict in (STOPPING, _OBSERVED) and verdict != before
-    ]
-
-
-def _stages(run: RunView) -> list[int]:
-    """The steps at which other parameters were trained than at the evaluation before."""
-    known = [record for record in run.measured if record.get("stage") is not None]
-    return [
-        record["step"] for record, before in zip(known[1:], known, strict=False) if record["stage"] != before["stage"]
-    ]
-
-
-# 95 % of a normal distribution.
-BAND = 1.96
-
-
 @dataclass(frozen=True)
 class Timeline:
-    """The picture over one axis.
-
-    Attributes:
-        axis: what runs to the right.
-        picture: panels and axis; the heat maps of each quantity are in it, one of them shown.
-        places: for each run where its evaluations lie, 0 to 1.
-    """
+    """The picture over one axis, the heat maps of all quantities in it, and x of each run's evaluations, 0 to 1."""
 
     axis: Axis
     picture: Markup
-    places: list[list[float]]
+    x: list[list[float]]
 
 
-def timelines(runs: Sequence[RunView]) -> list[Timeline]:
+@dataclass(frozen=True)
+class _Horizontal:
+    """The horizontal axis of a picture: maps steps of a run to 0..1, NaN where it has no position."""
+
+    axis: Axis
+    scale: Scale
+    ticks: Ticks
+
+    def __call__(self, run: RunView, steps: Sequence[int]) -> np.ndarray:
+        return self.scale(self.axis.locate(run, steps))
+
+
+def read_verdict(record: EvalRecord) -> str:
+    """What the stop rule said; "failed" where the evaluation did; "" without a rule."""
+    if record.mir is None:
+        return "failed"
+    return _OBSERVED if record.would_stop and record.verdict != STOPPING else record.verdict or ""
+
+
+def draw_timelines(runs: Sequence[RunView]) -> list[Timeline]:
     """The pictures of runs with values over each axis they share."""
-    return [_timeline(runs, axis) for axis in axes_of(runs)]
+    return [_draw_timeline(runs, axis) for axis in find_axes(runs)]
 
 
-def _timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:
-    values = [axis.places(run, [record["step"] for record in run.records]) for run in runs]
-    x = _horizontal(axis, np.concatenate(values))
-    ticks = x.ticks(7)
-    panels = [_mir_panel(runs, axis, x, ticks)]
-    if any(record.get("verdict") for run in runs for record in run.records):
-        panels += [ribbon(number, run, axis, x) for number, run in enumerate(runs)]
-    if any(run.loss_points for run in runs) or any(record.get("probe_loss") for run in runs for record in run.measured):
-        panels.append(_loss_panel(runs, axis, x, ticks))
-    panels += _heat_panels(runs, axis, x, charts.foot(ticks, axis.label))
-    picture = Markup("").join(panels)
-    measured = [axis.places(run, [record["step"] for record in run.measured]) for run in runs]
-    return Timeline(axis, picture, [[round(float(place), 5) for place in x(places)] for places in measured])
-
-
-def _horizontal(axis: Axis, values: np.ndarray) -> Scale:
-    """The ends a little outside the outermost values, so that their dots and columns are whole."""
+def _draw_timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:
+    values = np.concatenate([axis.locate(run, _steps(run.records)) for run in runs])
     known = values[np.isfinite(values)]
+    # The ends a little outside the outermost values, so that their dots and columns are whole.
+    scale = fit_scale(known.tolist(), padding=0.02)
     if axis.logarithmic:
-        return Scale(float(known.min()), float(known.max()) * 1.08 + 0.5, "log1p")
-    return scale_of(known.tolist(), padding=0.02)
+        scale = Scale(float(known.min()), float(known.max()) * 1.08 + 0.5, "log1p")
+    x = _Horizontal(axis, scale, scale.ticks(7))
+    panels = [_draw_mir(runs, x)]
+    if any(record.verdict for run in runs for record in run.records):
+        panels += [_draw_ribbon(number, run, x) for number, run in enumerate(runs)]
+    if any(run.loss_points for run in runs) or any(record.probe_loss for run in runs for record in run.measured):
+        panels.append(_draw_loss(runs, x))
+    panels += _draw_layers(runs, x)
+    return Timeline(
+        axis,
+        Markup("").join(panels),
+        [[round(float(at), 5) for at in x(run, _steps(run.measured))] for run in runs],
+    )
 
 
-def _mir_panel(runs: Sequence[RunView], axis: Axis, x: Scale, ticks: Any) -> Markup:
-    reach = [
-        record["mir"] + side * BAND * (record.get("mir_se") or 0)
-        for run in runs
-        for record in run.measured
-        for side in (-1, 1)
-    ]
-    y = scale_of(reach)
+def _draw_mir(runs: Sequence[RunView], x: _Horizontal) -> Markup:
+    values = [_column(run, "mir") for run in runs]
+    errors = [BAND * _column(run, "mir_se") for run in runs]
+    reach = [mir + side * np.nan_to_num(error) for mir, error in zip(values, errors, strict=True) for side in (-1, 1)]
+    y = fit_scale(np.concatenate(reach).tolist())
     y = Scale(y.low - 0.07 * (y.high - y.low), y.high)  # room for the words below the lowest value
     shapes: list[Markup] = []
     over: list[Markup] = []
-    for number, run in enumerate(runs):
-        places = x(axis.places(run, [record["step"] for record in run.measured]))
-        values = np.array([record["mir"] for record in run.measured])
-        errors = BAND * np.array([_number(record.get("mir_se")) for record in run.measured])
-        css = f"run-{number}"
-        shapes += [
-            charts.band(places, y(values - errors), y(values + errors), css),
-            charts.line(places, y(values), css),
-            charts.dots(places, y(values), f"{css} {'small' if len(values) > 100 else ''}"),
-        ]
-        shown, words = marks(run, number, axis, x, y, alone=len(runs) == 1)
-        shapes += shown
+    for number, (run, mir, error) in enumerate(zip(runs, values, errors, strict=True)):
+        at, css = x(run, _steps(run.measured)), f"run-{number}"
+        shapes.append(charts.draw_band(at, y(mir - error), y(mir + error), css))
+        shapes.append(charts.draw_line(at, y(mir), css))
+        shapes.append(charts.draw_dots(at, y(mir), f"{css} {'small' if len(mir) > 100 else ''}"))
+        marks, words = _draw_marks(run, number, x, y, alone=len(runs) == 1)
+        shapes += marks
         over += words
-    says = "; ".join(f"{run.name}: {_in_words(run)}" for run in runs)
-    return charts.panel(
-        y,
-        shapes,
-        title="MIR (lower is better aligned)",
-        says=f"MIR over the run. {says}",
-        size="tall",
-        x_ticks=ticks,
-        over=over,
-    )
+    says = f"MIR over the run. {'; '.join(f'{run.name}: {_in_words(run)}' for run in runs)}"
+    title = "MIR (lower is better aligned)"
+    return charts.make_panel(y, shapes, title=title, says=says, size="tall", x_ticks=x.ticks, over=over)
 
 
-def _loss_panel(runs: Sequence[RunView], axis: Axis, x: Scale, ticks: Any) -> Markup:
-    on_probe = [[(r["step"], r["probe_loss"]) for r in run.measured if r.get("probe_loss") is not None] for run in runs]
-    y = scale_of((loss for points in [run.loss_points for run in runs] + on_probe for _, loss in points), "log")
+def _draw_marks(run: RunView, number: int, x: _Horizontal, y: Scale, alone: bool) -> tuple[list[Markup], list[Markup]]:
+    """What stands out: the best value, where the rule would stop, new stages, and evaluations that failed."""
+    css, best = f"run-{number}", run.moments["best"]
+    at, height = x(run, [best.step]), y(np.array([best.mir], dtype=float))
+    shapes = [charts.draw_dots(at, height, f"best-{part} {css}") for part in ("outer", "inner")]
+    words = [charts.draw_note(float(at[0]), float(height[0]), f"lowest {best.mir:.3f}", f"below {css}")]
+    verdicts = [read_verdict(record) for record in run.measured]
+    stops = [
+        (record.step, verdict)
+        for record, verdict, before in zip(run.measured, verdicts, ["", *verdicts], strict=False)
+        if verdict in (STOPPING, _OBSERVED) and verdict != before
+    ]
+    for index, (step, verdict) in enumerate(stops):
+        left = float(x(run, [step])[0])
+        shapes.append(charts.draw_upright(left, f"stop {css}"))
+        if index == 0:
+            words.append(charts.draw_note(left, 1.0, f"{verdict}, step {step}", "top"))
+    staged = [record for record in run.measured if record.stage is not None]
+    for record, before in zip(staged[1:], staged, strict=False):
+        if record.stage != before.stage:
+            left = float(x(run, [record.step])[0])
+            shapes.append(charts.draw_upright(left, f"stage {css}"))
+            words.append(charts.draw_note(left, 0.93, f"other parameters train, step {record.step}", "top faint"))
+    crosses = [
+        Markup('<span class="cross-mark {}" style="left:{}" title="step {}: {}">\N{MULTIPLICATION SIGN}</span>').format(
+            css, charts.percent(left), record.step, record.error or "failed"
+        )
+        for left, record in zip(x(run, _steps(run.failed)), run.failed, strict=True)
+        if np.isfinite(left)
+    ]
+    return shapes, [*(words if alone else []), *crosses]
+
+
+def _draw_ribbon(number: int, run: RunView, x: _Horizontal) -> Markup:
+    """A ribbon of the rule's verdicts."""
+    at = x(run, _steps(run.records))
+    records = [record for record, left in zip(run.records, at, strict=True) if np.isfinite(left)]
+    edges = charts.find_edges(at[np.isfinite(at)])
+    bars = []
+    for verdict, group in groupby(range(len(records)), lambda index: read_verdict(records[index])):
+        if verdict:
+            span = list(group)
+            first, last = span[0], span[-1]
+            title = f"{verdict}, steps {records[first].step} to {records[last].step}: {records[last].reason or ''}"
+            css = f"verdict {VERDICTS.get(verdict, 'other')}"
+            bars.append(charts.draw_bar(edges[first], edges[last + 1], css, title))
+    says = f"Verdicts of the stop rule on {run.name}; the last one: {read_verdict(run.records[-1]) or 'none'}"
+    return charts.make_panel(None, bars, title="", says=says, size=f"ribbon run-{number}")
+
+
+def _draw_loss(runs: Sequence[RunView], x: _Horizontal) -> Markup:
+    on_probe = [[(r.step, r.probe_loss) for r in run.measured if r.probe_loss is not None] for run in runs]
+    y = fit_scale((loss for points in [*(run.loss_points for run in runs), *on_probe] for _, loss in points), "log")
     shapes = []
-    for number, run in enumerate(runs):
-        points = run.loss_points
-        places = x(axis.places(run, [step for step, _ in points]))
-        places = np.where((places >= 0) & (places <= 1), places, np.nan)
-        heights = y([loss for _, loss in points])
-        shapes.append(charts.line(places, heights, f"loss run-{number}"))
-        if on_probe[number]:
-            texts = x(axis.places(run, [step for step, _ in on_probe[number]]))
-            shapes.append(charts.line(texts, y([loss for _, loss in on_probe[number]]), f"loss on-probe run-{number}"))
-        if len(points) == 1:
-            shapes.append(charts.dots(places, heights, f"loss run-{number}"))
+    for number, (run, probed) in enumerate(zip(runs, on_probe, strict=True)):
+        at = x(run, [step for step, _ in run.loss_points])
+        at = np.where((at >= 0) & (at <= 1), at, np.nan)
+        heights = y([loss for _, loss in run.loss_points])
+        shapes.append(charts.draw_line(at, heights, f"loss run-{number}"))
+        if probed:
+            probed_at = x(run, [step for step, _ in probed])
+            shapes.append(charts.draw_line(probed_at, y([loss for _, loss in probed]), f"loss on-probe run-{number}"))
+        if len(at) == 1:
+            shapes.append(charts.draw_dots(at, heights, f"loss run-{number}"))
     title = "training loss" + ("; dashed: on the probe's texts" if any(on_probe) else "")
     ends = "; ".join(
-        f"{run.name}: {precise(run.loss_points[0][1])} to {precise(run.loss_points[-1][1])}"
+        f"{run.name}: {format_value(run.loss_points[0][1])} to {format_value(run.loss_points[-1][1])}"
         for run in runs
         if run.loss_points
     )
-    return charts.panel(y, shapes, title=title, says=f"Training loss over the run. {ends}", x_ticks=ticks)
+    return charts.make_panel(y, shapes, title=title, says=f"Training loss over the run. {ends}", x_ticks=x.ticks)
 
 
-def _heat_panels(runs: Sequence[RunView], axis: Axis, x: Scale, foot: Markup) -> Iterator[Markup]:
-    for quantity in [DISTANCE, *companions_of(runs)]:
-        tables = [over_layers(quantity, run.measured) for run in runs]
+def _draw_layers(runs: Sequence[RunView], x: _Horizontal) -> Iterator[Markup]:
+    """For each quantity the heat maps of all runs, in one scale of colours."""
+    foot = charts.make_foot(x.ticks, x.axis.label)
+    for quantity in [DISTANCE, *list_companions(runs)]:
+        tables = [stack_layers(quantity, run.measured) for run in runs]
         visible = np.concatenate([table.ravel() for table in tables])
-        scale = scale_of(visible.tolist(), quantity.kind, padding=0.0)
-        shown = []
-        for number, (run, table) in enumerate(zip(runs, tables, strict=True)):
-            if table.size and np.isfinite(table).any():
-                shown.append(_heat_panel(number, run, quantity, axis, x, scale, table, alone=len(runs) == 1))
+        scale = fit_scale(visible.tolist(), quantity.kind, padding=0.0)
+        shown = [
+            _draw_heat(number, run, quantity, x, scale, table, alone=len(runs) == 1)
+            for number, (run, table) in enumerate(zip(runs, tables, strict=True))
+            if table.size and np.isfinite(table).any()
+        ]
         hidden = Markup("") if quantity is DISTANCE else Markup(" hidden")
         yield Markup('<div class="layers" data-quantity="{}"{}>{}{}{}</div>').format(
-            quantity.name, hidden, Markup("").join(shown), foot, heat.colour_bar(scale, quantity.label)
+            quantity.name, hidden, Markup("").join(shown), foot, charts.make_colour_bar(scale, quantity.label)
         )
 
 
-def _heat_panel(
-    number: int, run: RunView, quantity: Quantity, axis: Axis, x: Scale, scale: Scale, table: np.ndarray, *, alone: bool
+def _draw_heat(
+    number: int, run: RunView, quantity: Quantity, x: _Horizontal, scale: Scale, table: np.ndarray, *, alone: bool
 ) -> Markup:
-    edges = heat.edges_between(x(axis.places(run, [record["step"] for record in run.measured])))
     layers = table.shape[0]
     says = (
         f"{quantity.label} of {layers} layers over {table.shape[1]} evaluations of {run.name}, "
-        f"from {precise(float(np.nanmin(table)))} to {precise(float(np.nanmax(table)))}"
+        f"from {format_range(table)}"
     )
-    every = max(1, -(-layers // 6))
-    ticks = [((layer - 0.5) / layers, str(layer)) for layer in range(1, layers + 1, every)]
-    picture = heat.heat_map(edges, table, scale, says)
+    ticks = [((layer - 0.5) / layers, str(layer)) for layer in range(1, layers + 1, max(1, -(-layers // 6)))]
+    picture = charts.draw_heat_map(charts.find_edges(x(run, _steps(run.measured))), table, scale, says)
     title = "decoder layer" if alone else f"decoder layer, {run.name}"
-    return charts.panel(None, [], title=title, says=says, size=f"map run-{number}", over=[picture], y_ticks=ticks)
+    return charts.make_panel(None, [], title=title, says=says, size=f"map run-{number}", over=[picture], y_ticks=ticks)
 
 
 def _in_words(run: RunView) -> str:
-    first, best, last = (run.moments[name] for name in ("first", "best", "last"))
-    return (
-        f"{first['mir']:.3f} at step {first['step']}, lowest {best['mir']:.3f} at step {best['step']}, "
-        f"{last['mir']:.3f} at step {last['step']}"
-    )
+    first, best, last = (f"{record.mir:.3f} at step {record.step}" for record in run.moments.values())
+    return f"{first}, lowest {best}, {last}"
 
 
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+def _steps(records: Sequence[EvalRecord]) -> list[int]:
+    return [record.step for record in records]
+
+
+def _column(run: RunView, field: str) -> np.ndarray:
+    """A field of each evaluation, NaN where it is not known."""
+    return np.array([record[field] for record in run.measured], dtype=float)

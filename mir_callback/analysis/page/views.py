@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as the page sees it, and the axes it can be drawn over."""
+"""A run as the page sees it, what it can show of each layer, and the axes it can be drawn over."""
 
 from __future__ import annotations
 
@@ -11,33 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from mir_callback.analysis.load import noted_losses
+from mir_callback.analysis.compare import Recipe
+from mir_callback.analysis.load import Run, noted_losses
 from mir_callback.analysis.page.charts import Kind
-from mir_callback.history import Record, lowest_record
+from mir_callback.record import FIELDS, EvalRecord, lowest_record
+
+PLANNED = "planned steps"  # among the settings of a run
+# Evaluations of a run that are shown, and what the page calls them.
+MOMENTS = {"first": "first", "best": "lowest", "last": "last"}
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of each layer.
+    """A number of each layer."""
 
-    Attributes:
-        name: in the records.
-        label: on the page.
-        kind: of its scale.
-        meaning: a sentence for those who have not read the definition.
-    """
-
-    name: str
+    name: str  # in the records
     label: str
-    kind: Kind
+    kind: Kind  # of its scale
     meaning: str
 
-    def of(self, record: Record) -> list[float] | None:
-        """The values of a record, one for each layer; None if it has none."""
-        found = (
-            record.get("per_layer") if self.name == DISTANCE.name else (record.get("companions") or {}).get(self.name)
-        )
-        return found or None
+    def read(self, record: EvalRecord) -> list[float]:
+        """The values of a record, one for each layer; empty if it has none."""
+        found = record.per_layer if self.name == DISTANCE.name else (record.companions or {}).get(self.name)
+        return found or []
 
 
 DISTANCE = Quantity(
@@ -60,66 +56,46 @@ _COMPANIONS = (
 )
 
 
-def companions_of(runs: Sequence[RunView]) -> list[Quantity]:
-    """The companions that at least one evaluation has; those of other names come last, under their own name."""
-    present = {
-        name
-        for run in runs
-        for record in run.measured
-        for name, values in (record.get("companions") or {}).items()
-        if values
-    }
-    known = [quantity for quantity in _COMPANIONS if quantity.name in present]
-    others = sorted(present - {quantity.name for quantity in _COMPANIONS})
-    return known + [Quantity(name, name.replace("_", " "), "linear", "") for name in others]
-
-
-def over_layers(quantity: Quantity, records: Sequence[Record]) -> np.ndarray:
-    """The values of evaluations side by side, (layers, evaluations) float64; NaN where there is none."""
-    columns = [quantity.of(record) or [] for record in records]
-    table = np.full((max(map(len, columns), default=0), len(records)), np.nan)
-    for number, column in enumerate(columns):
-        table[: len(column), number] = column
-    return table
-
-
-PLANNED = "planned steps"  # among the settings of a run
-# Evaluations of a run that are shown, and what the page calls them.
-MOMENTS = {"first": "first", "best": "lowest", "last": "last"}
-
-
 @dataclass(frozen=True)
 class RunView:
     """One run, ready to be shown.
 
     Attributes:
         name: what the page calls it.
-        records: its evaluations by step, failed ones too; fields are optional but, where present, what their names say.
+        records: its evaluations by step, failed ones too.
         losses: logged training losses, (step, loss), by step; may be empty.
-        settings: further facts about the run, name to value.
+        settings: further facts about the run, name to value; None where it is not known.
         notes: sentences about what was missing or damaged.
         recipe: of which runs that differ only in their seed this is one; runs of one recipe share a colour.
     """
 
     name: str
-    records: Sequence[Record]
+    records: Sequence[EvalRecord]
     losses: Sequence[tuple[int, float]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     recipe: str | None = None
 
+    @classmethod
+    def from_run(cls, run: Run, recipe: Recipe) -> RunView:
+        """A run from disk, under its name among those of other recipes."""
+        settings = {PLANNED: run.max_steps, "read from": str(run.source)}
+        label = recipe.label(run)
+        group = None if label == recipe.name else recipe.name
+        return cls(label, run.records, run.losses, settings, run.problems, group)
+
     @cached_property
-    def measured(self) -> list[Record]:
+    def measured(self) -> list[EvalRecord]:
         """The evaluations that have a value."""
-        return [record for record in self.records if record.get("mir") is not None]
+        return [record for record in self.records if record.mir is not None]
 
     @cached_property
-    def failed(self) -> list[Record]:
+    def failed(self) -> list[EvalRecord]:
         """The evaluations that have none."""
-        return [record for record in self.records if record.get("mir") is None]
+        return [record for record in self.records if record.mir is None]
 
     @cached_property
-    def moments(self) -> dict[str, Record]:
+    def moments(self) -> dict[str, EvalRecord]:
         """First, best and last evaluation; without a trained value the best is the first. Empty if there is none."""
         if not self.measured:
             return {}
@@ -131,58 +107,68 @@ class RunView:
         """Logged losses, or those that the evaluations noted if the log is not at hand."""
         return list(self.losses or noted_losses(self.records))
 
-    def common(self, name: str) -> list[Any]:
-        """The different values of a field over the run, in order of appearance."""
+    def distinct(self, name: str) -> list[Any]:
+        """The different values of a field over the run, of another version's too, in order of appearance."""
+        values = (record[name] if name in FIELDS else record.unknown.get(name) for record in self.records)
         found: list[Any] = []
-        for record in self.records:
-            value = record.get(name)
+        for value in values:
             if value is not None and value not in found:
                 found.append(value)
         return found
 
 
-def colours_of(runs: Sequence[RunView]) -> list[int]:
+def list_companions(runs: Sequence[RunView]) -> list[Quantity]:
+    """The companions that at least one evaluation has; those of other names come last, under their own name."""
+    records = [record for run in runs for record in run.measured]
+    present = {name for record in records for name, values in (record.companions or {}).items() if values}
+    others = sorted(present - {quantity.name for quantity in _COMPANIONS})
+    known = [quantity for quantity in _COMPANIONS if quantity.name in present]
+    return known + [Quantity(name, name.replace("_", " "), "linear", "") for name in others]
+
+
+def stack_layers(quantity: Quantity, records: Sequence[EvalRecord]) -> np.ndarray:
+    """The values of evaluations side by side, (layers, evaluations) float64; NaN where there is none."""
+    columns = [quantity.read(record) for record in records]
+    table = np.full((max(map(len, columns), default=0), len(records)), np.nan)
+    for number, column in enumerate(columns):
+        table[: len(column), number] = column
+    return table
+
+
+def number_colours(runs: Sequence[RunView]) -> list[int]:
     """A number for each run, the same one for runs of one recipe; from 0 in order of appearance."""
-    owners = [f"run {number}" if run.recipe is None else f"recipe {run.recipe}" for number, run in enumerate(runs)]
+    owners = [("run", str(number)) if run.recipe is None else ("recipe", run.recipe) for number, run in enumerate(runs)]
     numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
     return [numbers[owner] for owner in owners]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Something that runs on while a model trains.
+    """Something that runs on while a model trains."""
 
-    Attributes:
-        name: for the page's switch and its address.
-        label: what is written below the axis, the unit included.
-        field: of a record.
-        logarithmic: drawn by log(1 + value).
-        unit: values are divided by it.
-    """
-
-    name: str
-    label: str
-    field: str
+    name: str  # for the page's switch and its address
+    label: str  # with the unit
+    field: str  # of a record
     logarithmic: bool = False
-    unit: float = 1.0
+    unit: float = 1.0  # values are divided by it
 
-    def places(self, run: RunView, steps: Sequence[int]) -> np.ndarray:
+    def locate(self, run: RunView, steps: Sequence[int]) -> np.ndarray:
         """Where steps of a run lie on this axis; NaN for steps that its evaluations do not span. (n,) float64."""
         asked = np.asarray(steps, dtype=float)
         if self.field == "step":
             return asked
-        known = [record["step"] for record in run.measured]
+        known = [record.step for record in run.measured]
         values = [record[self.field] / self.unit for record in run.measured]
-        places: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
-        return places
+        found: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
+        return found
 
 
-def axes_of(runs: Sequence[RunView]) -> list[Axis]:
-    """The axes that all evaluations of all runs have a place on; steps first."""
+def find_axes(runs: Sequence[RunView]) -> list[Axis]:
+    """The axes that all evaluations of all runs have a position on; steps first."""
     # Training alone, carried over restarts; else what has passed since the process began, evaluations included.
-    own = all(_has(run, "train_seconds") for run in runs)
+    own = all(_runs_on(run, "train_seconds") for run in runs)
     clock, words = ("train_seconds", "training time") if own else ("elapsed", "time since the start")
-    longest = max((record.get(clock) or 0.0 for run in runs for record in run.measured), default=0.0)
+    longest = max((record[clock] or 0.0 for run in runs for record in run.measured), default=0.0)
     unit, name = next((unit, name) for unit, name in _TIMES if longest >= 3 * unit or unit == 1.0)
     candidates = [
         Axis("time", f"{words}, {name}", clock, unit=unit),
@@ -191,13 +177,12 @@ def axes_of(runs: Sequence[RunView]) -> list[Axis]:
         Axis("epoch", "epoch", "epoch"),
     ]
     steps = [Axis("step", "optimizer step", "step"), Axis("log", "optimizer step, logarithmic", "step", True)]
-    return steps + [axis for axis in candidates if all(_has(run, axis.field) for run in runs)]
+    return steps + [axis for axis in candidates if all(_runs_on(run, axis.field) for run in runs)]
 
 
 _TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
-def _has(run: RunView, name: str) -> bool:
-    values = [record.get(name) for record in run.measured]
-    known = [value for value in values if value is not None]
-    return len(known) == len(values) and len(set(known)) > 1 and all(a <= b for a, b in pairwise(known))
+def _runs_on(run: RunView, name: str) -> bool:
+    values = [record[name] for record in run.measured]
+    return None not in values and len(set(values)) > 1 and all(a <= b for a, b in pairwise(values))
