@@ -19,18 +19,13 @@ COMMANDS = {
     "compare": "compare runs by their MIR: rank them as far as noise allows, and say where each could have stopped",
     "report": "make one HTML page of runs: MIR and loss, layers, cost, samples, how it was measured",
 }
-_CLOSED = 141  # as of a program that a closed pipe ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand.
-
-    Args:
-        arguments: the command line without the program's name; by default that of this process.
+    """Run the subcommand of a command line, by default of this process.
 
     Returns:
-        Exit status: 0, or 2 after an error, which is said in one line, or 141 where nobody reads on. (Usage errors
-        exit with 2 by themselves.)
+        Exit status: 0, or 2 after an error, which is said in one line, 130 after Ctrl-C, or 141 where nobody reads on.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would flush into the pipe once more
-        return _CLOSED
+        return 141  # as of a program that a closed pipe ends
     return 0
 
 

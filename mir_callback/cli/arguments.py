@@ -20,11 +20,7 @@ NAME=RUN,RUN,... is a recipe: runs that differ in nothing but the seed; patterns
 
 
 def read_recipes(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
-    """The recipes that words of the command line name; and what could not be read, in sentences.
-
-    Raises:
-        ConfigError: a recipe without a name or without runs.
-    """
+    """The recipes that words name, and what could not be read, in sentences; ConfigError if a word names nothing."""
     groups = [(name, *read_runs(paths)) for name, paths in map(_split, words)]
     missing = [message for _, _, failed in groups for message in failed]
     distinct = iter(make_names_unique([run for _, runs, _ in groups for run in runs]))

@@ -36,8 +36,7 @@ def add_flags(parser: ArgumentParser) -> None:
     how("--at", type=float, metavar="N", help="where on that axis (default: the last position all have reached)")
     how("--seed-std", type=float, metavar="X", help="standard deviation of MIR between seeds, if known")
     how("--level", type=float, default=DEFAULT_LEVEL, help="probability of a false difference (default: 0.05)")
-    mismatch = "compare values of different probes, token ids or roots too, and say so"
-    how("--allow-mismatch", action="store_true", help=mismatch)
+    how("--allow-mismatch", action="store_true", help="compare values of other probes, tokens or roots too, and say so")
     how("--rule", metavar="NAME=VALUE,...", help="options of the stop rule to try (default: PlateauRule())")
     result = parser.add_argument_group("besides the tables on the terminal ('-' writes to it instead of them)")
     result.add_argument("--json", metavar="FILE", help="write everything as JSON")
@@ -46,11 +45,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Read the runs, compare them, and show and write what was found.
-
-    Raises:
-        MIRError: a flag breaks its rule, no run can be read, or their values are not alike.
-    """
+    """Read the runs, compare them, and show and write what was found; MIRError if that fails."""
     outputs = {name: words for name in _WRITERS if (words := getattr(options, name)) is not None}
     if list(outputs.values()).count("-") > 1:
         raise ConfigError("'-' can be given for one of --json, --csv and --markdown; name files for the others")

@@ -37,21 +37,14 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run, which may be training, or NAME=RUN,RUN,... for a recipe")
-    where = f"page to write (default: {FILE_NAME} in the run's folder; of several, here)"
-    add("-o", "--output", metavar="FILE", help=where)
-    probe = "saved probe, to show its samples (default: one that lies in the run's folder)"
-    add("--probe", metavar="PATH", help=probe)
+    add("-o", "--output", metavar="FILE", help=f"page to write (default: {FILE_NAME} in the run's folder, or here)")
+    add("--probe", metavar="PATH", help="saved probe, to show its samples (default: one that lies in the run's folder)")
     add("--no-probe", action="store_true", help="show no samples, though the probe may be at hand")
-    watch = "write the page again and again; it reloads itself; end with Ctrl-C"
-    add("--watch", type=float, metavar="SECONDS", help=watch)
+    add("--watch", type=float, metavar="SECONDS", help="write the page again and again; it reloads itself; end with ^C")
 
 
 def run(options: Namespace) -> None:
-    """Read the runs, write the page, and with ``--watch`` go on doing so until interrupted.
-
-    Raises:
-        MIRError: a flag breaks its rule, no run can be read, or the page cannot be written.
-    """
+    """Read the runs, write the page, and with ``--watch`` go on doing so until interrupted; MIRError if that fails."""
     for flag in ("output", "probe"):
         if getattr(options, flag) == "":
             raise ConfigError(f"--{flag} is empty, ''; is a shell variable unset?")
@@ -96,10 +89,8 @@ def _write(page: Path, options: Namespace, probe: Probe | None, said: set[str]) 
         probe = _find_probe(runs)
     views = [RunView.from_run(run, recipe) for recipe in recipes for run in recipe.runs]
     _say([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], said)
-    now, comparison = datetime.now().astimezone(), _compare(recipes)
-    text = render_report(
-        views, comparison=comparison, probe=probe, notes=notes, written=now, reload_seconds=options.watch
-    )
+    parts = {"comparison": _compare(recipes), "probe": probe, "notes": notes, "reload_seconds": options.watch}
+    text = render_report(views, written=datetime.now().astimezone(), **parts)
     write_output("--output", check_output("--output", str(page), runs), text)
 
 

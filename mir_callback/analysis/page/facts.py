@@ -65,20 +65,11 @@ def summarize(run: RunView) -> Summary:
     if not run.moments:
         return Summary(run, verdict, reason)
     first, best, last = (run.moments[moment] for moment in MOMENTS)
-    untrained = first.step == 0 and _mir(first) < _mir(best)
+    start = f"{first.mir:.3f}" if first.step == 0 and _mir(first) < _mir(best) else ""
     planned = run.settings.get(PLANNED)
-    return Summary(
-        run,
-        verdict,
-        reason,
-        best=with_error(best),
-        best_step=best.step,
-        start=f"{first.mir:.3f}" if untrained else "",
-        last=with_error(last),
-        last_step=last.step,
-        planned=planned if planned is not None and planned > last.step else None,
-        change=_describe_change(last, best),
-    )
+    ahead = planned if planned is not None and planned > last.step else None
+    change = _describe_change(last, best)
+    return Summary(run, verdict, reason, with_error(best), best.step, start, with_error(last), last.step, ahead, change)
 
 
 def with_error(record: EvalRecord) -> str:

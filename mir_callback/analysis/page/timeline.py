@@ -19,13 +19,8 @@ BAND = 1.96  # standard errors: 95 % of a normal distribution
 _OBSERVED = "would stop"  # of a rule that only observes, where it has found the plateau
 # What the rule says, and its class name.
 VERDICTS = {
-    "going on": "going-on",
-    STOPPING: "plateau",
-    _OBSERVED: "plateau",
-    "rising": "rising",
-    "too noisy": "too-noisy",
-    "no data": "no-data",
-    "failed": "failed",
+    **{verdict: verdict.replace(" ", "-") for verdict in ("going on", "rising", "too noisy", "no data", "failed")},
+    **dict.fromkeys((STOPPING, _OBSERVED), "plateau"),
 }
 
 
@@ -76,11 +71,8 @@ def _draw_timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:
     if any(run.loss_points for run in runs) or any(record.probe_loss for run in runs for record in run.measured):
         panels.append(_draw_loss(runs, x))
     panels += _draw_layers(runs, x)
-    return Timeline(
-        axis,
-        Markup("").join(panels),
-        [[round(float(at), 5) for at in x(run, _steps(run.measured))] for run in runs],
-    )
+    positions = [[round(float(at), 5) for at in x(run, _steps(run.measured))] for run in runs]
+    return Timeline(axis, Markup("").join(panels), positions)
 
 
 def _draw_mir(runs: Sequence[RunView], x: _Horizontal) -> Markup:
