@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import numpy as np
 
 from mir_callback.analysis.page.views import RunView
 from mir_callback.analysis.report import render_report
+from mir_callback.record import as_records
 
 WRITTEN = datetime(2020, 2, 3, 4, 5, 6, tzinfo=timezone.utc)
 COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
@@ -58,6 +60,10 @@ def records(count: int, layers: int = 4, *, samples: int = 12, seed: int = 0, ev
             }
         )
     return found
+
+
+def view(name: str, history: Sequence[dict[str, Any]], losses: Any = (), **fields: Any) -> RunView:
+    return RunView(name, as_records(history), losses, **fields)
 
 
 def page_of(*runs: RunView, **options: Any) -> str:

@@ -6,8 +6,7 @@ import json
 import pytest
 
 from mir_callback import Probe
-from mir_callback.analysis.page.views import RunView
-from tests.analysis.pages import page_of, records
+from tests.analysis.pages import page_of, records, view
 from tests.browser import Browser
 from tests.samples import pairs
 
@@ -31,10 +30,10 @@ def pages(tmp_path_factory):
     history = [{**record, "probe_fingerprint": probe.fingerprint} for record in records(12)]
     hostile = [{**record, "reason": HOSTILE} for record in records(9, seed=1)]
     hostile[4] = {"step": 40, "mir": None, "error": HOSTILE}
-    (folder / "one.html").write_text(page_of(RunView("first", history), probe=probe), encoding="utf-8")
-    two = page_of(RunView("first", history), RunView(HOSTILE, hostile, notes=[HOSTILE]))
+    (folder / "one.html").write_text(page_of(view("first", history), probe=probe), encoding="utf-8")
+    two = page_of(view("first", history), view(HOSTILE, hostile, notes=[HOSTILE]))
     (folder / "two.html").write_text(two, encoding="utf-8")
-    (folder / "bare.html").write_text(page_of(RunView("empty", [])), encoding="utf-8")
+    (folder / "bare.html").write_text(page_of(view("empty", [])), encoding="utf-8")
     return folder
 
 

@@ -7,5 +7,5 @@ from mir_callback.cli import main
 def run_command(command, capsys, *arguments):
     """Exit status, and what was said on either stream."""
     status = main([command, *map(str, arguments)])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    said = capsys.readouterr()
+    return status, said.out, said.err

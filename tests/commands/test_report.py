@@ -173,11 +173,11 @@ def test_folder_names_are_text_when_they_look_like_html(runs, capsys):
         (["nowhere"], "nowhere"),
         (["slow", "--probe", "nothing.zip"], "nothing.zip, which does not exist"),
         (["slow", "--probe", "p.zip", "--no-probe"], "exclude each other"),
-        (["slow", "--watch", "0"], "--watch must be at least 1 second, got 0"),
-        (["slow", "--watch", "nan"], "--watch must be at least 1 second, got nan"),
-        (["slow", "-o", ""], "--output must not be empty"),
-        (["slow", "-o", "fast"], "--output must be a file to write, got fast, which is a folder"),
-        (["slow", "-o", "slow/mir_history.jsonl/page.html"], "--output must be a place to write to"),
+        (["slow", "--watch", "0"], "--watch takes 1 second or more, not 0"),
+        (["slow", "--watch", "nan"], "--watch takes 1 second or more, not nan"),
+        (["slow", "-o", ""], "--output is empty"),
+        (["slow", "-o", "fast"], "--output fast is a folder"),
+        (["slow", "-o", "slow/mir_history.jsonl/page.html"], "--output cannot be written to"),
     ],
 )
 def test_error_names_what_is_wrong(runs, capsys, arguments, message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run is a real picture of its values."""
+"""The picture of a run is a real picture of its values; a contact sheet shows every sample."""
 
 import json
 
@@ -8,8 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mir_callback.analysis.pictures import plot_run
-from mir_callback.errors import HistoryError
+from mir_callback import Probe
+from mir_callback.analysis.pictures import draw_sheet, plot_run
+from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.probe.batches import TokenCounts
+
+COLOURS = [(200, 30 * i, 255 - 30 * i) for i in range(7)]
 
 
 def record(step, per_layer, **fields):
@@ -17,6 +21,14 @@ def record(step, per_layer, **fields):
 
 
 HISTORY = [record(step, [3.0 + step / 50, 1.0, 0.2]) for step in range(0, 60, 10)]
+
+
+@pytest.fixture(scope="module")
+def probe():
+    sizes = [(64, 20), (20, 64), (300, 300), (1, 1), (5, 500), (640, 480), (64, 64)]
+    return Probe.from_pairs(
+        [(Image.new("RGB", size, colour), f"text {size}") for size, colour in zip(sizes, COLOURS, strict=True)]
+    )
 
 
 def picture(path):
@@ -105,6 +117,33 @@ def test_colour_bar_lies_beside_its_picture_when_there_is_a_loss(tmp_path, monke
 
 
 def test_error_when_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(HistoryError, match="at least one evaluation with a finite MIR"):
+    with pytest.raises(HistoryError, match="nothing to draw"):
         plot_run([{"step": 0, "mir": None, "per_layer": None}], [], tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()
+
+
+def test_every_image_is_on_the_sheet(probe, tmp_path):
+    sheet = picture(draw_sheet(probe, tmp_path / "deeper" / "sheet.png")).reshape(-1, 3)
+    for colour in COLOURS:
+        assert (sheet == colour).all(axis=1).sum() > 100, colour
+
+
+def test_token_counts_and_texts_are_written(probe, tmp_path):
+    plain = picture(draw_sheet(probe, tmp_path / "a.png"))
+    counted = picture(draw_sheet(probe, tmp_path / "b.png", TokenCounts([576] * 7, list(range(7)), "x")))
+    other = Probe.from_pairs([(sample.open_image(), "words") for sample in probe.samples])
+    assert plain.shape == counted.shape
+    assert not np.array_equal(plain, counted)
+    assert not np.array_equal(plain, picture(draw_sheet(other, tmp_path / "c.png")))
+
+
+def test_columns_can_be_chosen(probe, tmp_path):
+    narrow = picture(draw_sheet(probe, tmp_path / "a.png", columns=1))
+    wide = picture(draw_sheet(probe, tmp_path / "b.png", columns=7))
+    assert narrow.shape[0] > 3 * narrow.shape[1]
+    assert wide.shape[1] > 4 * wide.shape[0]
+
+
+def test_error_names_the_file_when_it_is_no_image_file(probe, tmp_path):
+    with pytest.raises(ConfigError, match="the sheet must be an image file, got .*sheet.txt"):
+        draw_sheet(probe, tmp_path / "sheet.txt")
