@@ -5,7 +5,7 @@
     python benchmarks/comparing.py > benchmarks/results/comparing.md
 
 The first table is of real trainings, kept in benchmarks/results/seeds.json. Of each recipe's runs, two single ones are
-compared, or two groups that share no run; at the end and at three places before it. The second has two single ones
+compared, or two groups that share no run; at the end and at three points before it. The second has two single ones
 beside another recipe's replicates. The third table is of simulated curves, whose noise between runs is known; the
 fourth says how large a real difference has to be.
 """
@@ -21,23 +21,24 @@ from pathlib import Path
 import numpy as np
 
 from mir_callback.analysis.compare import Recipe, compare
-from mir_callback.analysis.curves import curves_over
+from mir_callback.analysis.curves import build_curves
 from mir_callback.analysis.load import Run, read_run
-from mir_callback.analysis.statistics import assumed_sd
+from mir_callback.analysis.statistics import assume_std
 from mir_callback.history import FILE_NAME
+from mir_callback.record import EvalRecord
 
 KEPT = Path(__file__).parent / "results" / "seeds.json"
 MOST = 100  # comparisons of one kind
 GROUPS = (1, 2, 3)
 BESIDE = 20  # pairs of runs beside each other recipe
-PLACES = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
 _HOW = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
 
 
 def run_of(name: str, steps: Sequence[int], values: Sequence[float]) -> Run:
     """A run with these values, all made in the same way."""
-    records = tuple({"step": step, "mir": float(mir), **_HOW} for step, mir in zip(steps, values, strict=True))
-    return Run(name, Path(name), "history", Path(name), records)
+    records = tuple(EvalRecord(step=step, mir=float(mir), **_HOW) for step, mir in zip(steps, values, strict=True))
+    return Run(name, Path(name), Path(name), records)
 
 
 def collect(folder: Path) -> None:
@@ -46,8 +47,8 @@ def collect(folder: Path) -> None:
     for path in sorted(folder.glob(f"*/*/{FILE_NAME}")):
         if (path.parent / "trainer_state.json").exists():  # written last
             run = read_run(path)
-            recipe = kept.setdefault(path.parents[1].name, {"steps": [r["step"] for r in run.measured], "mir": []})
-            recipe["mir"].append([round(record["mir"], 4) for record in run.measured])  # type: ignore[attr-defined]
+            recipe = kept.setdefault(path.parents[1].name, {"steps": [r.step for r in run.measured], "mir": []})
+            recipe["mir"].append([round(record.mir or 0.0, 4) for record in run.measured])  # type: ignore[attr-defined]
     KEPT.write_text(json.dumps(kept) + "\n")
 
 
@@ -89,18 +90,18 @@ def real_table() -> None:
     rng = np.random.default_rng(0)
     recipes = real_recipes()
     heads = [f"{size} against {size}" for size in GROUPS]
-    print("| recipe | seeds | sd between seeds | assumed of one run | " + " | ".join(heads) + " |")
+    print("| recipe | seeds | std between seeds | assumed of one run | " + " | ".join(heads) + " |")
     print("|---|---:|---:|---:|" + "---:|" * len(heads))
     total: dict[int, list[bool]] = {size: [] for size in GROUPS}
     for name, runs in recipes.items():
         ends = [run.measured[-1] for run in runs]
-        assumed = [assumed_sd(c, c.places[-1]) for c in curves_over("step", runs) if c is not None]
+        assumed = [assume_std(c, c.x[-1]) for c in build_curves("step", runs) if c is not None]
         cells = []
         for size in GROUPS:
-            found = [differs(*pair, at=share * ends[0]["step"]) for pair in splits(runs, size, rng) for share in PLACES]
+            found = [differs(*pair, at=share * ends[0].step) for pair in splits(runs, size, rng) for share in SHARES]
             total[size] += found
             cells.append(rate(found))
-        spread = np.std([end["mir"] for end in ends], ddof=1)
+        spread = np.std([end.mir for end in ends], ddof=1)
         print(f"| {name} | {len(runs)} | {spread:.3f} | {np.mean(assumed):.3f} | " + " | ".join(cells) + " |")
     print("| all | | | | " + " | ".join(rate(total[size]) for size in GROUPS) + " |")
 
@@ -132,10 +133,10 @@ def beside_table() -> None:
     print(f"\nAll: {rate(every)}.")
 
 
-def simulated(rng: np.random.Generator, shape: str, sd: float, count: int, lower: float = 0.0) -> list[Run]:
+def simulated(rng: np.random.Generator, shape: str, std: float, count: int, lower: float = 0.0) -> list[Run]:
     """Runs of one recipe: its curve, a little faster or slower, a smooth departure of its own, and jitter.
 
-    The departure has standard deviation ``sd`` everywhere, and lasts for about a third of the run.
+    The departure has standard deviation ``std`` everywhere, and lasts for about a third of the run.
     """
     at = np.linspace(0, 1, 41)
     knots = np.linspace(0, 1, 81)
@@ -143,11 +144,11 @@ def simulated(rng: np.random.Generator, shape: str, sd: float, count: int, lower
     root = np.linalg.cholesky(spread)
     runs = []
     for number in range(count):
-        told = at * np.exp(rng.normal(0, 0.05))
-        curve = 3.0 + 1.5 * np.exp(-told / 0.15)
+        paced = at * np.exp(rng.normal(0, 0.05))
+        curve = 3.0 + 1.5 * np.exp(-paced / 0.15)
         if shape == "rise and fall":
-            curve = 2.6 + 1.2 * (told / 0.1) * np.exp(1 - told / 0.1) * (told > 0)
-        smooth = np.interp(at, knots, root @ rng.normal(0, sd, len(knots)))
+            curve = 2.6 + 1.2 * (paced / 0.1) * np.exp(1 - paced / 0.1) * (paced > 0)
+        smooth = np.interp(at, knots, root @ rng.normal(0, std, len(knots)))
         runs.append(run_of(f"{shape} {number}", range(0, 410, 10), curve + smooth + rng.normal(0, 0.005, 41) - lower))
     return runs
 
@@ -155,35 +156,35 @@ def simulated(rng: np.random.Generator, shape: str, sd: float, count: int, lower
 def simulated_table() -> None:
     """Simulated runs that differ in the seed only, and such whose recipes differ."""
     rng = np.random.default_rng(1)
-    print("| curve | sd between seeds | " + " | ".join(f"{size} against {size}" for size in (1, 2, 3, 5)) + " |")
+    print("| curve | std between seeds | " + " | ".join(f"{size} against {size}" for size in (1, 2, 3, 5)) + " |")
     print("|---|---:|---:|---:|---:|---:|")
     for shape in ("fall and saturate", "rise and fall"):
-        for sd in (0.01, 0.03, 0.1, 0.2):
+        for std in (0.01, 0.03, 0.1, 0.2):
             cells = []
             for size in (1, 2, 3, 5):
                 found = []
                 for _ in range(MOST):
-                    runs = simulated(rng, shape, sd, 2 * size)
+                    runs = simulated(rng, shape, std, 2 * size)
                     found.append(differs(Recipe("one", tuple(runs[:size])), Recipe("other", tuple(runs[size:]))))
                 cells.append(rate(found))
-            print(f"| {shape} | {sd} | " + " | ".join(cells) + " |")
+            print(f"| {shape} | {std} | " + " | ".join(cells) + " |")
 
 
 def power_table() -> None:
     """How often a real difference is found."""
     rng = np.random.default_rng(2)
-    print("| sd between seeds | difference | " + " | ".join(f"{size} against {size}" for size in (1, 2, 3, 5)) + " |")
+    print("| std between seeds | difference | " + " | ".join(f"{size} against {size}" for size in (1, 2, 3, 5)) + " |")
     print("|---:|---:|---:|---:|---:|---:|")
-    for sd, lower in ((0.01, 0.03), (0.01, 0.1), (0.03, 0.1), (0.03, 0.3), (0.1, 0.3), (0.1, 0.6)):
+    for std, lower in ((0.01, 0.03), (0.01, 0.1), (0.03, 0.1), (0.03, 0.3), (0.1, 0.3), (0.1, 0.6)):
         cells = []
         for size in (1, 2, 3, 5):
             found = []
             for _ in range(MOST):
-                one = simulated(rng, "fall and saturate", sd, size)
-                other = simulated(rng, "fall and saturate", sd, size, lower)
+                one = simulated(rng, "fall and saturate", std, size)
+                other = simulated(rng, "fall and saturate", std, size, lower)
                 found.append(differs(Recipe("one", tuple(one)), Recipe("other", tuple(other))))
             cells.append(f"{np.mean(found):.0%}")
-        print(f"| {sd} | {lower} | " + " | ".join(cells) + " |")
+        print(f"| {std} | {lower} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from plateau_curves import FALLING, SATURATING, Array, Curve, level, noise, second_fall, settled, straight_by
@@ -34,8 +33,8 @@ from plateau_runs import (
     summary,
 )
 
-from mir_callback import PlateauRule
-from mir_callback import early_stopping as trend
+from mir_callback import PlateauRule, early_stopping
+from mir_callback.record import EvalRecord
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -54,17 +53,17 @@ def families(runs: int) -> None:
         for name, family in {**SATURATING, **FALLING}.items():
             per[name] = found = outcomes(RULE, family, name in FALLING, setting, runs)
             late = [o.stop - o.plateau for o in found if not o.false and o.stop < math.inf]
-            told = rate(sum(o.in_time for o in found), runs) if name in SATURATING else "-"
+            timely = rate(sum(o.in_time for o in found), runs) if name in SATURATING else "-"
             delay = f"{100 * float(np.median(late)):+.0f} %" if name in SATURATING and late else "-"
-            rows.append((str(setting), name, rate(sum(o.false for o in found), runs), told, delay))
+            rows.append((str(setting), name, rate(sum(o.false for o in found), runs), timely, delay))
         for kind, names in (("all saturating", SATURATING), ("all falling", FALLING)):
             found = [o for name in names for o in per[name]]
             kinds[kind] += found
-            told = rate(sum(o.in_time for o in found), len(found)) if names is SATURATING else "-"
-            rows.append((str(setting), f"**{kind}**", rate(sum(o.false for o in found), len(found)), told, "-"))
+            timely = rate(sum(o.in_time for o in found), len(found)) if names is SATURATING else "-"
+            rows.append((str(setting), f"**{kind}**", rate(sum(o.false for o in found), len(found)), timely, "-"))
     for kind, found in kinds.items():
-        told = rate(sum(o.in_time for o in found), len(found)) if kind == "all saturating" else "-"
-        rows.append(("**all settings**", f"**{kind}**", rate(sum(o.false for o in found), len(found)), told, "-"))
+        timely = rate(sum(o.in_time for o in found), len(found)) if kind == "all saturating" else "-"
+        rows.append(("**all settings**", f"**{kind}**", rate(sum(o.false for o in found), len(found)), timely, "-"))
     table("Families", ("setting", "curve", "false stops", "in time", "median delay, of the run"), rows)
 
 
@@ -80,10 +79,10 @@ def variants(runs: int) -> None:
     rows = [(name, *summary(*pooled(rule, STANDARD, runs))) for name, rule in rules.items()]
     spoils = {"15 % of evaluations fail": {"failed": 0.15}, "5 % are off by 20 times the noise": {"spikes": 0.05}}
     rows += [(name, *summary(*pooled(RULE, STANDARD, runs, **spoil))) for name, spoil in spoils.items()]
-    robust, trend.slope = trend.slope, least_squares
+    robust, early_stopping.theil_sen_slope = early_stopping.theil_sen_slope, least_squares
     rows.append(("line by least squares", *summary(*pooled(RULE, STANDARD, runs))))
     rows.append(("the same, 5 % off", *summary(*pooled(RULE, STANDARD, runs, spikes=0.05))))
-    trend.slope = robust
+    early_stopping.theil_sen_slope = robust
     table(f"Variants ({STANDARD})", head, rows)
     noisier = (Setting(44, 0.006), Setting(44, 0.01), Setting(44, 0.02), Setting(100, 0.01), Setting(22, 0.003))
     rows = [(str(setting), *summary(*pooled(RULE, setting, runs))) for setting in noisier]
@@ -168,10 +167,10 @@ def nothing_but_noise(runs: int) -> None:
 class WithSampleError(PlateauRule):
     """Takes `mir_se` for noise of each value, which it is not."""
 
-    def _gain(self, points: Any, x: Array, ahead: float, least: int) -> tuple[float, float, int]:
+    def _gain(self, points: Sequence[EvalRecord], x: Array, ahead: float, least: int) -> tuple[float, float, int]:
         gain, error, count = super()._gain(points, x, ahead, least)
-        lent = float(np.mean([record["mir_se"] for record in points[-count:]]))
-        return gain, math.hypot(error, lent / trend.spread(x[-count:]) * ahead), count
+        lent = float(np.mean([record.mir_se for record in points[-count:]]))
+        return gain, math.hypot(error, lent / early_stopping.spread(x[-count:]) * ahead), count
 
 
 def sampling(runs: int, samples: int = 100) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from plateau_curves import FALLING, SATURATING, Array, Curve, Family, noise, settled
 
 from mir_callback import PlateauRule
+from mir_callback.record import EvalRecord
 
 RULE = PlateauRule()
 SEED = 20  # not one the rule was tuned with
@@ -63,21 +64,21 @@ class Outcome:
         return not self.false and self.stop <= self.plateau + IN_TIME
 
 
-def records(t: Array, values: Array, max_steps: int = MAX_STEPS, **fields: Sequence[Any]) -> list[dict[str, Any]]:
+def records(t: Array, values: Array, max_steps: int = MAX_STEPS, **fields: Sequence[Any]) -> list[EvalRecord]:
     """The history of a run; NaN is an evaluation that failed."""
     made = []
     for number, (part, value) in enumerate(zip(t, values, strict=True)):
-        record = {"step": round(part * max_steps), "mir": None if np.isnan(value) else float(value)}
         more = {name: column[number] for name, column in fields.items()}
-        made.append({**record, "max_steps": max_steps, **more})
+        mir = None if np.isnan(value) else float(value)
+        made.append(EvalRecord(step=round(part * max_steps), mir=mir, max_steps=max_steps, **more))
     return made
 
 
-def stop_of(rule: PlateauRule, history: list[dict[str, Any]]) -> float:
+def stop_of(rule: PlateauRule, history: Sequence[EvalRecord]) -> float:
     """Part of the run at which the rule ends it; inf if it doesn't."""
     for count in range(1, len(history) + 1):
         if rule.verdict(history[:count]).stop:
-            return float(history[count - 1]["step"] / history[count - 1]["max_steps"])
+            return history[count - 1].step / (history[count - 1].max_steps or MAX_STEPS)
     return math.inf
 
 

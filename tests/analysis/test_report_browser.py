@@ -116,16 +116,16 @@ def test_pointer_reads_the_evaluation_below_it(browser, pages):
     browser.open(pages / "one.html")
     assert reading(browser)[0] == "110"
     left, top, width, height = area(browser, ".timeline:not([hidden]) .tall .area")
-    places = browser.run("JSON.parse(document.getElementById('data').textContent).places.step[0]")
+    positions = browser.run("JSON.parse(document.getElementById('data').textContent).x.step[0]")
     for index in (0, 3, 11):
-        browser.point_at(left + places[index] * width, top + height / 2)
+        browser.point_at(left + positions[index] * width, top + height / 2)
         step, mir, loss, verdict = reading(browser)
         assert int(step) == history[index]["step"]
         assert mir == f"{history[index]['mir']:.3f} ± {history[index]['mir_se']:.3f}"
         assert float(loss) == pytest.approx(history[index]["loss"], rel=1e-3)
         assert verdict == history[index]["verdict"]
     left, top, width, height = area(browser, ".timeline:not([hidden]) .map .area")
-    browser.point_at(left + places[5] * width, top + 0.3 * height)
+    browser.point_at(left + positions[5] * width, top + 0.3 * height)
     told = browser.run("document.querySelector('.layer-reading').textContent")
     assert told == f"layer 3, step 50: distance FD {history[5]['per_layer'][2]:.4g}"
     browser.point_at(2, 2)

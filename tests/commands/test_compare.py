@@ -225,6 +225,17 @@ def test_a_checkpoint_that_is_a_link_is_one_of_the_run_it_lies_in(runs, capsys):
     assert "(step 3)" in told
 
 
+@pytest.mark.parametrize("words", ["--help", "compare --help", "compare a1 b1"])
+def test_what_is_slow_to_import_is_left_alone(runs, words):
+    script = (
+        f"import contextlib, sys\nfrom mir_callback.cli import main\n"
+        f"with contextlib.suppress(SystemExit):\n    main({words.split()})\n"
+        "print(sorted({'torch', 'transformers', 'wandb', 'matplotlib', 'scipy.stats'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("command", ["compare a1 a2", "report a1"])
 def test_nobody_reading_on_is_no_error(runs, command):
     script = f"{sys.executable} -m mir_callback {command} | true; exit ${{PIPESTATUS[0]}}"
