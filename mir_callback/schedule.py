@@ -35,7 +35,7 @@ class Pace:
     eval_cost: float | None = None
     step_seconds: float | None = None
 
-    def to_fields(self) -> dict[str, float | None]:
+    def to_fields(self) -> dict[str, Any]:
         """What a record keeps of it."""
         names = ("train_seconds", "eval_seconds", "eval_cost", "step_seconds")
         return {name: getattr(self, name) for name in names}

@@ -181,7 +181,7 @@ class Evaluator:
         return self._encoded.batches
 
     @property
-    def definition(self) -> dict[str, str]:
+    def definition(self) -> dict[str, Any]:
         """What makes values comparable: the DEFINITION_FIELDS of a record."""
         values = (self._encoded.fingerprint, self._encoded.tokens_fingerprint, self._config.root)
         return dict(zip(DEFINITION_FIELDS, values, strict=True))
