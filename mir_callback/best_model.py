@@ -8,9 +8,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mir_callback import distributed
 from mir_callback.errors import HistoryError
@@ -26,12 +26,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 log = logging.getLogger(__name__)
 
 
-class WeightSaver(Protocol):
-    """Writes the weights of the model in training."""
-
-    def __call__(self, folder: Path) -> None:
-        """Write them into ``folder``, which exists and is empty. Ranks: collective."""
-        ...
+# Writes the weights of the model in training into a folder that exists and is empty; called on every rank.
+WeightSaver = Callable[[Path], None]
 
 
 class BestModel:
@@ -102,10 +98,10 @@ class BestModel:
         except Exception as error:
             if not distributed.is_shared(error):
                 raise
+            kept = "what was kept before stays" if self.lowest is not None else "nothing is kept yet"
             if distributed.is_main():
                 shutil.rmtree(_beside(self._path, "new"), ignore_errors=True)
-            kept = "what was kept before stays" if self.lowest is not None else "nothing is kept yet"
-            log.warning("step %d: the best model could not be saved, %s: %s", record.step, kept, error)
+                log.warning("step %d: the best model could not be saved, %s: %s", record.step, kept, error)
             return
         self.lowest, self._foreign = record.mir, False
         log.info("step %d: lowest MIR so far, weights kept in %s", record.step, FOLDER_NAME)

@@ -13,19 +13,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from mir_callback import distributed
-from mir_callback.record import STOPPING, EvalRecord, lowest_record
+from mir_callback.record import DEFINITION_FIELDS, STOPPING, EvalRecord, lowest_record
 
 CURVE, HEAT_MAP = "mir/per_layer", "mir/layers_over_steps"
 _MAX_BINS = 512  # of a wandb histogram
 _AXIS = "train/global_step"
 # What a record says of how it was made; the options of the run are added.
-_DEFINITION = ("probe_fingerprint", "tokens_fingerprint", "root", "dtype", "num_samples")
-_DEFINITION += ("num_vision_tokens", "num_text_tokens", "world_size")
+_DEFINITION = (*DEFINITION_FIELDS, "dtype", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size")
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict
     charts: dict[str, Any] = {
         CURVE: wandb.plot.line_series(
             xs=layers,
-            ys=[each.per_layer for each in drawn.values()],
+            ys=[each.per_layer or [] for each in drawn.values()],
             keys=list(drawn),
             title="Distance of vision from text tokens in each layer",
             xname="decoder layer",
@@ -305,24 +305,28 @@ def _is_kind(reporter: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(reporter).__mro__)
 
 
-def _definition_writers(reporters: list[Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], None]]]:
+def _definition_writers(reporters: list[Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
     """For each tracker in use, its name and what writes a definition into its settings of the run."""
     run = active_wandb_run()
     if run is not None:
         yield "wandb", lambda definition: run.config.update({"mir": definition}, allow_val_change=True)
     for reporter in reporters:
         if _is_kind(reporter, "TensorBoardCallback") and getattr(reporter, "tb_writer", None) is not None:
-            writer = reporter.tb_writer
-            yield "TensorBoard", lambda definition, writer=writer: _write_text(writer, definition)
-        elif _is_kind(reporter, "MLflowCallback") and (mlflow := sys.modules.get("mlflow")) is not None:
-            yield (
-                "MLflow",
-                lambda definition, to=mlflow: to.log_params({f"mir.{k}": v for k, v in definition.items()}),
-            )
-        elif _is_kind(reporter, "TrackioCallback") and (trackio := sys.modules.get("trackio")) is not None:
-            yield "Trackio", lambda definition, to=trackio: to.config.update({"mir": definition}, allow_val_change=True)
+            yield "TensorBoard", partial(_write_text, reporter.tb_writer)
+        elif _is_kind(reporter, "MLflowCallback") and "mlflow" in sys.modules:
+            yield "MLflow", partial(_write_parameters, sys.modules["mlflow"])
+        elif _is_kind(reporter, "TrackioCallback") and "trackio" in sys.modules:
+            yield "Trackio", partial(_write_config, sys.modules["trackio"])
 
 
-def _write_text(writer: Any, definition: Mapping[str, Any]) -> None:
+def _write_text(writer: Any, definition: dict[str, Any]) -> None:
     writer.add_text("mir/definition", "    " + json.dumps(definition, indent=2).replace("\n", "\n    "))
     writer.flush()
+
+
+def _write_parameters(mlflow: Any, definition: dict[str, Any]) -> None:
+    mlflow.log_params({f"mir.{name}": value for name, value in definition.items()})
+
+
+def _write_config(trackio: Any, definition: dict[str, Any]) -> None:
+    trackio.config.update({"mir": definition}, allow_val_change=True)

@@ -19,8 +19,7 @@ from mir_callback import distributed
 from mir_callback.best_model import BestModel, WeightSaver
 from mir_callback.clock import Clock
 from mir_callback.config import MIRConfig, with_options
-from mir_callback.console import evaluation_line
-from mir_callback.dry_run import DryRunDone, summarize
+from mir_callback.console import dry_run_lines, evaluation_line
 from mir_callback.early_stopping import Verdict
 from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.evaluation.evaluate import Evaluator
@@ -47,6 +46,13 @@ class Decision:
 
     stop: bool = False
     record: EvalRecord | None = None
+
+
+class DryRunDone(SystemExit):
+    """Ends the script after a dry run, with exit code 0, before it can train or save anything."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 class MIRMonitor:
@@ -241,7 +247,7 @@ class MIRMonitor:
 
     def _dry_run(self, total_epochs: float | None) -> None:
         report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
-        for line in summarize(report, self.config.schedule, self.config.also_on, self._total_steps, total_epochs):
+        for line in dry_run_lines(report, self.config.schedule, self.config.also_on, self._total_steps, total_epochs):
             log.info(line)
         raise DryRunDone
 
@@ -255,7 +261,8 @@ class MIRMonitor:
             is_tolerated = self.config.on_error == "warn" and bool(self.history)
             if not is_tolerated or not distributed.is_shared(error):
                 raise
-            log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
+            if distributed.is_main():
+                log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
             seconds, words = time.perf_counter() - started, distributed.describe(error)
             return EvalRecord(step=step, seconds=seconds, error=words, **self._evaluator.definition)
         return EvalRecord(step=step, **report.to_fields())
@@ -310,12 +317,12 @@ class MIRMonitor:
         enter_phase("logging")
         self._loggers.send(record, self.history)
         log.info(evaluation_line(record, verdict))
-        if record.disabled is not None:
+        if record.disabled is not None and distributed.is_main():
             log.warning("step %d: %s", record.step, record.disabled)
         if self._num_continued is not None and record.mir is not None:
             changed = changed_circumstances(self.history[: self._num_continued], record)
             self._num_continued = None
-            if changed:
+            if changed and distributed.is_main():
                 log.warning(changed)
         enter_phase("keeping the best model")
         if self._best is not None:

@@ -9,9 +9,9 @@ samples' influences -> K distances and their sums to all.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -42,6 +42,8 @@ from mir_callback.watchdog import enter_phase
 _OPTION_GROUPS = ("measure", "memory")
 _ALIKE_ON_RANKS = ("batch_size", "root", "standard_error", "probe_loss", "capture_budget_gb")
 _BAR_DELAY_SECONDS = 3.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -257,10 +259,9 @@ class Evaluator:
         self._encoded = replace(self._encoded, shard=shard)
         if distributed.is_main():
             messages = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(shortage.messages) if each)
-            warnings.warn(
-                f"memory ran out in a forward of the probe with batch_size={before}, now it is {before // 2} on every "
-                f"rank ({messages})",
-                stacklevel=3,
+            log.warning(
+                "memory ran out in a forward of the probe with batch_size=%d, now it is %d on every rank (%s)",
+                *(before, before // 2, messages),
             )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,6 +20,8 @@ ROOTS: tuple[str, ...] = get_args(Root)
 COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
 
 _EPS = torch.finfo(torch.float64).eps
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def check_rows(vision: Tensor, text: Tensor, where: str = "") -> None:
 def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
     """Say aloud that a layer's distance was clipped at zero by more than rounding. Ranks: pure."""
     if result.clipped:
-        warnings.warn(
-            f"layer {layer}: root={root!r} gave a distance of {result.raw:.3e}, clipped to 0; it lies below zero by "
-            f"more than rounding ({result.rounding:.1e}), as 'paper_fast' can for strongly correlated clouds",
-            stacklevel=3,
+        log.warning(
+            "layer %d: root=%r gave a distance of %.3e, clipped to 0; it lies below zero by more than rounding (%.1e), "
+            "as 'paper_fast' can for strongly correlated clouds",
+            *(layer, root, result.raw, result.rounding),
         )

@@ -8,7 +8,7 @@ code bases, anybody else with :func:`register_adapter` or an entry point of the 
 from __future__ import annotations
 
 import importlib
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
 from mir_callback.probe.probe import Sample
+
+log = logging.getLogger(__name__)
 
 # Called at the first decoder layer of a forward: the masks of the sequence that the layers see in it.
 LiveMasks = Callable[[], ModalityMasks]
@@ -140,8 +142,7 @@ def _load_entry_points() -> tuple[AdapterFactory, ...]:
         try:
             found.append(entry.load())
         except Exception as error:  # somebody else's package, which is no reason to leave other models alone
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"the adapters of {entry.value} cannot be loaded: {reason}", stacklevel=2)
+            log.warning("the adapters of %s cannot be loaded: %s: %s", entry.value, type(error).__name__, error)
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ from mir_callback.evaluation.hidden_states import GB, Budgets, pinned_bytes
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapters import AdaptedBatch, HuggingFaceAdapter
 from tests import tiny_models
+from tests.logs import logged
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs
 
@@ -192,10 +193,9 @@ def test_batches_are_halved_until_a_forward_fits(build, probe):
     model, processor = build()
     expected = evaluate_mir(model, probe, processor=processor, batch_size=1)
     hungry(model, 1)
-    with pytest.warns(UserWarning, match="memory ran out in a forward of the probe") as told:
+    with logged("memory ran out in a forward of the probe") as messages:
         report = evaluate_mir(model, probe, processor=processor, batch_size=6)
-    words = [str(warning.message).split(" (")[0] for warning in told if issubclass(warning.category, UserWarning)]
-    assert [each.split("batch_size=")[1] for each in words] == [
+    assert [message.split(" (")[0].split("batch_size=")[1] for message in messages] == [
         "6, now it is 3 on every rank",
         "3, now it is 1 on every rank",
     ]
@@ -208,7 +208,7 @@ def test_a_batch_size_that_fits_is_remembered(probe):
     model, processor = tiny_models.llava()
     evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(batch_size=4))
     hungry(model, 2)
-    with pytest.warns(UserWarning, match="now it is 2"):
+    with logged("now it is 2"):
         evaluator.evaluate(model, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -227,7 +227,7 @@ def test_memory_that_runs_out_in_a_later_pass_costs_that_pass_only(probe):
 
     model.register_forward_pre_hook(ask, with_kwargs=True)
     budget = one_layer(whole) / GB
-    with pytest.warns(UserWarning, match="now it is 2"):
+    with logged("now it is 2"):
         report = evaluate_mir(model, probe, processor=processor, capture_budget_gb=budget)
     assert forwards == [4, 3, 4, *[2, 2, 2, 1] * 2]
     assert report.passes == 3
@@ -237,7 +237,7 @@ def test_memory_that_runs_out_in_a_later_pass_costs_that_pass_only(probe):
 def test_error_when_not_even_one_sample_fits(probe):
     model, processor = tiny_models.llava()
     hungry(model, 0)
-    with pytest.warns(UserWarning, match="now it is 1"), pytest.raises(RuntimeError, match="can't allocate memory"):
+    with logged("now it is 1"), pytest.raises(RuntimeError, match="can't allocate memory"):
         evaluate_mir(model, probe, processor=processor, batch_size=2)
 
 
