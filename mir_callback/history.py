@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mir_callback import distributed
 from mir_callback.errors import HistoryError
 from mir_callback.fs import free_name, write_atomic
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
@@ -51,6 +50,8 @@ class History:
 
         Ranks: collective.
         """
+        from mir_callback import distributed  # brings torch along, which readers of a history do without
+
         path = Path(folder) / FILE_NAME
         records: list[EvalRecord] = []
         with distributed.fail_together():
@@ -76,6 +77,8 @@ class History:
 
         Ranks: all.
         """
+        from mir_callback import distributed  # brings torch along, which readers of a history do without
+
         self.records.append(record)
         if self.path is None or not distributed.is_main():
             return

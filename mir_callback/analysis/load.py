@@ -214,7 +214,7 @@ def _find_checkpoint_step(folder: Path) -> int | None:
     for name in (os.path.basename(os.path.abspath(folder)), folder.resolve().name):
         if found := _CHECKPOINT.fullmatch(name):
             return int(found[1])
-    from mir_callback.best_model import NOTE_NAME  # brings transformers along
+    from mir_callback.best_model import NOTE_NAME  # brings torch along
 
     for name, key in ((NOTE_NAME, "step"), (_TRAINER_STATE, "global_step")):
         step = _read_object(folder / name).get(key)
