@@ -188,7 +188,7 @@ def compare(
     stops = tuple(tuple(find_stop(_with_plan(run, remarks), rule) for run in recipe.runs) for recipe in kept)
     known = tuple(result for result in results if result is not None)
     if by not in {result.axis for result in known}:
-        remarks.append(f"not ranked: fewer than two runs know their place by {by}; choose another axis")
+        remarks.append(f"not ranked: fewer than two runs know their position by {by}; choose another axis")
     return Comparison(tuple(kept), by, known, stops, repr(rule), level, mismatch, tuple(remarks))
 
 

@@ -145,7 +145,7 @@ def _read_trainer_log(folder: Path) -> _TrainerLog:
     checkpoints = [child for child in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(child.name)]
     newest = sorted(checkpoints, key=lambda child: int(child.name.rpartition("-")[2]), reverse=True)
     problems: list[str] = []
-    for file in [place / _TRAINER_STATE for place in (folder, *newest)]:
+    for file in [parent / _TRAINER_STATE for parent in (folder, *newest)]:
         if not file.is_file():
             continue
         state = _read_object(file)

@@ -84,8 +84,8 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
         cells = [recipe.name, _format_rank(result, member), str(len(recipe.runs))]
         cells += [f"{result.mean(member):.4f}", f"{result.noise.stds[member]:.2g}"]
         for other, _ in others:
-            place = other.members.index(index) if index in other.members else None
-            cells.append("-" if place is None else f"{other.mean(place):.4f} (rank {_format_rank(other, place)})")
+            there = other.members.index(index) if index in other.members else None
+            cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other, there)})")
         rows.append(tuple(cells))
     title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = shares its rank)"
     return TextTable(

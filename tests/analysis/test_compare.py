@@ -234,7 +234,7 @@ def test_runs_without_common_steps_are_described_and_not_ranked():
     found = compare(runs)
     assert found.ranking is None
     assert len(found.stops) == 2
-    assert any("no step in common: a from 0 to 290; b from 1000 to 1290" in told for told in found.axes[0].messages)
+    assert any("no step in common: a from 0 to 290; b from 1000 to 1290" in said for said in found.axes[0].messages)
 
 
 def test_one_run_is_described():
@@ -314,10 +314,10 @@ def test_time_is_left_out_of_the_tables_when_runs_of_one_recipe_were_not_equally
 
 def test_a_rule_looks_ahead_by_the_planned_length_that_the_trainer_saved():
     values = falling(3.0, count=60)
-    told = make_run("told", values, max_steps=1000)
+    planned = make_run("planned", values, max_steps=1000)
     bare = replace(make_run("bare", values), max_steps=1000)
     lost = make_run("lost", values)
-    found = compare([told, bare, lost])
+    found = compare([planned, bare, lost])
     stops = [stop.step for (stop,) in found.stops]
     assert stops[0] == stops[1] is not None
     assert any(remark.startswith("lost: its planned length is unknown") for remark in found.remarks)
@@ -330,7 +330,7 @@ def test_steps_are_written_in_full():
     assert "at step 1358030" in state_verdict(found)
 
 
-def test_each_axis_compares_at_its_own_last_common_place():
+def test_each_axis_compares_at_its_own_last_common_position():
     small = make_run("a", falling(3.0), tokens_seen=lambda n: 100 * n, samples_seen=lambda n: 40 * n)
     large = make_run("b", falling(3.0, count=40), samples_seen=lambda n: 80 * n, train_seconds=lambda n: 3.0 * n)
     small = Run(**{**vars(small), "tokens": tuple((10 * n, 100.0 * n) for n in range(30))})
@@ -353,14 +353,14 @@ def test_time_is_that_of_training_where_all_know_it_and_else_what_has_passed():
 
 
 @given(st.floats(0, 290))
-def test_a_point_between_evaluations_lies_between_them_with_its_influences(place):
+def test_a_point_between_evaluations_lies_between_them_with_its_influences(position):
     influences = {number: PSI[number % 9] for number in range(30)}
     run = make_run("a", falling(3.0), influences=lambda n: influences[n].tolist(), mir_se=0.2)
-    point = interpolate(build_curves("step", [run])[0], place)
-    left, right = math.floor(place / 10), math.ceil(place / 10)
+    point = interpolate(build_curves("step", [run])[0], position)
+    left, right = math.floor(position / 10), math.ceil(position / 10)
     ends = [run.records[left].mir, run.records[right].mir]
     assert min(ends) - 1e-12 <= point.mir <= max(ends) + 1e-12
-    share = place / 10 - left
+    share = position / 10 - left
     assert np.allclose(point.influences, (1 - share) * influences[left] + share * influences[right])
     assert point.se == pytest.approx(0.2)
 

@@ -108,10 +108,10 @@ def test_colour_bar_lies_beside_its_picture_when_there_is_a_loss(tmp_path, monke
     figure.draw_without_rendering()
     curve, heat, beside = figure.axes
     (bar,) = (axes for axes in heat.child_axes)
-    box, place = heat.get_position(), bar.get_window_extent().transformed(figure.transFigure.inverted())
-    assert box.x1 < place.x0 < box.x1 + 0.03
-    assert place.y0 == pytest.approx(box.y0, abs=0.01)
-    assert place.y1 == pytest.approx(box.y1, abs=0.01)
+    box, position = heat.get_position(), bar.get_window_extent().transformed(figure.transFigure.inverted())
+    assert box.x1 < position.x0 < box.x1 + 0.03
+    assert position.y0 == pytest.approx(box.y0, abs=0.01)
+    assert position.y1 == pytest.approx(box.y1, abs=0.01)
     assert beside.get_ylabel() == "training loss"
     assert curve.get_position().x1 == pytest.approx(box.x1)
 

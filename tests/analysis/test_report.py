@@ -60,11 +60,11 @@ def test_curves_stand_where_the_values_are():
         ([(step, math.log(loss)) for step, loss in losses], None, loss_points),
     ):
         for axis, sign in ((0, 1), (1, -1)):  # upwards is towards zero in SVG
-            values, places = ([point[axis] for point in list_] for list_ in (expected, drawn))
-            slope, start = np.polyfit(values, places, 1)
+            values, positions = ([point[axis] for point in list_] for list_ in (expected, drawn))
+            slope, start = np.polyfit(values, positions, 1)
             assert slope * sign > 0
-            np.testing.assert_allclose(places, slope * np.array(values) + start, atol=0.11)
-        assert all(0 <= place <= 1000 for point in drawn for place in point)
+            np.testing.assert_allclose(positions, slope * np.array(values) + start, atol=0.11)
+        assert all(0 <= position <= 1000 for point in drawn for position in point)
 
 
 def test_band_is_95_percent_around_the_curve():
@@ -175,10 +175,10 @@ def test_runs_that_were_not_measured_alike_are_said_not_to_compare():
         return parse(page_of(*runs)).all("aside", "warning")
 
     other = [{**record, "root": "paper_fast"} for record in records(3)]
-    (told,) = warning(view("a", records(3)), view("b", other))
-    assert "do not compare" in told.text
-    assert "root: exact, paper_fast" in told.text
-    assert "probe" not in told.text
+    (said,) = warning(view("a", records(3)), view("b", other))
+    assert "do not compare" in said.text
+    assert "root: exact, paper_fast" in said.text
+    assert "probe" not in said.text
     assert not warning(view("a", records(3)), view("b", records(4, seed=1)))
     assert not warning(view("a", records(3)))
     mixed = [*records(3), {**records(4)[3], "probe_fingerprint": "another"}]
@@ -391,11 +391,11 @@ def test_scale_shows_all_values_in_order_with_ticks_inside(values, kind, count):
     values = sorted(abs(value) for value in values) if kind == "log1p" else sorted(values)
     scale = fit_scale(values, kind)
     visible = [value for value in values if value > 1e-299] if scale.kind == "log" else values
-    places = scale(visible)
-    assert np.all((places >= -1e-9) & (places <= 1 + 1e-9))
-    assert np.all(np.diff(places) >= -1e-9)
-    ticks = [place for place, _ in scale.ticks(count)]
-    assert all(-1e-6 <= place <= 1 + 1e-6 for place in ticks)
+    positions = scale(visible)
+    assert np.all((positions >= -1e-9) & (positions <= 1 + 1e-9))
+    assert np.all(np.diff(positions) >= -1e-9)
+    ticks = [position for position, _ in scale.ticks(count)]
+    assert all(-1e-6 <= position <= 1 + 1e-6 for position in ticks)
     assert ticks == sorted(ticks)
     assert len(ticks) <= 3 * count + 3
 

@@ -61,14 +61,14 @@ def records_of(path):
 
 
 def test_two_seeds_of_one_recipe_do_not_differ(runs, capsys):
-    status, told, _ = mir(capsys, "a1", "a2")
+    status, said, _ = mir(capsys, "a1", "a2")
     assert status == 0
-    assert "No difference beyond noise at step 6: a1, a2." in told
-    assert "ASSUMED" in told
+    assert "No difference beyond noise at step 6: a1, a2." in said
+    assert "ASSUMED" in said
 
 
 def test_recipes_are_ranked_with_tables_and_files_that_agree(runs, capsys):
-    status, told, _ = mir(capsys, "a=a1,a2", "b=b1", "--json", "c.json", "--csv", "c.csv", "--markdown", "c.md")
+    status, said, _ = mir(capsys, "a=a1,a2", "b=b1", "--json", "c.json", "--csv", "c.csv", "--markdown", "c.md")
     assert status == 0
     found = json.loads((runs / "c.json").read_text())
     last = {name: records_of(runs / name)[-1] for name in ("a1", "a2", "b1")}
@@ -89,19 +89,19 @@ def test_recipes_are_ranked_with_tables_and_files_that_agree(runs, capsys):
     for text in (found["verdict"], "| a - b |", f"{means['a']:.4f}", f"{means['b']:.4f}"):
         assert text in page
     for text in (found["verdict"], "a - b", f"{means['a']:.4f}", f"{means['b']:.4f}"):
-        assert text in told
+        assert text in said
 
 
 def test_a_pattern_names_the_runs_of_a_recipe(runs, capsys):
-    _, told, _ = mir(capsys, "a=a*", "b1", "--json", "-")
-    found = json.loads(told)
+    _, said, _ = mir(capsys, "a=a*", "b1", "--json", "-")
+    found = json.loads(said)
     assert [[run["name"] for run in recipe["runs"]] for recipe in found["recipes"]] == [["a1", "a2"], ["b1"]]
 
 
 def test_checkpoints_are_compared_as_far_as_they_go(runs, capsys):
     (runs / "a1" / "checkpoint-3").mkdir()
-    _, told, _ = mir(capsys, "a1/checkpoint-3", "b1", "--json", "-")
-    found = json.loads(told)
+    _, said, _ = mir(capsys, "a1/checkpoint-3", "b1", "--json", "-")
+    found = json.loads(said)
     assert found["axes"]["step"]["x"] == 3
     assert [s["mir"] for s in found["axes"]["step"]["recipes"]] == [
         records_of(runs / n)[3]["mir"] for n in ("a1", "b1")
@@ -109,13 +109,13 @@ def test_checkpoints_are_compared_as_far_as_they_go(runs, capsys):
 
 
 def test_another_probe_is_refused_unless_told_to_and_then_marked(runs, capsys):
-    status, told, error = mir(capsys, "a1", "other")
-    assert (status, told) == (2, "")
+    status, said, error = mir(capsys, "a1", "other")
+    assert (status, said) == (2, "")
     assert error.startswith("mir compare: error: probe_fingerprint (probe)")
     assert error.count("\n") == 1
-    status, told, _ = mir(capsys, "a1", "other", "--allow-mismatch", "--markdown", "c.md", "--csv", "c.csv")
+    status, said, _ = mir(capsys, "a1", "other", "--allow-mismatch", "--markdown", "c.md", "--csv", "c.csv")
     assert status == 0
-    assert "NOT ALIKE, compared anyway" in told
+    assert "NOT ALIKE, compared anyway" in said
     assert "NOT ALIKE, compared anyway" in (runs / "c.md").read_text()
     assert {line["alike"] for line in csv.DictReader(io.StringIO((runs / "c.csv").read_text()))} == {"no"}
 
@@ -126,12 +126,12 @@ def test_what_cannot_be_read_is_left_out_and_told(runs, capsys):
     (runs / "a2" / "mir_history.jsonl").write_text("\n".join(lines))
     (runs / "empty").mkdir()
     (runs / "empty" / "mir_history.jsonl").touch()
-    status, told, error = mir(capsys, "a1", "a2", "gone", "empty")
+    status, said, error = mir(capsys, "a1", "a2", "gone", "empty")
     assert status == 0
     assert "left out: there is no gone" in error
-    assert "a2: line 3 is left out" in told
-    assert "empty is left out" in told
-    assert "No difference beyond noise at step 6: a1, a2." in told
+    assert "a2: line 3 is left out" in said
+    assert "empty is left out" in said
+    assert "No difference beyond noise at step 6: a1, a2." in said
 
 
 def test_downloaded_artifacts_of_runs_are_compared(runs, capsys):
@@ -150,11 +150,11 @@ def test_downloaded_artifacts_of_runs_are_compared(runs, capsys):
 
 
 def test_one_run_is_described(runs, capsys):
-    status, told, _ = mir(capsys, "a1")
+    status, said, _ = mir(capsys, "a1")
     assert status == 0
-    assert "a1" in told
-    assert "7   " in told
-    assert "Lowest" not in told
+    assert "a1" in said
+    assert "7   " in said
+    assert "Lowest" not in said
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_names_that_are_no_text_are_written_all_the_same(runs, capsys):
 def test_a_checkpoint_that_is_a_link_is_one_of_the_run_it_lies_in(runs, capsys):
     (runs / "disk" / "elsewhere").mkdir(parents=True)
     (runs / "a1" / "checkpoint-3").symlink_to(runs / "disk" / "elsewhere")
-    status, told, error = mir(capsys, "a1/checkpoint-3")
+    status, said, error = mir(capsys, "a1/checkpoint-3")
     assert status == 0, error
-    assert "(step 3)" in told
+    assert "(step 3)" in said
 
 
 @pytest.mark.parametrize("words", ["--help", "compare --help", "compare a1 b1"])
@@ -264,15 +264,15 @@ def test_an_axis_that_no_run_knows_ranks_nothing_and_says_so(runs, capsys):
         lines = [{**line, "tokens_seen": None} for line in records_of(runs / name)]
         (runs / name / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (runs / name / "trainer_state.json").unlink()
-    status, told, _ = mir(capsys, "a1", "a2", "--by", "tokens")
+    status, said, _ = mir(capsys, "a1", "a2", "--by", "tokens")
     assert status == 0
-    assert told.splitlines()[-1] == "Nothing is ranked by tokens; the sentences above say why."
+    assert said.splitlines()[-1] == "Nothing is ranked by tokens; the sentences above say why."
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(runs, capsys):
     (runs / "a1").rename(runs / "[bold]a|1")
-    _, told, _ = mir(capsys, "[bold]a|1", "a2", "--markdown", "c.md")
-    assert "[bold]a|1" in told
+    _, said, _ = mir(capsys, "[bold]a|1", "a2", "--markdown", "c.md")
+    assert "[bold]a|1" in said
     assert "\\[bold]a\\|1 |" in (runs / "c.md").read_text()
 
 

@@ -59,9 +59,9 @@ def data(tree):
 
 
 def test_page_of_a_run_lies_in_its_folder(runs, capsys):
-    status, told, error = mir(capsys, "slow")
+    status, said, error = mir(capsys, "slow")
     assert (status, error) == (0, "")
-    assert told.strip() == f"report in {os.path.join('slow', 'mir_report.html')}"
+    assert said.strip() == f"report in {os.path.join('slow', 'mir_report.html')}"
     (run,) = data(page())["runs"]
     expected = history(runs / "slow")
     assert run["name"] == "slow"
@@ -89,8 +89,8 @@ def test_recipes_are_compared_on_the_page_and_share_a_colour(runs, capsys):
         shutil.copytree(runs / name, runs / f"{name}_2")
         lines = [{**line, "mir": line["mir"] + 0.01 * (line["step"] > 0)} for line in history(runs / name)]
         (runs / f"{name}_2" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    status, told, error = mir(capsys, "slow=slow,slow_2", "fast=fast*")
-    assert (status, told, error) == (0, "report in mir_report.html\n", "")
+    status, said, error = mir(capsys, "slow=slow,slow_2", "fast=fast*")
+    assert (status, said, error) == (0, "report in mir_report.html\n", "")
     tree = page("mir_report.html")
     assert tree.one("h1").text == "slow, fast"
     names = ["slow: slow", "slow: slow_2", "fast: fast", "fast: fast_2"]
@@ -117,10 +117,10 @@ def test_page_is_made_while_a_run_is_training(runs, capsys):
     shutil.rmtree(runs / "slow" / "checkpoint-6")
     file = runs / "slow" / "mir_history.jsonl"
     file.write_bytes(file.read_bytes()[:-30])
-    status, _, told = mir(capsys, "slow")
+    status, _, said = mir(capsys, "slow")
     assert status == 0
     assert data(page())["runs"][0]["steps"] == list(range(6))
-    assert "slow" in told
+    assert "slow" in said
     (notes,) = page().all("aside", "notes")
     assert "left out" in notes.text
     file.write_bytes(b"")
