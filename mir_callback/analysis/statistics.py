@@ -163,7 +163,7 @@ def estimate_probe_noise(one: Sequence[Point], other: Sequence[Point], same_prob
 def standard_error(influences: np.ndarray) -> float:
     """Standard error of what a probe measures, from its samples' influences, (num_samples,), at least 2.
 
-    As `metric.influence.standard_error`, without torch. Ranks: pure.
+    As `metric.influence.compute_standard_error`, without torch. Ranks: pure.
     """
     return math.sqrt(float(influences.var(ddof=1)) / len(influences))
 

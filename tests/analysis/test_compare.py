@@ -86,7 +86,9 @@ def test_the_probes_error_is_that_of_paired_samples_when_influences_are_known():
 
 
 def test_standard_error_is_that_of_the_metric():
-    assert standard_error(PSI[0]) == pytest.approx(influence.standard_error(torch.from_numpy(PSI[0])).item(), rel=1e-14)
+    assert standard_error(PSI[0]) == pytest.approx(
+        influence.compute_standard_error(torch.from_numpy(PSI[0])).item(), rel=1e-14
+    )
 
 
 def test_unpaired_errors_are_used_and_told_when_influences_are_missing():
