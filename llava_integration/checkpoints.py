@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llava_integration.compatibility import is_llava_next, require_observable, surroundings
+from llava_integration.common import is_llava_next, require_observable, surroundings
 from llava_integration.llava import LlavaNextAdapter, OriginalLlavaAdapter
 from mir_callback.checkpoints.discover import (
     ADAPTER_CONFIG,

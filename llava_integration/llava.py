@@ -19,8 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_integration.common import METHOD, after_image, pad_right, plain_text, require_tokenizer, spliced_masks
-from llava_integration.compatibility import is_llava_next, require_observable, tower_states_checked
+from llava_integration.common import (
+    METHOD,
+    after_image,
+    is_llava_next,
+    pad_right,
+    plain_text,
+    require_observable,
+    require_tokenizer,
+    spliced_masks,
+    tower_states_checked,
+)
 from mir_callback import distributed
 from mir_callback.console import log
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError

@@ -87,9 +87,7 @@ class BestModel:
         """Keep the weights as they are now if this record, made with them, is the best so far.
 
         Weights before the first step are no candidates: they are where the run began, and fresh projectors start low.
-        A save that fails on any rank warns, and what was kept before stays.
-
-        Ranks: collective.
+        A save that fails on any rank warns, and what was kept before stays. Ranks: collective.
         """
         if not record.is_trained or record.mir is None or (self.lowest is not None and record.mir >= self.lowest):
             return

@@ -40,7 +40,6 @@ class Clock:
         """Start at ``step``, after these evaluations of the run (the same on every rank).
 
         Steps between the last evaluation and ``step`` count with the time of a step that was known then.
-
         Ranks: each for itself.
         """
         last = next((record for record in reversed(records) if record.train_seconds is not None), None)

@@ -170,7 +170,7 @@ def _check_trained(attached: list[Any], target: list[str]) -> None:
 def _explain(error: Exception) -> None:
     """Say what is known of failures of LLaVA's code bases with other versions than theirs."""
     with suppress(ImportError):
-        hint = importlib.import_module("llava_integration.compatibility").explain(error)
+        hint = importlib.import_module("llava_integration.common").explain(error)
         if hint is not None:
             log.warning("%s", hint)
 

@@ -183,7 +183,6 @@ def summarize_companions(record: EvalRecord) -> dict[str, float]:
     """One number over all layers for each companion, where the record has them.
 
     `mir_mean_share` is the part of the summed distances that the means' gaps make, the others are means over layers.
-
     Ranks: pure.
     """
     companions = record.companions
@@ -212,7 +211,6 @@ def due_alert(earlier: Sequence[EvalRecord], record: EvalRecord) -> Alert | None
 
     A plateau is told once in a training stage, a rise once until MIR has recovered from it: until an evaluation finds
     that it goes on falling, or level. What was told is known from the records, so a resumed run does not repeat it.
-
     Ranks: pure.
     """
     same = [old for old in earlier if old.stage == record.stage]

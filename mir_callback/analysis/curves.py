@@ -122,9 +122,7 @@ def build_curves(axis: Axis, runs: Sequence[Run]) -> list[Curve | None]:
     """The curves of runs over one axis, all by the same clock; None for a run that does not know it.
 
     Time is that of training alone (`train_seconds`, carried over restarts) if all runs know it, else what has passed
-    since their process began (`elapsed`), evaluations included.
-
-    Ranks: pure.
+    since their process began (`elapsed`), evaluations included. Ranks: pure.
     """
     if axis == "tokens":
         return [_build_curve(run, "tokens_seen", _between(run.tokens, run)) for run in runs]
@@ -145,9 +143,7 @@ def interpolate(curve: Curve, x: float) -> Point:
     """A curve's value at a position it covers.
 
     The influences of the line's point are those of its ends in the same proportion, as MIR itself is; without them its
-    standard error is that of ends whose errors are one and the same, which is the most it can be.
-
-    Ranks: pure.
+    standard error is that of ends whose errors are one and the same, which is the most it can be. Ranks: pure.
     """
     right = bisect_left(curve.x, x)
     after, psi_after = _value(curve.records[right]), _influences(curve.records[right])

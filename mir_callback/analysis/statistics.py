@@ -134,7 +134,6 @@ def assume_std(curve: Curve, x: float) -> float:
     The root of the summed squares of :data:`ASSUMED_STD`; twice the curve's scatter about its smooth trend around the
     position, as what varies from one evaluation to the next varies from run to run all the more; and the curve's slope
     times :data:`ASSUMED_SHIFT` of the way to the position, as a seed makes a run a little faster or slower.
-
     Ranks: pure.
     """
     scatter, slope = _trend(curve, x)
@@ -204,9 +203,7 @@ def rank(count: int, found: Sequence[Difference]) -> list[int]:
     """For each recipe one more than how many are better beyond the noise; equal ranks are ties.
 
     None is better beyond the noise than those of rank 1. A recipe that is not told from the one with the lowest mean
-    can have a higher rank all the same, if it is told from another one.
-
-    Ranks: pure.
+    can have a higher rank all the same, if it is told from another one. Ranks: pure.
     """
     worse = [(pair.other if pair.value < 0 else pair.one) for pair in found if pair.differs]
     return [1 + worse.count(index) for index in range(count)]

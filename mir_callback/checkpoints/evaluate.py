@@ -59,10 +59,7 @@ class EvalOptions:
 
 
 def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord | None:
-    """The record of the same evaluation made before, None if there is none or it failed.
-
-    Ranks: collective.
-    """
+    """The record of the same evaluation made before, None if there is none or it failed. Ranks: collective."""
     record = next((record for record in results.records if record.step == checkpoint.step), None)
     method: dict[str, Any] = {}
     with distributed.fail_together():

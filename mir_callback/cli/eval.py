@@ -26,7 +26,6 @@ from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord
 
-HELP = "measure finished models, or every checkpoint of a run"
 EPILOG = f"""\
 a run is a Trainer's output folder: each checkpoint-N in it is measured, and the weights in the folder itself if
 something there tells that they are of another step. Values go to {RESULTS_NAME} in it, once for each checkpoint.

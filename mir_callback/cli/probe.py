@@ -17,7 +17,6 @@ from mir_callback.probe.batches import TokenCounts, counts_of_model, counts_of_t
 from mir_callback.probe.probe import DEFAULT_MAX_TEXT_TOKENS, Probe
 from mir_callback.probe.sources import open_dataset
 
-HELP = "build, look at and save a probe: the fixed samples that MIR is measured on"
 EPILOG = """\
 examples:
   mir probe --images textvqa/val --texts cnn/stories --save probe.zip --show probe.png

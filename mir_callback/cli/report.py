@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mir_callback.analysis.compare import Comparison, Recipe, compare
 from mir_callback.analysis.load import Run
+from mir_callback.analysis.page import render_report
 from mir_callback.analysis.page.views import RunView
-from mir_callback.analysis.report import render_report
 from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
 from mir_callback.probe.probe import Probe

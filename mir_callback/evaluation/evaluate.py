@@ -31,8 +31,8 @@ from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, c
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
+from mir_callback.model.capture import TextLoss
 from mir_callback.model.decoder import find_decoder
-from mir_callback.model.text_loss import TextLoss
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shard
 from mir_callback.probe.probe import Probe

@@ -16,10 +16,9 @@ from mir_callback import distributed
 from mir_callback.config import MIRConfig
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
 from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
-from mir_callback.model.capture import HiddenStateCapture
+from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import find_decoder, unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state, release_leftovers
-from mir_callback.model.text_loss import TextLoss
 from mir_callback.probe.adapters import Adapter
 from mir_callback.probe.batches import ProbeBatch
 from mir_callback.watchdog import enter_phase

@@ -27,8 +27,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mir_callback.metric.linalg import eigh, eigvalsh, gram
-from mir_callback.metric.moments import Moments
+from mir_callback.metric.moments import Moments, eigh, eigvalsh, gram
 
 _EPS = torch.finfo(torch.float64).eps
 # A way is good enough while even the generous estimate of its error moves log10(FD) by less than 1e-6.

@@ -139,9 +139,7 @@ def sum_over_samples(
 def compute_transport_maps(coupling: Coupling) -> tuple[Map, Map]:
     """The maps A_v and A_t of vision and text; scaling both clouds alike does not change them.
 
-    Directions in which the two clouds together have less variance than rounding are left out.
-
-    Ranks: pure.
+    Directions in which the two clouds together have less variance than rounding are left out. Ranks: pure.
     """
     maps = compute_maps_by_polar_factor(coupling) if coupling.on_gpu else None  # eigenvectors take longest there
     first, second = maps or _compute_maps_by_eigenvectors(coupling)

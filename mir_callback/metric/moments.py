@@ -18,12 +18,38 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mir_callback.errors import NumericsError
-from mir_callback.metric.linalg import eigh, gram
 from mir_callback.metric.tokens import iterate_in_float64
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``rows^T rows``, (d, d), of rows (n, d) in float64. Ranks: pure."""
+    if not rows.is_cpu:
+        return rows.T @ rows
+    array = rows.detach().numpy()
+    return torch.from_numpy(np.matmul(array.T, array))
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """Eigenvalues (d,), ascending, of a symmetric float64 matrix; its lower triangle is read. Ranks: pure."""
+    if not matrix.is_cpu:
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values
+    return torch.from_numpy(np.linalg.eigvalsh(matrix.detach().numpy()))
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (d,), ascending, and eigenvectors (d, d) in columns, of a symmetric float64 matrix. Ranks: pure."""
+    if not matrix.is_cpu:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    found = np.linalg.eigh(matrix.detach().numpy())
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
 
 _EPS = torch.finfo(torch.float64).eps
 _PRODUCT_ROWS = 2048  # enough for float64 products at full speed

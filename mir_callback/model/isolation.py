@@ -56,7 +56,6 @@ def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
     """Before a forward, release weights that somebody else's forward-only pass, as the Trainer's own, left gathered.
 
     After a training step only small weights are, which DeepSpeed keeps gathered on purpose; then nothing is done.
-
     Ranks: every rank.
     """
     for parameter in model.parameters():
@@ -70,9 +69,7 @@ def release_gathered_weights(*zero_owners: Any) -> None:
     """Give ZeRO-3 weights that a forward-only pass left gathered back to their shards.
 
     A pass without a backward leaves up to `stage3_max_live_parameters` gathered, and some in flight for a backward
-    that never comes. A no-op without DeepSpeed and for stages 0 to 2.
-
-    Ranks: every rank that took part in the forward.
+    that never comes. A no-op without DeepSpeed and for stages 0 to 2. Ranks: every rank that took part in the forward.
     """
     for owner in zero_owners:
         for candidate in (owner, getattr(owner, "optimizer", None)):  # an engine, its optimizer, a wrapper around it

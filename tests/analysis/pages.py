@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mir_callback.analysis.page import render_report
 from mir_callback.analysis.page.views import RunView
-from mir_callback.analysis.report import render_report
 from mir_callback.record import as_records
 
 WRITTEN = datetime(2020, 2, 3, 4, 5, 6, tzinfo=timezone.utc)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_integration.compatibility import explain, tower_states_checked
+from llava_integration.common import explain, tower_states_checked
 from mir_callback.errors import UnsupportedModelError
 
 LAYERS = 3

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mir_callback.evaluation.memory import peak_memory
+from mir_callback.evaluation.memory import PeakMemory
 from mir_callback.metric.coupling import Coupling
 from mir_callback.metric.frechet import frechet_from_coupling
 from mir_callback.metric.influence import compute_maps_by_polar_factor, compute_transport_maps
@@ -42,9 +42,9 @@ def matrices_held(way):
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)  # what is let go of goes back to the system
     solve([scatter(DIM // 4, 1), scatter(DIM // 4, 2)], way)  # after which the libraries have room of their own
     scatters = [scatter(DIM, 1), scatter(DIM, 2)]
-    with peak_memory(torch.device("cpu")) as peak:
-        solve(scatters, way)
-    return 2.0 + peak.extra_bytes / (DIM * DIM * 8)
+    peak = PeakMemory(torch.device("cpu"))
+    solve(scatters, way)
+    return 2.0 + peak.sample() / (DIM * DIM * 8)
 
 
 @pytest.mark.parametrize(("way", "most"), [("eigenvalues", 4), ("eigenvectors", 7), ("polar factor", 8)])

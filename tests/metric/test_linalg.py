@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mir_callback.metric import linalg
+from mir_callback.metric import moments as linalg
 from tests.clouds import generator
 
 
