@@ -18,7 +18,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
-from mir_callback.evaluation.evaluate import adapter_for, encode_for, evaluate_encoded
+from mir_callback.config import MIRConfig
+from mir_callback.evaluation import forward
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.probe.adapters import find_adapter
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
 from tests.training.runs import ACCUMULATION, MICRO_BATCH, make_trainer, optimizer_state
@@ -115,16 +118,20 @@ class WithLeftovers(TrainerCallback):
         weights: list[Any] = list(model.parameters())
         weights[0].all_gather(param_list=weights)
         self.gathered.count(f"left by others, {budget}", model)
-        adapter = adapter_for(model, self._trainer.processing_class)
-        encoded = encode_for(model, self._probe, adapter, batch_size=2, capture_budget_gb=budget)
+        adapter = find_adapter(model, self._trainer.processing_class)
+        evaluator = Evaluator(model, self._probe, adapter, MIRConfig(batch_size=2, capture_budget_gb=budget))
+        enter_phase = forward.enter_phase
 
-        def tell(phase: str) -> None:
+        def count(phase: str) -> None:
+            enter_phase(phase)
             when = f"ours, {budget}"
             if phase.startswith("forward of batch 1 ") and when not in self.gathered.left:
                 self.gathered.count(when, model)
 
-        report = evaluate_encoded(model, encoded, adapter, optimizer=self._trainer.optimizer, tell=tell)
-        self.reports.append(report.as_dict())
+        forward.enter_phase = count
+        report = evaluator.evaluate(model, optimizer=self._trainer.optimizer)
+        forward.enter_phase = enter_phase
+        self.reports.append(report.to_fields())
         self.gathered.count(f"afterwards, {budget}", model)
 
 
