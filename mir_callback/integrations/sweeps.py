@@ -66,12 +66,7 @@ def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str 
 class TrialReporter(TrainerCallback):
     """Tells the engine of a search each MIR of a trial, ends the trial if it says so, and leaves the objective.
 
-    It comes after the MIRCallback, whose records of a step it then sees.
-
-    Args:
-        trainer: that runs the trials.
-        callback: its MIRCallback.
-        objective: one of OBJECTIVES.
+    It comes after the MIRCallback, whose records of a step it then sees. Its events are collective.
     """
 
     def __init__(self, trainer: Any, callback: MIRCallback, objective: str) -> None:
@@ -82,24 +77,21 @@ class TrialReporter(TrainerCallback):
         self._pruned = False
 
     def current(self, metrics: Mapping[str, float] | None = None) -> float:
-        """The objective as it stands; ``metrics``, of the Trainer's own evaluation, are not looked at.
-
-        Ranks: any; the same on all.
-        """
+        """The objective as it stands, the same on all ranks; the Trainer's own ``metrics`` are not looked at."""
         record = objective_record(self._callback.history, self._objective)
         return math.nan if record is None or record.mir is None else record.mir
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A trial begins. Collective."""
+        """A trial begins."""
         self._seen, self._pruned = 0, False
         self._report(args)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Report what has been measured since; end the trial on all ranks if the engine prunes it. Collective."""
+        """Report what has been measured since; end the trial on all ranks if the engine prunes it."""
         self._report(args)
         control.should_training_stop = control.should_training_stop or self._pruned
         return control
@@ -107,7 +99,7 @@ class TrialReporter(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the objective where the engine looks for it. Collective.
+        """Leave the objective where the engine looks for it.
 
         A pruned trial ends like any other on all ranks, and only then is it made known by rank 0, which alone runs the
         study: raised any earlier, the other ranks would train on without it.
@@ -190,17 +182,9 @@ def _evaluates(args: Any) -> bool:
 
 
 def _tell_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder: str, *, report: bool) -> bool:
-    """Note how and where a trial's values are made, report the newest, and ask whether to go on. Collective.
+    """Note how and where a trial's values are made, ``report`` the newest, and ask whether to end it. Collective.
 
-    Args:
-        trial: rank 0's; other ranks have one without a study.
-        newest: the evaluation to report, with a value.
-        chosen: the one whose value is the objective so far.
-        folder: of the trial.
-        report: whether to report, or to note only.
-
-    Returns:
-        Whether the trial is to end, on every rank.
+    Only rank 0's trial belongs to a study. ``chosen`` is the record whose value is the objective so far.
     """
     pruned = False
     with distributed.fail_together():

@@ -18,7 +18,8 @@ from tests import reference, tiny_models
 from tests.clouds import CASES, generator
 from tests.distributed.launch import run_ranks
 from tests.distributed.train_worker import EVERY, STEPS
-from tests.engine.test_observation import LiveAdapter
+from tests.engine.test_passes import LiveAdapter
+from tests.logs import logged
 from tests.samples import pairs
 
 pytestmark = pytest.mark.gpu
@@ -153,7 +154,7 @@ def test_batches_are_halved_when_the_gpu_runs_out_of_memory():
             torch.empty(1 << 45, device="cuda")
 
     model.register_forward_pre_hook(ask, with_kwargs=True)
-    with pytest.warns(UserWarning, match="now it is 1 on every rank"):
+    with logged("now it is 1 on every rank"):
         report = evaluate_mir(model, probe, processor=processor, batch_size=2)
     assert report.batch_size == 1
     assert report.per_layer == expected.per_layer
