@@ -2,12 +2,18 @@
 """The house rules that a machine can check: where imports point, and what the metric needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
+
+from mir_callback import MIRCallback, Probe, attach_mir
+from tests.samples import pairs
+from tests.training.runs import make_trainer
 
 PACKAGE = Path(__file__).parents[1] / "mir_callback"
 # From the ground up; a room may import from the rooms below it and from itself.
@@ -18,7 +24,7 @@ FLOORS = [
     ["probe", "clock"],
     ["config"],
     ["evaluation"],
-    ["best_model", "loggers"],
+    ["best_model", "loggers", "console"],
     ["monitor"],
     ["integrations"],
     ["analysis", "checkpoints"],
@@ -58,7 +64,7 @@ def test_imports_point_downwards(path):
         parts = name.split(".")
         if parts[0] == "llava_integration":
             pytest.fail(f"{path} imports {name}")
-        if parts[0] == "mir_callback":
+        if parts[0] == "mir_callback" and len(parts) > 1:
             there = parts[1]
             assert there == here or LEVEL[there] < LEVEL[here], f"{path} imports {name}"
 
@@ -91,3 +97,37 @@ def test_optional_packages_are_not_imported_with_ours():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_an_evaluation_passes_the_files_that_the_architecture_names(tmp_path):
+    callback = attach_mir(make_trainer(tmp_path, steps=2), Probe.from_pairs(pairs(4)), every=1, stop="plateau")
+    passed = set()
+
+    def note(frame, event, _argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            passed.add(str(path.relative_to(PACKAGE)))
+
+    class Tracer(TrainerCallback):
+        """From the Trainer's event on; the history is the last to be reached."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            callback.on_step_end = lambda *given, **named: traced(*given, **named)
+
+    def traced(*given, **named):
+        sys.setprofile(note)
+        try:
+            return MIRCallback.on_step_end(callback, *given, **named)
+        finally:
+            sys.setprofile(None)
+
+    callback._trainer.add_callback(Tracer())
+    callback._trainer.train()
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## One evaluation")
+    path = re.findall(r"^ *\d+ +(\S+\.py)", section, re.MULTILINE)
+    libraries = re.findall(r"`((?:\w+/)?\w+\.py)`", section.partition("What these call")[2].partition("\n\n")[0])
+    after = {"loggers.py", "console.py"}  # what the line on the disk is followed by
+    assert len(path) == 12
+    assert set(path) <= passed
+    assert passed - {*path, *libraries} - after == {name for name in passed if name.startswith("metric/")}
