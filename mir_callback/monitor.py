@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mir_callback import distributed
 from mir_callback.best_model import BestModel, WeightSaver
@@ -181,7 +181,7 @@ class MIRMonitor:
         """An optimizer step is done: evaluate if due, and say whether to stop.
 
         Args:
-            step: optimizer steps so far, counted over restarts.
+            step: optimizer steps so far, counted through all epochs and restarts.
             loss: the newest training loss, a number or a tensor of one; read only where an evaluation is due.
             epoch: epochs done, with fraction; needed by ``every=EveryEpochs(...)``.
             loss_step: the step of the loss, if not this one.
@@ -189,13 +189,18 @@ class MIRMonitor:
             tokens_seen: input tokens so far, over all ranks.
 
         Raises:
-            ConfigError: no epoch where the schedule counts in epochs.
+            ConfigError: a step before the last one, or no epoch where the schedule counts in epochs.
             Exception: what a failing evaluation raises, if it is not tolerated.
 
         Ranks: collective; the same step on every rank.
         """
         if epoch is None and isinstance(self.config.schedule, EveryEpochs):
             raise ConfigError("every=EveryEpochs(...) needs to know the epoch: monitor.step(step, epoch=...)")
+        if step < self._now.step:
+            raise ConfigError(
+                f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, through "
+                "all epochs and restarts (start_step)"
+            )
         self._clock.follow(self.config.schedule, step)
         before, self._now = self._now, TrainingProgress(step, epoch or 0.0, self._clock.pace)
         seen = {"loss": loss, "loss_step": step if loss_step is None else loss_step}
@@ -218,9 +223,11 @@ class MIRMonitor:
             record = replace(self._measure(step), **self._training_fields(), stage=stage_of(self._model))
             record = self._with_failures(record)
             enter_phase("verdict of the stop rule")
-            verdict = self._judge(record)
+            verdict = self._judge(record) if distributed.is_main() else None
             record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
             record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
+            # Loss and clock are each rank's own: what rank 0 writes down is what all of them return.
+            record, verdict = distributed.broadcast_object((record, verdict))
             self._keep(record, verdict)
         return record
 
@@ -269,12 +276,8 @@ class MIRMonitor:
 
     def _training_fields(self) -> dict[str, Any]:
         """How far the run has come, as a record says it."""
-        loss = self._status.get("loss")
-        loss = None if loss is None else float(loss)
-        if loss is None or not math.isfinite(loss):
-            loss, step = None, None
-        else:
-            step = self._status.get("loss_step")
+        loss = _number(self._status.get("loss"))
+        step = None if loss is None else self._status.get("loss_step")
         return {**self._status, "loss": loss, "loss_step": step, "max_steps": self._total_steps or None}
 
     def _with_failures(self, record: EvalRecord) -> EvalRecord:
@@ -291,21 +294,19 @@ class MIRMonitor:
         return replace(record, disabled=words)
 
     def _judge(self, record: EvalRecord) -> Verdict | None:
-        """Rank 0's verdict on the history with this record; None without a rule. A failing rule ends nothing."""
+        """The verdict on the history with this record; None without a rule. A failing rule ends nothing."""
         rule = self.config.stop
         if rule is None:
             return None
-        verdict = Verdict("no data", "another rank decides")
-        if distributed.is_main():
-            try:
-                verdict = rule.verdict([*since_last_stop(self.history), record])
-                if not isinstance(verdict, Verdict):
-                    raise TypeError(f"stop.verdict(records) returned {verdict!r}, no Verdict")
-            except Exception as error:
-                words = f"the stop rule failed: {type(error).__name__}: {error}"
-                log.warning("%s; training goes on", words)
-                verdict = Verdict("no data", words)
-        return distributed.broadcast_object(verdict)
+        try:
+            verdict = rule.verdict([*since_last_stop(self.history), record])
+            if not isinstance(verdict, Verdict):
+                raise TypeError(f"stop.verdict(records) returned {verdict!r}, no Verdict")
+        except Exception as error:
+            words = f"the stop rule failed: {type(error).__name__}: {error}"
+            log.warning("%s; training goes on", words)
+            return Verdict("no data", words)
+        return verdict
 
     def _keep(self, record: EvalRecord, verdict: Verdict | None) -> None:
         """Write the record down, log it, keep the weights if they are the best, and note a stop."""
@@ -349,6 +350,17 @@ def verdict_fields(verdict: Verdict | None) -> dict[str, Any]:
         "expected_gain": verdict.expected_gain,
         "expected_gain_se": verdict.expected_gain_se,
     }
+
+
+def _number(loss: Any) -> float | None:
+    """A loss, as a number or a tensor of one; None where it is neither or not finite, which does not end a run."""
+    try:
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if loss is not None:
+            log.warning("the loss is left out of the record, it is not one number: %s", error)
+        return None
+    return value if math.isfinite(value) else None
 
 
 def stage_of(model: nn.Module) -> str:
