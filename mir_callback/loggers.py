@@ -19,11 +19,13 @@ from statistics import fmean
 from typing import Any
 
 from mir_callback import distributed
+from mir_callback.errors import ConfigError
 from mir_callback.record import DEFINITION_FIELDS, STOPPING, EvalRecord, lowest_record
 
 CURVE, HEAT_MAP = "mir/per_layer", "mir/layers_over_steps"
 _MAX_BINS = 512  # of a wandb histogram
 _AXIS = "train/global_step"
+_WANDB_REPORTERS = ("WandbCallback", "WandBTracker", "WandbLogger")  # of transformers, Accelerate and Lightning
 # What a record says of how it was made; the options of the run are added.
 _DEFINITION = (*DEFINITION_FIELDS, "dtype", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size")
 
@@ -40,11 +42,13 @@ class Loggers:
         log: what the loop logs with, or None: a function of (values, step); an object with `add_scalar`, as a
             TensorBoard writer; one with `log(values, step=...)`, as Accelerate and Lightning's Fabric.
         through: a function of (values, record) instead, called on every rank, as a Trainer's log is.
-        reporters: the callbacks of a Trainer that take what it logs to trackers.
+        reporters: what takes values that are logged so to trackers: a Trainer's callbacks, Lightning's loggers.
         options: of the run, for the definition that goes into each tracker's settings once.
+        commit: give each evaluation a row of its own in wandb. By default it joins the row that the loop logs next:
+            wandb would drop what a loop that numbers its rows by steps logs for the same step afterwards.
 
     Raises:
-        TypeError: ``log`` is none of these.
+        ConfigError: ``log`` is none of these.
     """
 
     def __init__(
@@ -54,10 +58,13 @@ class Loggers:
         through: LogFunction | None = None,
         reporters: Callable[[], list[Any]] = list,
         options: Mapping[str, Any] | None = None,
+        commit: bool = False,
     ) -> None:
         self._log = through if through is not None else _log_function(log)
-        self._reporters = reporters
+        self._reporters = lambda: [*reporters(), *getattr(log, "trackers", ()), *getattr(log, "loggers", ())]
         self._options = options or {}
+        self._commit = commit
+        self._waiting_at: int | None = None  # wandb's step of a row of ours that the loop has not ended yet
         self._is_defined = False
         self._failed: set[str] = set()
 
@@ -73,13 +80,14 @@ class Loggers:
         if record.mir is None:
             return
         run, reporters = active_wandb_run(), self._reporters()
-        is_logged = any(_is_kind(reporter, "WandbCallback") for reporter in reporters)
-        direct = run is not None and not is_logged  # a Trainer's reporter logs to wandb too; without it we do
+        direct = run is not None and not any(_is_kind(reporter, *_WANDB_REPORTERS) for reporter in reporters)
         if distributed.is_main():
             if not self._is_defined:
                 self._define(run if direct else None, reporters, record)
             if run is not None:
                 with self._guarded("wandb"):
+                    if self._waiting_at is not None and run.step == self._waiting_at:
+                        run.log({}, commit=True)  # nobody else has logged: two evaluations are two rows
                     _add_charts(run, record, history)
                 alert = due_alert([old for old in history if old is not record], record)
                 if alert is not None:
@@ -91,7 +99,9 @@ class Loggers:
                 self._log(values, record)
         if direct:
             with self._guarded("wandb"):
-                run.log({**{f"train/{name}": value for name, value in values.items()}, _AXIS: record.step})
+                row = {**{f"train/{name}": value for name, value in values.items()}, _AXIS: record.step}
+                run.log(row, commit=self._commit)
+                self._waiting_at = None if self._commit else run.step
 
     def close(self, files: Sequence[Path]) -> None:
         """The run ends: hand its history and probe to wandb as an artifact, which `mir compare` reads as a folder.
@@ -234,7 +244,7 @@ def active_wandb_run() -> Any:
 
 def _log_function(target: Any) -> LogFunction | None:
     """What :class:`Loggers` takes as ``log``, called on rank 0."""
-    if target is None:
+    if target is None or target is active_wandb_run():  # which is logged to anyway
         return None
     if hasattr(target, "add_scalar"):
 
@@ -250,7 +260,7 @@ def _log_function(target: Any) -> LogFunction | None:
         def write(values: dict[str, float], record: EvalRecord) -> None:
             target(values, record.step)
     else:
-        raise TypeError(f"log must be a function of (values, step), or have add_scalar or log, got {target!r}")
+        raise ConfigError(f"log must be a function of (values, step), or have add_scalar or log, got {target!r}")
     return lambda values, record: write(values, record) if distributed.is_main() else None
 
 
@@ -298,9 +308,9 @@ def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict
     return charts
 
 
-def _is_kind(reporter: Any, name: str) -> bool:
-    """Whether a Trainer's callback is of the class with this name, or of one derived from it."""
-    return any(kind.__name__ == name for kind in type(reporter).__mro__)
+def _is_kind(reporter: Any, *names: str) -> bool:
+    """Whether a reporter is of a class with one of these names, or of one derived from it."""
+    return any(kind.__name__ in names for kind in type(reporter).__mro__)
 
 
 def _definition_writers(reporters: list[Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:

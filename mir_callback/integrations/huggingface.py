@@ -194,8 +194,9 @@ class MIRCallback(TrainerCallback):
         trainer, described = self._trainer, self.config.described()
         options = {"every": described["every"], "also_on": ", ".join(self.config.also_on), "stop": described["stop"]}
         if trainer is None:
-            return Loggers(options=options)
-        return Loggers(through=_log_through(trainer), reporters=lambda: callbacks_of(trainer), options=options)
+            return Loggers(options=options, commit=True)
+        through = _log_through(trainer)
+        return Loggers(through=through, reporters=lambda: callbacks_of(trainer), options=options, commit=True)
 
 
 MIRCallback.__init__ = with_options(MIRCallback.__init__)  # type: ignore[method-assign]
