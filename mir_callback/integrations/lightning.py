@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning's Trainer: its events become calls of a monitor. Needs the package lightning, or pytorch_lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from mir_callback.config import MIRConfig, with_options
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.loggers import Loggers
+from mir_callback.monitor import MIRMonitor
+from mir_callback.probe.adapters import Adapter
+from mir_callback.probe.probe import Probe
+from mir_callback.record import EvalRecord
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    from pytorch_lightning.callbacks import Callback
+
+
+class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not looked at
+    """Compute MIR while a Lightning Trainer trains, send it to its loggers, and stop on its plateau.
+
+    Evaluations happen before the first step, every ``every`` optimizer steps, and at the end; with ``also_on`` also at
+    each validation ("evaluate") and checkpoint ("save"). What they find lies in `trainer.default_root_dir`, and not in
+    a logger's folder, which is another one when a fit is resumed (`ckpt_path`) and continues its history.
+
+    Args:
+        probe: the fixed samples; the same on every rank.
+        processor: the model's processor; by default the LightningModule's attribute `processor`.
+        adapter: for models that no registered adapter knows.
+        model: where the vision-language model is, an attribute of the LightningModule ("student.vlm") or a function
+            of it; by default its only Hugging Face model.
+        **options: of :class:`MIRConfig`.
+
+    Attributes:
+        history: records of the evaluations so far, newest last.
+
+    Raises:
+        ConfigError: an option breaks its rule, or at the start of training, no model is found or several.
+
+    Ranks: construct it on every rank with the same arguments.
+
+    Example:
+        ``Trainer(callbacks=[MIRLightningCallback(probe, every=50, stop=PlateauRule())]).fit(module)``
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        *,
+        processor: Any = None,
+        adapter: Adapter | None = None,
+        model: str | Callable[[Any], nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._config = MIRConfig.from_options(options)
+        self._probe, self._processor, self._adapter, self._model = probe, processor, adapter, model
+        self._options = options
+        self._monitor: MIRMonitor | None = None  # while training
+        self.history: list[EvalRecord] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check everything, open the history and evaluate before the first step. Errors here end the run."""
+        if type(trainer.strategy).__name__ == "FSDPStrategy":
+            raise UnsupportedModelError(
+                "FSDPStrategy shards the LightningModule as a whole, in which MIR cannot call "
+                "the model by itself; use DDP or ModelParallelStrategy"
+            )
+        planned, self._step = trainer.estimated_stepping_batches, trainer.global_step
+        with trainer.precision_plugin.forward_context():
+            self._monitor = MIRMonitor(
+                find_model(pl_module, self._model),
+                self._probe,
+                processor=self._processor or getattr(pl_module, "processor", None),
+                adapter=self._adapter,
+                optimizer=next(iter(trainer.optimizers), None),
+                output_dir=trainer.default_root_dir,
+                total_steps=int(planned) if 0 < planned < math.inf else None,
+                total_epochs=trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None,
+                start_step=self._step,
+                start_status={"epoch": _epoch(trainer)},
+                log=Loggers(through=_log_to(trainer), reporters=lambda: trainer.loggers, commit=True),
+                **self._options,
+            )
+        self.history = self._monitor.history
+        trainer.should_stop = trainer.should_stop or self._monitor.should_stop
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Evaluate if an optimizer step is done and one is due, and stop training if the rule says so."""
+        if trainer.global_step == self._step:  # gradients accumulate
+            return
+        self._step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and pl_module.automatic_optimization:
+            loss = loss * trainer.accumulate_grad_batches  # Lightning has divided it
+        self._call(trainer, lambda monitor: monitor.step(self._step, loss=loss, epoch=_epoch(trainer)))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate at a validation, if asked to."""
+        if "evaluate" in self._config.also_on:
+            self._call(trainer, MIRMonitor.evaluate)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Evaluate the weights of a checkpoint, if asked to."""
+        if "save" in self._config.also_on:
+            self._call(trainer, MIRMonitor.evaluate)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluate the final weights if the last step has not been."""
+        self._call(trainer, MIRMonitor.close)
+        self._monitor = None
+
+    def _call(self, trainer: Any, what: Callable[[MIRMonitor], Any]) -> None:
+        """Forwards of the probe are to be made as those of training are, under autocast for one."""
+        if self._monitor is not None:
+            with trainer.precision_plugin.forward_context():
+                what(self._monitor)
+            trainer.should_stop = trainer.should_stop or self._monitor.should_stop
+
+
+MIRLightningCallback.__init__ = with_options(MIRLightningCallback.__init__)  # type: ignore[method-assign]
+
+
+def find_model(module: nn.Module, where: str | Callable[[Any], nn.Module] | None) -> nn.Module:
+    """The vision-language model of a LightningModule; ConfigError if it is not said where, and not just one is found."""
+    if where is not None:
+        found: nn.Module = attrgetter(where)(module) if isinstance(where, str) else where(module)
+        return found
+    names: list[str] = []  # outer modules come first; what is inside of one found is a part of it
+    for name, child in module.named_modules():
+        is_part = any(name.startswith(f"{outer}.") for outer in names)
+        if name and not is_part and hasattr(child, "save_pretrained") and hasattr(child, "config"):
+            names.append(name)
+    if len(names) != 1:
+        raise ConfigError(
+            f"{type(module).__name__} holds {' and '.join(names) or 'no'} Hugging Face model{'s' * (len(names) > 1)}; "
+            "say which one MIR is of: MIRLightningCallback(..., model='ATTRIBUTE')"
+        )
+    return module.get_submodule(names[0])
+
+
+def _epoch(trainer: Any) -> float:
+    """Epochs done, with fraction; whole ones where the data have no length."""
+    batches = trainer.num_training_batches
+    return (trainer.fit_loop.total_batch_idx + 1) / batches if 0 < batches < math.inf else float(trainer.current_epoch)
+
+
+def _log_to(trainer: Any) -> Callable[[dict[str, float], EvalRecord], None]:
+    def write(values: dict[str, float], record: EvalRecord) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=record.step)
+
+    return write
