@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
         start = int((checkpoint / "step.txt").read_text())
 
     # --- MIR ---
-    monitor = (
-        MIRMonitor(
+    monitor = None
+    if options.mir:
+        monitor = MIRMonitor(
             model,
             make_probe(),
             processor=processor,
@@ -61,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
             stop=PlateauRule(window=4, warmup=2) if options.stop else None,
             keep_best=options.keep_best,
         )
-        if options.mir
-        else None
-    )
     # -----------
 
     step, losses = start, []

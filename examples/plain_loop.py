@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
     writer = SummaryWriter(options.output, purge_step=start + 1) if rank == 0 else None
 
     # --- MIR ---
-    monitor = (
-        MIRMonitor(
+    monitor = None
+    if options.mir:
+        monitor = MIRMonitor(
             model,
             make_probe(),
             processor=processor,
@@ -65,9 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
             stop=PlateauRule(window=4, warmup=2) if options.stop else None,
             keep_best=options.keep_best,
         )
-        if options.mir
-        else None
-    )
     # -----------
 
     losses = []

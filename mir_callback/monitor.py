@@ -198,8 +198,14 @@ class MIRMonitor:
             raise ConfigError("every=EveryEpochs(...) needs to know the epoch: monitor.step(step, epoch=...)")
         if step < self._now.step:
             raise ConfigError(
-                f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, through "
-                "all epochs and restarts (start_step)"
+                f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, "
+                "through all epochs and restarts (start_step)"
+            )
+        if self._now.step == 0 and step > 1:
+            log.warning(
+                "the first step is %d: if training goes on from a checkpoint, give its step as start_step, and the "
+                "history is continued",
+                step,
             )
         self._clock.follow(self.config.schedule, step)
         before, self._now = self._now, TrainingProgress(step, epoch or 0.0, self._clock.pace)

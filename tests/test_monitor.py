@@ -124,6 +124,16 @@ def test_steps_that_begin_anew_with_an_epoch_are_refused(monitored):
         monitor.step(1)
 
 
+def test_a_run_that_begins_in_the_middle_is_told_of_start_step(monitored):
+    with logged("the first step is 1001: if training goes on from a checkpoint, give its step as start_step"):
+        monitored().step(1001)
+    with logged():
+        monitor = monitored()
+        monitor.step(1)
+        monitor.step(7)
+        monitored(start_step=7).step(9)
+
+
 def test_a_dry_run_evaluates_once_says_what_it_costs_and_ends(tmp_path, monitored):
     with logged_here(level=20) as said, pytest.raises(DryRunDone) as done:
         monitored(dry_run=True, total_steps=6)
@@ -279,8 +289,8 @@ def test_what_fails_to_log_costs_a_warning(monitored):
         raise OSError("no space left")
 
     with logged("could not be logged to what the loop logs with, training goes on: OSError: no space left") as found:
-        monitor = monitored(log=fail)
-        monitor.step(2)
+        monitor = monitored(log=fail, every=1)
+        monitor.step(1)
     assert len(found) == 1
     assert len(monitor.history) == 2
 
@@ -416,7 +426,7 @@ class Bare(torch.nn.Module):
 
 
 def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
-    with pytest.raises(ConfigError, match="keep_best does not know how to save this model: Bare has no save_pretrained"):
+    with pytest.raises(ConfigError, match="keep_best does not know how to save this model: Bare has no save_pre"):
         monitored(Bare(tiny_models.llava()[0]), keep_best=True)
     assert not (tmp_path / "mir_history.jsonl").exists()
 

@@ -130,7 +130,7 @@ MIRLightningCallback.__init__ = with_options(MIRLightningCallback.__init__)  # t
 
 
 def find_model(module: nn.Module, where: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """The vision-language model of a LightningModule; ConfigError if it is not said where, and not just one is found."""
+    """The vision-language model of a LightningModule; ConfigError where it is not said which, and there is not one."""
     if where is not None:
         found: nn.Module = attrgetter(where)(module) if isinstance(where, str) else where(module)
         return found

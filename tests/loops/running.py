@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an example of a loop, here or as a rank: `running FOLDER EXAMPLE` under torchrun does SCRIPT one after another."""
+"""Run an example of a loop, here or as one rank of several: `running FOLDER EXAMPLE` makes all the runs of SCRIPT."""
 
 from __future__ import annotations
 

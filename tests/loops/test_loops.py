@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from mir_callback import evaluate_mir
 from mir_callback.record import as_records
 from tests.distributed.launch import run_ranks
-from tests.loops.running import EXAMPLES, PLATEAU, SCRIPT, STEPS, example, run
+from tests.loops.running import EXAMPLES, SCRIPT, STEPS, example, run
 
 # What a line says of the run, and not of the clock.
 SAID = ("step", "epoch", "mir", "mir_se", "per_layer", "loss", "loss_step", "max_steps", "verdict", "stage")
