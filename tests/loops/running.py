@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an example of a loop, here or as one rank of several: `running FOLDER EXAMPLE` makes all the runs of SCRIPT."""
+"""Run an example of a loop in this process; `running FOLDER` runs all of them, as one of the ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mir_callback import evaluate_mir
+from mir_callback import MIRMonitor, evaluate_mir
 from mir_callback.history import read_history
 from tests.distributed.launch import ROOT, write_rank
 from tests.training.digest import digest
@@ -58,11 +58,18 @@ def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def main(folder: str, name: str) -> None:
-    """All of SCRIPT as one rank, in one process group, which Accelerate would end with the first run."""
+def main(folder: str) -> None:
+    """Every example with every set of arguments, in one process group, which Accelerate would end with its first."""
     Accelerator.end_training = lambda accelerator: [tracker.finish() for tracker in accelerator.trackers]
-    found = {key: run(name, Path(folder) / key, *arguments) for key, arguments in SCRIPT.items()}
-    write_rank(folder, torch.distributed.get_rank(), found)
+    found = {
+        name: {what: run(name, Path(folder) / name / what, *arguments) for what, arguments in SCRIPT.items()}
+        for name in EXAMPLES
+    }
+    rank = torch.distributed.get_rank()
+    model, processor = example("plain_loop").make_model()
+    monitor = MIRMonitor(model, example("plain_loop").make_probe(), processor=processor, output_dir=folder, every=1)
+    monitor.step(1, loss=float(rank))
+    write_rank(folder, rank, {**found, "history": monitor.history})
 
 
 if __name__ == "__main__":

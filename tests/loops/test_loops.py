@@ -102,10 +102,16 @@ def test_resumed_run_continues_the_history(tmp_path, name):
         assert said(resumed["history"]) == said(whole["history"])
 
 
+@pytest.fixture(scope="module")
+def two_ranks(folders):
+    """What each of two ranks found, by example and arguments."""
+    return run_ranks("tests.loops.running", folders / "two")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_two_ranks_train_as_without_it_and_stop_together(tmp_path, name):
-    ranks = run_ranks("tests.loops.running", tmp_path, name)
-    for found in ranks:
+def test_two_ranks_train_as_without_it_and_stop_together(two_ranks, folders, name):
+    first, second = (rank[name] for rank in two_ranks)
+    for found in (first, second):
         plain, watched, stopped = (found[what] for what in SCRIPT)
         assert len(set(plain["losses"])) == STEPS
         for field in ("losses", "weights", "random", "flags"):
@@ -115,10 +121,15 @@ def test_two_ranks_train_as_without_it_and_stop_together(tmp_path, name):
         assert history[-1].mir == pytest.approx(watched["mir"], abs=1e-6)
         assert history[-1].world_size == 2
         assert len(stopped["losses"]) == 10
-    first, second = ranks
     assert first["plain"]["losses"] != second["plain"]["losses"]
     assert first["plain"]["weights"] == second["plain"]["weights"]
-    assert (tmp_path / "watched" / "mir_best" / "model.safetensors").is_file()
+    assert (folders / "two" / name / "watched" / "mir_best" / "model.safetensors").is_file()
+
+
+def test_records_are_the_same_on_every_rank_though_losses_and_clocks_are_not(two_ranks):
+    first, second = (rank["history"] for rank in two_ranks)
+    assert first == second
+    assert first[1].loss == 0.0  # rank 0's
 
 
 def scalars(folder, name):
