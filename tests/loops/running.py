@@ -53,8 +53,8 @@ def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     }
     if "--no-mir" not in arguments:
         vlm = getattr(model, "vlm", model)
-        found["history"] = read_history(folder / "mir_history.jsonl")
         found["mir"] = evaluate_mir(vlm, module.make_probe(), processor=module.make_model()[1]).mir
+        found["history"] = read_history(folder / "mir_history.jsonl")  # rank 0 has written it by now
     return found
 
 

@@ -76,11 +76,14 @@ def test_best_model_has_the_weights_of_the_lowest_value(one_process, folders, na
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_plateau_ends_training_and_a_resumed_run_stays_stopped(one_process, name):
+def test_plateau_ends_training_and_a_resumed_run_stays_stopped(one_process, folders, name):
     stopped = one_process(name, "stopped")
     assert [record.step for record in stopped["history"]] == [0, 2, 4, 6, 8, 10]
     assert [record.verdict for record in stopped["history"][-2:]] == ["no data", "plateau"]
     assert len(stopped["losses"]) == 10
+    again = run(name, folders / name / "stopped", *SCRIPT["stopped"], "--resume")
+    assert again["history"] == stopped["history"]
+    assert len(again["losses"]) == (0 if name == "lightning_module" else 1)  # which asks before a step, or after it
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
