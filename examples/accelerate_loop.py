@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watch MIR in a loop on Hugging Face Accelerate, on one process or several, however Accelerate shards the model.
+"""Watch MIR in a loop on Hugging Face Accelerate, on one process or several.
 
     .venv/bin/python examples/accelerate_loop.py
-    OMP_NUM_THREADS=1 .venv/bin/accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node 2 examples/accelerate_loop.py
     .venv/bin/python examples/accelerate_loop.py --resume --steps 60
 
-A tiny LLaVA with random weights, nothing is downloaded, seconds on two cores. The loop has what real ones have:
+A tiny LLaVA with random weights, nothing is downloaded, seconds on two cores. On the CPU `accelerate launch` starts one
+process, whatever it is asked for; torchrun starts several. The loop has what real ones have:
 gradient accumulation, checkpoints, a tracker. MIR is what stands between the marks.
 """
 

@@ -61,6 +61,9 @@ class MIRMonitor:
     On construction it checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step.
     Training is not changed by it: losses and weights are the same to the last bit.
 
+    Where the loop's forwards are made under `torch.autocast`, construct and call it under the same: the probe's forwards
+    are then made as they are. Wrappers that do so themselves (Accelerate's) need nothing.
+
     Args:
         model: what is trained, bare or wrapped (DDP, DeepSpeed engine, PEFT).
         probe: the fixed samples; the same on every rank.
@@ -80,7 +83,8 @@ class MIRMonitor:
 
     Attributes:
         config: the options.
-        is_already_stopped: the run was resumed where its rule had stopped it; nothing is evaluated.
+        is_already_stopped: the run was resumed where its rule had stopped it: nothing is evaluated, and the first
+            :meth:`step` says stop; who asks before trains no step more.
 
     Raises:
         MIRError: an option, the probe, the model or the history is not right; on every rank, before any forward.
