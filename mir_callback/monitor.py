@@ -61,8 +61,8 @@ class MIRMonitor:
     On construction it checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step.
     Training is not changed by it: losses and weights are the same to the last bit.
 
-    Where the loop's forwards are made under `torch.autocast`, construct and call it under the same: the probe's forwards
-    are then made as they are. Wrappers that do so themselves (Accelerate's) need nothing.
+    Where the loop's forwards are made under `torch.autocast`, construct and call it under the same, so that the probe's
+    are made as they are. Wrappers that do so themselves (Accelerate's) need nothing.
 
     Args:
         model: what is trained, bare or wrapped (DDP, DeepSpeed engine, PEFT).
