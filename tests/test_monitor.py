@@ -9,7 +9,7 @@ import torch
 import wandb
 
 from mir_callback import MIRConfig, MIRMonitor, PlateauRule, Probe, Verdict, evaluate_mir
-from mir_callback.dry_run import DryRunDone
+from mir_callback.monitor import DryRunDone
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.history import read_history
 from mir_callback.monitor import Decision
