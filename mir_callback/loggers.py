@@ -61,7 +61,8 @@ class Loggers:
         commit: bool = False,
     ) -> None:
         self._log = through if through is not None else _log_function(log)
-        self._reporters = lambda: [*reporters(), *getattr(log, "trackers", ()), *getattr(log, "loggers", ())]
+        self._reporters = reporters
+        self._own = [*getattr(log, "trackers", ()), *getattr(log, "loggers", ())]  # of an Accelerator, of Fabric
         self._options = options or {}
         self._commit = commit
         self._waiting_at: int | None = None  # wandb's step of a row of ours that the loop has not ended yet
@@ -80,7 +81,8 @@ class Loggers:
         if record.mir is None:
             return
         run, reporters = active_wandb_run(), self._reporters()
-        direct = run is not None and not any(_is_kind(reporter, *_WANDB_REPORTERS) for reporter in reporters)
+        is_logged = any(_is_kind(reporter, *_WANDB_REPORTERS) for reporter in [*reporters, *self._own])
+        direct = run is not None and not is_logged
         if distributed.is_main():
             if not self._is_defined:
                 self._define(run if direct else None, reporters, record)

@@ -109,6 +109,17 @@ def test_models_of_any_float_dtype_are_measured_in_it(probe, dtype):
     assert report.mir == pytest.approx(single, abs=0.05 if dtype is torch.bfloat16 else 1e-5)
 
 
+def test_autocast_around_an_evaluation_reaches_its_forwards_only(probe):
+    model, processor = tiny_models.llava()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = evaluate_mir(model, probe, processor=processor)
+    plain = evaluate_mir(model, probe, processor=processor)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    inside = evaluate_mir(model, probe, processor=processor)
+    assert (around.mir, around.mir_se, around.influences) == (inside.mir, inside.mir_se, inside.influences)
+    assert around.mir != pytest.approx(plain.mir, abs=1e-7)
+
+
 def test_paper_fast_is_another_number_and_says_so(probe):
     model, processor = tiny_models.llava()
     fast = evaluate_mir(model, probe, processor=processor, root="paper_fast")

@@ -9,10 +9,9 @@ import torch
 import wandb
 
 from mir_callback import MIRConfig, MIRMonitor, PlateauRule, Probe, Verdict, evaluate_mir
-from mir_callback.monitor import DryRunDone
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.history import read_history
-from mir_callback.monitor import Decision
+from mir_callback.monitor import Decision, DryRunDone
 from mir_callback.schedule import EveryEpochs
 from tests import tiny_models
 from tests.logs import logged, logged_here
@@ -366,7 +365,7 @@ def test_wandb_gets_values_once_where_the_loop_logs_to_it(monitored, wandb_folde
 def test_a_failing_first_evaluation_raises(tmp_path, monitored):
     model, _ = tiny_models.llava()
     poison(model)
-    with pytest.raises(ValueError, match="layer 1, vision: hidden states must be finite"):
+    with pytest.raises(ValueError, match="layer 1, vision: hidden states are NaN"):
         monitored(model)
     assert read_history(tmp_path / "mir_history.jsonl") == []
 
@@ -396,7 +395,7 @@ def test_failures_count_only_in_a_row(monitored):
 def test_every_failure_raises_if_asked_to(monitored):
     monitor = monitored(every=1, on_error="raise")
     poison(monitor.model)
-    with pytest.raises(ValueError, match="hidden states must be finite"):
+    with pytest.raises(ValueError, match="hidden states are NaN"):
         monitor.step(1)
 
 

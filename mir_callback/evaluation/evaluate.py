@@ -190,7 +190,8 @@ class Evaluator:
 
     def evaluate(self, model: nn.Module, *, optimizer: Any = None, progress: bool = True) -> MIRReport:
         """One evaluation of the model as it stands; arguments and errors as of :func:`evaluate_mir`. Collective."""
-        started, peak, config = time.perf_counter(), PeakMemory(find_device(model)), self._config
+        started, config, device = time.perf_counter(), self._config, find_device(model)
+        peak = PeakMemory(device)
         results: list[LayerResult] = []
         passes, on_host = 0, False
         text_loss: TextLoss | None = None
@@ -201,7 +202,7 @@ class Evaluator:
                 known = (self._adapter, self.batches, self._expected, config, self._ranks_here)
                 passed = forward_probe(model, *known, len(results), optimizer, bar, peak)
                 if isinstance(passed, OutOfMemory):
-                    self._halve_batches(passed, find_device(model))
+                    self._halve_batches(passed, device)
                     continue
                 self._expected = passed.expected
                 if not passed.layers:
@@ -212,8 +213,9 @@ class Evaluator:
                 samples = samples or SampleRows.gather(passed.sample_rows)
                 errors = config.standard_error and config.root == "exact" and samples.num_samples > 1
                 for group in passed.groups():
-                    layers = clean_rows(passed.take(group), group.start)
-                    results += solve_layers(layers, samples, group.start, config.root, errors, bar, peak)
+                    with torch.autocast(device.type, enabled=False):  # the loop's, which is for forwards
+                        layers = clean_rows(passed.take(group), group.start)
+                        results += solve_layers(layers, samples, group.start, config.root, errors, bar, peak)
                     del layers  # before the next rows come
         assert samples is not None
         loss = (0.0, 0) if text_loss is None else (text_loss.total, text_loss.count)
