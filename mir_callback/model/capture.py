@@ -23,6 +23,7 @@ from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
 
 _CHUNK_TOKENS = 512  # whose logits are held in float32 at a time
+
 # Takes the index of a layer, its hidden states (n, d) and the positions among them of vision rows and of text rows.
 # Must copy what it keeps: models overwrite their hidden states.
 KeepRows = Callable[[int, Tensor, tuple[Tensor, ...]], None]
