@@ -74,14 +74,10 @@ def gather_columns(part: Tensor) -> list[Tensor]:
 
 
 def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, like: Tensor) -> T:
-    """What local work returns that sums over ranks in rounds; it succeeds on all ranks or fails on all.
+    """What local work returns that sums tensors over ranks in rounds; it succeeds on all ranks or fails on all.
 
+    The work is called with the sum over ranks, which it must call exactly ``rounds`` times, with tensors like ``like``.
     A rank whose work fails takes part with zeros until the last round, so that one exchange of errors does for all.
-
-    Args:
-        work: called with the sum over ranks, which it must call exactly ``rounds`` times.
-        rounds: the same on every rank.
-        like: of the shape, dtype and device of what is summed.
     """
     done = 0
 
@@ -123,7 +119,7 @@ def broadcast_object(value: T) -> T:
 def joined(*, on_gpu: bool) -> Iterator[None]:
     """While open, be one of the ranks that torchrun has started; nothing on a single process or in a group already.
 
-    ``on_gpu``: every rank works on a GPU, which it has made its current device.
+    With ``on_gpu`` every rank works on a GPU, which it has made its current device.
     """
     if _active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -136,19 +132,10 @@ def joined(*, on_gpu: bool) -> Iterator[None]:
 
 
 def sync_errors(error: Exception | None, value: T | None = None) -> list[T]:
-    """End a phase on all ranks alike: if any rank failed, every rank raises.
+    """End a phase on all ranks alike: if any rank failed, every rank raises, else every rank's value in rank order.
 
-    Args:
-        error: this rank's failure in the phase, or None.
-        value: this rank's (small, picklable) result of it; of no use where it failed.
-
-    Returns:
-        Every rank's value, in rank order, on every rank.
-
-    Raises:
-        Exception: this rank's own error where it failed.
-        MIRError: elsewhere, of the failing rank's kind if that is one of ours (RemoteError otherwise), with its rank
-            and message.
+    A rank that failed raises its own error; elsewhere it is an MIRError, of the failing rank's kind if that is one of
+    ours (RemoteError otherwise), with its rank and message. Values are small and picklable.
     """
     everyone = gather_objects((None if error is None else (_kind_elsewhere(error), describe(error)), value))
     if error is not None:
@@ -190,11 +177,7 @@ def is_shared(error: Exception) -> bool:
 
 
 def require_same(**options: object) -> None:
-    """Raise ConfigError on every rank if an option differs between them, who would sooner or later wait for ever.
-
-    Args:
-        **options: (small, picklable, comparable) values by name.
-    """
+    """Raise ConfigError on every rank if an option differs between them, who would sooner or later wait for ever."""
     everyone = gather_objects(options)
     for name in options:
         values = [other[name] for other in everyone]

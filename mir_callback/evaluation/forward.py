@@ -81,18 +81,12 @@ def forward_probe(
 ) -> ProbePass | OutOfMemory:
     """Forward this rank's batches, and keep the rows of as many layers from ``first`` on as fit on every rank.
 
+    A pass without layers says that they did not fit as it was not known what they need, which it is then. Raises on
+    every rank: ConfigError for a budget too small for one layer, and what a forward failed with, if not for want of
+    memory. Keeping rows never fails in a forward. Ranks: collective.
+
     Under ZeRO-3 the forwards wait for other ranks themselves: there the others hear of a failure of this one's forward
-    only when they get out of theirs, which may be never, and the watchdog says so. Keeping rows never fails in a
-    forward.
-
-    Returns:
-        The pass; without layers if they did not fit because it was not known what they need, which it is then.
-
-    Raises:
-        ConfigError: the budget is too small for one layer; on every rank.
-        Exception: what a forward failed with, if not for want of memory; on every rank.
-
-    Ranks: collective.
+    only when they get out of theirs, which may be never, and the watchdog says so.
     """
     error: Exception | None = None
     outcome = _Outcome()

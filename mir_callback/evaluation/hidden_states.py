@@ -84,7 +84,8 @@ def plan_pass(
 ) -> StoragePlan:
     """Where to keep rows, and of how many of the layers that are left.
 
-    All on the device if they fit there; else in host memory; else as many as fit, evenly over several passes.
+    All on the device if they fit there; else in host memory; else as many as fit, evenly over several passes. Plans of
+    ranks differ, and the smallest counts. Ranks: pure.
 
     Args:
         layers: number of layers left, at least 1.
@@ -93,8 +94,6 @@ def plan_pass(
         budgets: of this rank.
         spare: layers for which room on the device is needed besides while rows are joined.
         world: number of ranks; they solve one layer each side by side, so multiples of it are preferred.
-
-    Ranks: pure; plans of ranks differ, and the smallest counts.
     """
     least = 0 if budgets.given else 1
     fitting = max(_how_many(budgets.device, need, layers + spare) - spare, least)
@@ -172,8 +171,8 @@ class HiddenStateStore:
         layers: which to keep; ``kept`` are those that are complete so far, it ends earlier if memory did not suffice.
         limit: bytes that may be held, what is needed to join parts included.
         keep_first: hold the first layer even beyond the limit.
-        capacity: vision and text rows that will come to each layer, or None if that is not known. Known, their place
-            is taken once and nothing has to be joined.
+        capacity: vision and text rows that will come to each layer, for which place is then taken once; or None if
+            that is not known, and they have to be joined.
         on_host: keep rows in host memory, pinned if they come from a GPU.
     """
 
@@ -200,11 +199,7 @@ class HiddenStateStore:
         return sum(self._bytes.values())
 
     def append(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
-        """Copy rows of a layer, here and now; what can't be kept costs the last layers.
-
-        ``state`` is (n, d), ``positions`` the indices of vision rows and of text rows in it; never raises for want of
-        memory.
-        """
+        """Copy vision and text rows of a state (n, d), here and now; for want of memory the last layers are dropped."""
         self.dtype, self._device = state.dtype, state.device
         if layer not in self.kept:
             return
@@ -261,9 +256,9 @@ class HiddenStateStore:
         return sum(after.values()) + joining <= self._limit
 
     def _bytes_to_come(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> int:
-        counts = [len(where) for where in positions]
-        if self._capacity is not None:
-            counts = [0, 0] if self._rows[layer][0].block is not None else list(self._capacity)
+        if self._rows[layer][0].block is not None:
+            return 0
+        counts = self._capacity or [len(where) for where in positions]
         sizes = [rows_bytes(count, state.shape[1], state.dtype) for count in counts]
         return sum(map(pinned_bytes, sizes) if self._pinned else sizes)
 

@@ -33,8 +33,7 @@ def free_on_device(device: torch.device) -> int:
 
 def free_on_host() -> int:
     """Bytes of host memory that can still be used on this machine, or in the container this process is in."""
-    available: int = psutil.virtual_memory().available
-    return min([available, *_left_in_groups()])
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
 
 
 def find_machine() -> str:
@@ -62,14 +61,9 @@ def _left_in_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = P
             if folder.is_relative_to(base) and (folder / limit).exists():
                 most = (folder / limit).read_text().strip()
                 if most != "max":
-                    left.append(int(most) - int((folder / used).read_text()) + _counted(folder / "memory.stat", files))
+                    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    left.append(int(most) - int((folder / used).read_text()) + int(counts.get(files, 0)))
     return [max(0, each) for each in left]
-
-
-def _counted(path: Path, name: str) -> int:
-    """One number of a file of lines `name number`; 0 if it is not there."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return next((int(value) for key, value in lines if key == name), 0)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

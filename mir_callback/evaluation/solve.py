@@ -44,29 +44,18 @@ class _Solution:
 def solve_layers(
     layers: Sequence[LayerRows], samples: SampleRows, first: int, root: str, errors: bool, bar: tqdm, peak: PeakMemory
 ) -> list[LayerResult]:
-    """FD of every layer and, if asked for, the influence of every sample on it.
+    """FD of every layer and, if asked for, with the exact root only, the influence of every sample on it.
 
-    Layer k is solved by rank k mod W, one layer on each rank at a time.
-
-    Args:
-        layers: clean rows.
-        samples: whose rows they are.
-        first: index of the first of these layers in the model.
-        root: "exact" or "paper_fast".
-        errors: whether to find influences; with the exact root only.
-        bar: gets a step for each layer.
-        peak: sampled where a solve holds the most.
-
-    Ranks: collective.
+    Layer k is solved by rank k mod W, one layer on each rank at a time. ``first`` is the index of the first of these
+    layers in the model. Ranks: collective.
     """
     world, rank = distributed.world_size(), distributed.rank()
     sums = torch.zeros(len(layers), 3, samples.num_samples, dtype=torch.float64, device=layers[0].vision.rows.device)
     solved: dict[int, tuple[float, dict[str, float]]] = {}
     for start in range(0, len(layers), world):
         group = layers[start : start + world]
-        solution = _solve_group(
-            group, samples, first + start, root, sums[start : start + world] if errors else None, peak
-        )
+        group_sums = sums[start : start + world] if errors else None
+        solution = _solve_group(group, samples, first + start, root, group_sums, peak)
         if solution is not None:
             solved[start + rank] = solution
         bar.update(len(group))
@@ -98,9 +87,8 @@ def _solve_group(
         del shards  # another's, before the next
     enter_phase(f"distances of {name}")
     with distributed.fail_together():
-        solution = (
-            None if own is None else _solve(own, group[rank], samples, first + rank, root, sums is not None, peak)
-        )
+        errors = sums is not None
+        solution = None if own is None else _solve(own, group[rank], samples, first + rank, root, errors, peak)
     del own
     if sums is not None:
         enter_phase(f"standard errors of {name}")
@@ -147,22 +135,20 @@ def _solve(
 
 def _share_maps(layer: LayerRows, owner: int, solution: _Solution | None) -> list[Map | None]:
     """The owner's maps, which ranks need for their own rows; None where the owner has all rows. Collective."""
-    with distributed.fail_together():
-        roots = [_own_root(layer, modality, solution) for modality in (VISION, TEXT)]
-    return [None if root is None else Map(root=distributed.copy_from_rank(root, owner)) for root in roots]
-
-
-def _own_root(layer: LayerRows, modality: int, solution: _Solution | None) -> Tensor | None:
-    """The owner's root, elsewhere room for it; None for a modality in factor form, which the owner has whole."""
     counts, dim = (layer.vision.count, layer.text.count), layer.vision.rows.shape[1]
-    if counts[modality] < dim:
-        return None
-    if solution is None:
-        return layer.vision.rows.new_empty(min(*counts, dim), dim, dtype=torch.float32)
-    assert solution.maps is not None
-    root = solution.maps[modality].root
-    assert root is not None
-    return root.contiguous()
+    roots: list[Tensor | None] = [None, None]
+    with distributed.fail_together():
+        for modality in (VISION, TEXT):
+            if counts[modality] < dim:
+                continue  # in factor form
+            if solution is None:  # room for the owner's
+                roots[modality] = layer.vision.rows.new_empty(min(*counts, dim), dim, dtype=torch.float32)
+            else:
+                assert solution.maps is not None
+                root = solution.maps[modality].root
+                assert root is not None
+                roots[modality] = root.contiguous()
+    return [None if root is None else Map(root=distributed.copy_from_rank(root, owner)) for root in roots]
 
 
 def _add_rows(

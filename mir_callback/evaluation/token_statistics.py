@@ -32,7 +32,7 @@ VISION, TEXT = 0, 1  # columns of the counts
 class SampleRows:
     """How many rows each sample has, and so which rows are whose. The same on every rank.
 
-    Sample i is rank (i mod W)'s, see `share_of_rank`; a rank's rows lie in the order of its samples.
+    Sample i is rank (i mod W)'s; a rank's rows lie in the order of its samples.
     """
 
     counts: list[Tensor]  # for each rank (n_r, 2) int64 on the CPU, the vision and text rows of each of its samples
@@ -91,15 +91,9 @@ class LayerRows:
 def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerRows]:
     """Decide text scale and outliers of every layer from the norms of all ranks, and replace the outliers.
 
-    Args:
-        rows: per layer this rank's vision and text rows, (r, d) and (s, d); outliers are overwritten with the median of
-            their modality.
-        first: index of the first of these layers in the model, for messages.
-
-    Raises:
-        NumericsError: fewer than two rows of a modality, or norms that are not finite; alike on every rank.
-
-    Ranks: collective.
+    ``rows`` are this rank's of each layer, vision (r, d) and text (s, d), and overwritten where they are outliers;
+    ``first`` is the index of the first layer in the model. Raises NumericsError, alike on every rank, for fewer than
+    two rows of a modality, or norms that are not finite. Ranks: collective.
     """
     enter_phase("norms of all tokens")
     with distributed.fail_together():

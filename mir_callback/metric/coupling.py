@@ -43,16 +43,12 @@ class Coupling:
     """Two clouds of token rows on one device, by the factors of their covariances.
 
     Their product C is found anew where it is needed: in most solves once, and memory is dearer.
-
-    Attributes:
-        vision: one cloud.
-        text: the other.
-        maps_wanted: whether transport maps will be asked for too; on a CPU the distance then comes from the same
-            eigenvectors, which take three times as long as eigenvalues alone.
     """
 
     vision: Moments
     text: Moments
+    # Whether transport maps will be asked for too; on a CPU the distance then comes from the same eigenvectors, which
+    # take three times as long as eigenvalues alone.
     maps_wanted: bool = field(default=False, kw_only=True)
 
     @property
@@ -91,16 +87,9 @@ class Coupling:
 
 
 def compute_covariance_part(coupling: Coupling, gap: float) -> tuple[float, float]:
-    """The part of the distance that the covariances make.
+    """The part of the distance that the covariances make, and a generous estimate of its error. Ranks: pure.
 
-    Args:
-        coupling: of the two clouds.
-        gap: the part that their means make; what counts is the precision of the sum.
-
-    Returns:
-        The part, which rounding may leave below zero, and a generous estimate of its error.
-
-    Ranks: pure.
+    Rounding may leave it below zero. ``gap`` is the part that the means make; what counts is the precision of the sum.
     """
     traces = (coupling.vision.trace + coupling.text.trace).item()
     for term, error in _nuclear_norms(coupling):

@@ -26,17 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Frechet:
-    """A Frechet distance and how far to trust it.
+    """A Frechet distance and how far to trust it."""
 
-    Attributes:
-        distance: FD >= 0; rounding below zero, and anything smaller than ``rounding``, is 0.
-        raw: the value before clipping.
-        rounding: generous estimate of the rounding error of ``raw``, from the sizes of means and covariances.
-    """
-
-    distance: float
-    raw: float
-    rounding: float
+    distance: float  # FD >= 0; rounding below zero, and anything smaller than `rounding`, is 0
+    raw: float  # the value before clipping
+    rounding: float  # generous estimate of the rounding error of `raw`, from the sizes of means and covariances
 
     @property
     def clipped(self) -> bool:
@@ -72,20 +66,9 @@ def frechet_distance(vision: Tensor, text: Tensor) -> float:
 
 
 def frechet_from_coupling(coupling: Coupling, root: str = "exact") -> Frechet:
-    """Frechet distance of two clouds given by their moments.
+    """Frechet distance of two clouds given by their moments, unitless for a mean text norm of one. Ranks: pure.
 
-    Args:
-        coupling: of the vision rows' moments and the text rows'.
-        root: "exact" or "paper_fast".
-
-    Returns:
-        The distance with its rounding bound; unitless when the rows were scaled to a mean text norm of one.
-
-    Raises:
-        ConfigError: unknown root.
-        NumericsError: the means are too far apart for float64.
-
-    Ranks: pure.
+    Raises ConfigError for an unknown root, and NumericsError if the means are too far apart for float64.
     Source: arXiv:2410.07167, equation of FD in section 3.
     """
     check_root(root)
@@ -107,21 +90,11 @@ def frechet_from_coupling(coupling: Coupling, root: str = "exact") -> Frechet:
 def compute_companions(
     vision: Moments, text: Moments, distance: float, vision_norm: float, text_norm: float
 ) -> dict[str, float]:
-    """What else the moments of a layer tell, at next to no cost: why its distance is what it is.
+    """What else the moments of a layer tell, at next to no cost: why its distance is what it is. Ranks: pure.
 
-    Args:
-        vision: moments of the scaled vision rows, outliers replaced.
-        text: the same of the text rows.
-        distance: their FD.
-        vision_norm: mean norm of the raw vision rows, outliers included.
-        text_norm: the same of the text rows.
-
-    Returns:
-        By the names in COMPANIONS: the part of FD that the means' gap makes, and the rest, which the covariances
-        make; the norms' ratio; the cosine between the two means; the effective rank (tr S)^2 / tr S^2 of each
-        covariance, between 1 and d, 0 for rows that are all alike.
-
-    Ranks: pure.
+    By the names in COMPANIONS: the part of FD that the means' gap makes, and the rest, which the covariances make; the
+    ratio of the mean norms, of raw rows with their outliers; the cosine between the two means; the effective rank
+    (tr S)^2 / tr S^2 of each covariance, between 1 and d, 0 for rows that are all alike.
     """
     mean_part = (vision.mean - text.mean).square().sum().item()
     lengths = (vision.mean.norm() * text.mean.norm()).item()

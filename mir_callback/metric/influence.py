@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.moments import Moments
 from mir_callback.metric.tokens import iterate_in_float64
 
 _EPS = torch.finfo(torch.float64).eps
@@ -32,34 +31,21 @@ _EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Map:
-    """The quadratic form c^T A c of one modality's optimal transport map, as far as its rows need it.
+    """The quadratic form c^T A c of one modality's optimal transport map for its rows, in one of two forms."""
 
-    Attributes:
-        root: (r, d) float32 with A = root^T root, r the smaller of d and the fewest rows of a modality; None if
-            ``of_rows`` is given.
-        of_rows: (n,) float64, the form at each of the rows of a cloud in factor form; None if ``root`` is given.
-    """
-
+    # (r, d) float32 with A = root^T root, r the smaller of d and the fewest rows of a modality.
     root: Tensor | None = None
-    of_rows: Tensor | None = None
+    of_rows: Tensor | None = None  # (n,) float64, the form at each of the rows of a cloud in factor form
 
 
 @dataclass(frozen=True)
 class SampleSums:
-    """What the samples of a probe count in one layer, summed over ranks.
+    """What the n samples of a probe count in one layer, summed over ranks."""
 
-    Attributes:
-        vision: (n,) float64, :func:`sum_over_samples` of the vision rows.
-        text: the same of the text rows.
-        text_norms: (n,) float64, sums of the raw norms of the text rows.
-        vision_rows: (n,) int64, how many rows each sample has.
-        text_rows: the same for text.
-    """
-
-    vision: Tensor
-    text: Tensor
-    text_norms: Tensor
-    vision_rows: Tensor
+    vision: Tensor  # (n,) float64, `sum_over_samples` of the vision rows
+    text: Tensor  # the same of the text rows
+    text_norms: Tensor  # (n,) float64, sums of the raw norms of the text rows
+    vision_rows: Tensor  # (n,) int64, how many rows each sample has
     text_rows: Tensor
 
 
@@ -69,25 +55,14 @@ def compute_mir_influences(per_layer: Tensor, distances: list[float]) -> Tensor:
 
 
 def compute_standard_error(influences: Tensor) -> Tensor:
-    """Standard error of what a probe measures, from its samples' influences along the last dimension, n >= 2.
-
-    Ranks: pure.
-    """
+    """Standard error of what a probe measures, from its samples' influences, the last dimension. Ranks: pure."""
     return (influences.var(dim=-1) / influences.shape[-1]).sqrt()
 
 
 def compute_influences(sums: SampleSums, distance: float, scale: float) -> Tensor:
-    """First-order influence of each sample on the distance of a layer.
+    """First-order influence of each sample on the distance of a layer, (n,) float64, which add up to zero. Ranks: pure.
 
-    Args:
-        sums: of raw rows, that is not scaled.
-        distance: FD of the scaled rows.
-        scale: the text-centric factor.
-
-    Returns:
-        (n,) float64, in units of FD; they add up to zero.
-
-    Ranks: pure.
+    The sums are of raw rows, the distance is of those times ``scale``.
     """
     parts = (
         (scale**2 * sums.vision, sums.vision_rows),
@@ -105,19 +80,16 @@ def compute_influences(sums: SampleSums, distance: float, scale: float) -> Tenso
 def sum_over_samples(
     rows: Tensor, mean: Tensor, gap: Tensor, form: Map, samples: Tensor, count: int, total: int
 ) -> Tensor:
-    """What the rows of each sample count together in FD, up to a constant a row: see the head of this file.
+    """What rows (n, d) of each sample count together in FD, up to a constant a row: see the head of this file.
 
     Args:
-        rows: (n, d), any floating dtype, outliers replaced; centred rows will do, with a mean of zero.
+        rows: outliers replaced; centred rows will do, with a mean of zero.
         mean: (d,) float64, of all rows of this modality.
         gap: (d,) float64, mean of this modality minus that of the other.
         form: the transport map of this modality; ``of_rows`` belongs to these very rows.
         samples: (n,) int64, sample of each row.
-        count: number of samples of the probe.
+        count: number of samples of the probe, as many sums come back, float64.
         total: rows of this modality on all ranks.
-
-    Returns:
-        (count,) float64, in squared units of the rows; zero for samples without rows here.
 
     Ranks: pure; the results of the ranks add up.
     """
@@ -147,10 +119,7 @@ def compute_transport_maps(coupling: Coupling) -> tuple[Map, Map]:
 
 
 def compute_maps_by_polar_factor(coupling: Coupling) -> tuple[Map, Map] | None:
-    """Maps of the coupling's first and second cloud; None without Cholesky's factors of both clouds and maps.
-
-    Ranks: pure.
-    """
+    """Maps of the coupling's first and second cloud; None if Cholesky's factors are lacking. Ranks: pure."""
     if not coupling.vision.kind == coupling.text.kind == "triangle" or coupling.polar is None:
         return None
     near = coupling.polar.near
@@ -182,15 +151,11 @@ def _compute_maps_by_eigenvectors(coupling: Coupling) -> tuple[Map, Map]:
         second_map = Map(root=_fill((vectors.T @ first.factor).mul_(inverse_fourth[:, None]), coupling))
     if first.kind == "rows":
         return Map(of_rows=(first.count - 1) * (vectors * fourth).square_().sum(dim=1)), second_map
-    return Map(root=_fill(_multiply_by_inverse(first, vectors).mul_(fourth).T, coupling)), second_map
-
-
-def _multiply_by_inverse(moments: Moments, matrix: Tensor) -> Tensor:
-    """F^-1 matrix for a covariance's own factor F, triangular or of its eigenvectors (then the pseudo inverse)."""
-    if moments.kind == "triangle":
-        solved: Tensor = torch.linalg.solve_triangular(moments.factor, matrix, upper=True)
-        return solved
-    return moments.factor.T @ (matrix / moments.factor.square().sum(dim=1)[:, None])
+    if first.kind == "triangle":
+        solved = torch.linalg.solve_triangular(first.factor, vectors, upper=True)
+    else:  # the pseudo inverse of the eigenvectors
+        solved = first.factor.T @ (vectors / first.factor.square().sum(dim=1)[:, None])
+    return Map(root=_fill(solved.mul_(fourth).T, coupling)), second_map
 
 
 def _fill(root: Tensor, coupling: Coupling) -> Tensor:

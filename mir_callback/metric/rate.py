@@ -95,15 +95,8 @@ def mir_from_distances(per_layer: Sequence[float]) -> float:
 
 
 def replace_outliers(rows: Tensor) -> Tensor:
-    """Rows with every 3-sigma outlier replaced by the per-dimension lower median of all rows.
+    """Rows with every 3-sigma outlier replaced by the per-dimension lower median; themselves if none is. Ranks: pure.
 
-    Args:
-        rows: (N, d), any floating dtype, N >= 2.
-
-    Returns:
-        (N, d), the same dtype; the input itself when nothing is replaced.
-
-    Ranks: pure.
     Source: the authors' code (the paper speaks of removal); see docs/metric.md.
     """
     norms = compute_row_norms(rows)

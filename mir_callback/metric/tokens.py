@@ -26,9 +26,6 @@ _MEDIAN_ELEMENTS = 2**21
 _BYTE_ROWS = 240  # truth values that surely add up to a byte
 _KEYS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # integers as wide as the floats
 
-# Adds a tensor of integers over all holders of rows; the identity where one process holds all of them.
-SumOverShards = Callable[[Tensor], Tensor]
-
 
 def iterate_in_float64(rows: Tensor) -> Iterator[Tensor]:
     """Pieces of ``rows`` in float64, at least one, so that a long matrix is never held twice. Ranks: pure."""
@@ -43,18 +40,9 @@ def compute_row_norms(rows: Tensor) -> Tensor:
 
 
 def compute_text_scale(text_norms: Tensor) -> float:
-    """The factor alpha that makes the mean text-token norm one.
+    """The factor alpha that makes the mean of all raw text-token norms of a layer, (s,) float64, one. Ranks: pure.
 
-    Args:
-        text_norms: (s,) float64, the raw norms of all text rows of a layer.
-
-    Returns:
-        ``1 / mean(text_norms)``, float.
-
-    Raises:
-        NumericsError: the mean norm is zero or not finite.
-
-    Ranks: pure.
+    Raises NumericsError if it is zero or not finite.
     Source: arXiv:2410.07167, section 3 (text-centric normalisation).
     """
     mean = text_norms.mean().item()
@@ -75,16 +63,10 @@ class OutlierRule:
 
     @classmethod
     def from_norms(cls, norms: Tensor) -> OutlierRule:
-        """Build the rule from the norms of *all* rows of the modality, outliers included.
+        """From the norms (N,) float64 of *all* rows of the modality, outliers included. Ranks: pure.
 
-        Args:
-            norms: (N,) float64, N >= 2.
-
-        Returns:
-            Lower median and three unbiased standard deviations of ``norms``; of norms that are all equal but for the
-            rounding of their float64 sums none is too far, as it would be decided by that rounding.
-
-        Ranks: pure.
+        Lower median and three unbiased standard deviations; of norms that are all equal but for the rounding of their
+        float64 sums none is too far, as it would be decided by that rounding.
         Source: arXiv:2410.07167, section 3, with the replacement and the lower median of the authors' code.
         """
         # Sorted first: the sums behind std are then the same whatever order the ranks delivered the norms in.
@@ -107,7 +89,9 @@ def compute_lower_medians(rows: Tensor) -> Tensor:
         return turned.median(dim=1).values
 
 
-def bisect_lower_medians(shards: list[Tensor], totals: list[int], sum_over_shards: SumOverShards) -> list[Tensor]:
+def bisect_lower_medians(
+    shards: list[Tensor], totals: list[int], sum_over_shards: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     """Exact per-dimension lower medians of row matrices that are spread over ranks.
 
     Bisects the integers that are in the order of the floats: as many rounds as the dtype has bits, each a count per
@@ -117,12 +101,8 @@ def bisect_lower_medians(shards: list[Tensor], totals: list[int], sum_over_shard
     Args:
         shards: this rank's rows of each matrix, (n_i, d) of one floating dtype; n_i may be 0.
         totals: rows of each matrix over all ranks, every one >= 1.
-        sum_over_shards: adds an integer tensor over the ranks that hold rows; the identity on one.
-
-    Returns:
-        One (d,) tensor per matrix, in the dtype of the rows.
-
-    Ranks: collective if ``sum_over_shards`` is; pure otherwise.
+        sum_over_shards: adds an integer tensor over the ranks that hold rows; the identity on one. If it is
+            collective, so is this.
     """
     if not shards:
         return []

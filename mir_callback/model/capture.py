@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes with hooks that hand on only the vision and text rows of each decoder layer.
+"""Forward passes with hooks that hand on only the vision and text rows of each decoder layer, and the loss on texts.
 
 Handed on is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
 model's final norm. Which module that norm is, is observed and not guessed: it is the sibling of the layer list that
@@ -23,73 +23,6 @@ from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
 
 _CHUNK_TOKENS = 512  # whose logits are held in float32 at a time
-
-
-class TextLoss:
-    """Sums the negative log-likelihood of text tokens given the image and the text before them.
-
-    Predicted are all text tokens of a sample but its first, from the positions before each; only at those are logits
-    computed.
-
-    Attributes:
-        total: in nats, of the samples kept so far.
-        count: tokens predicted.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.count = 0
-        self._before = torch.zeros(0, dtype=torch.int64)
-        self._targets = torch.zeros(0, dtype=torch.int64)
-        self._shape: tuple[int, ...] = ()
-
-    def expect(self, text: Tensor, text_ids: Sequence[Tensor]) -> None:
-        """Note what the next logits predict.
-
-        Args:
-            text: (B, S) bool, text positions of the samples that are kept.
-            text_ids: token ids of each sample's text, (n,) integers; longer than its positions where those were cut.
-
-        Raises:
-            UnsupportedModelError: more text positions than ids.
-        """
-        before, targets = [], []
-        self._shape = tuple(text.shape)
-        for row, (mask, ids) in enumerate(zip(text, text_ids, strict=True)):
-            positions = mask.nonzero()[:, 0]
-            if len(positions) > len(ids):
-                raise UnsupportedModelError(
-                    f"probe_loss needs a token id for each text position, got {len(ids)} for {len(positions)}; "
-                    "switch probe_loss off for this model"
-                )
-            before.append(row * text.shape[1] + positions[:-1])
-            targets.append(ids.to(text.device)[1 : len(positions)])
-        self._before, self._targets = torch.cat(before), torch.cat(targets)
-
-    def select(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pre-hook of the output embeddings: of hidden states (B, S, d) keep those to predict from, (1, n, d)."""
-        hidden = args[0]
-        if tuple(hidden.shape[:-1]) != self._shape:
-            raise UnsupportedModelError(
-                f"probe_loss needs hidden states of all positions {self._shape} at the output embeddings, got "
-                f"{tuple(hidden.shape[:-1])}; switch probe_loss off for this model"
-            )
-        return (hidden.flatten(0, 1).index_select(0, self._before)[None], *args[1:])
-
-    def add(self, outputs: Any) -> None:
-        """Add what a model's outputs say, whose logits are (1, n, vocabulary)."""
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        if tuple(logits.shape[:-1]) != (1, len(self._targets)):
-            raise UnsupportedModelError(
-                f"probe_loss needs logits of {len(self._targets)} positions, got {tuple(logits.shape[:-1])}; switch "
-                "probe_loss off for this model"
-            )
-        for start in range(0, len(self._targets), _CHUNK_TOKENS):
-            part = slice(start, start + _CHUNK_TOKENS)
-            loss = functional.cross_entropy(logits[0, part].float(), self._targets[part], reduction="none")
-            self.total += loss.double().sum().item()
-        self.count += len(self._targets)
-
 
 # Takes the index of a layer, its hidden states (n, d) and the positions among them of vision rows and of text rows.
 # Must copy what it keeps: models overwrite their hidden states.
@@ -117,19 +50,12 @@ class HiddenStateCapture:
     """Hands on token rows layer by layer over several forward passes.
 
     Use as a context manager: hooks exist only inside it. After every forward the call pattern is checked, so that a
-    model this recipe does not fit is refused instead of measured wrongly.
-
-    Args:
-        decoder: of the model.
-        keep_rows: takes the rows of each layer, as soon as they are there.
-        text_loss: what sums the loss on the texts, or None to compute logits of one position only.
-
-    Attributes:
-        sample_rows: for each batch (n, 2) int64 on the CPU, how many vision and text rows each kept sample has; the
-            rows lie in that order.
+    model this recipe does not fit is refused instead of measured wrongly. Without a ``text_loss`` logits are computed
+    of one position only.
     """
 
     def __init__(self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None) -> None:
+        # For each batch (n, 2) int64 on the CPU, the vision and text rows of each kept sample; rows lie in that order.
         self.sample_rows: list[Tensor] = []
         self._decoder = decoder
         self._last = len(decoder.layers) - 1
@@ -179,18 +105,16 @@ class HiddenStateCapture:
     ) -> None:
         """One ordinary top-level forward; the rows of its kept samples are handed on.
 
+        The caller sees to evaluation mode and no_grad. Raises UnsupportedModelError if the model did not call its
+        layers as expected. Collective under ZeRO-3 (it gathers weights): every rank must call it equally often.
+
         Args:
-            model: the model to call, bare or wrapped; in evaluation mode and under no_grad by the caller.
+            model: the model to call, bare or wrapped.
             inputs: keyword arguments of its forward, on its device, without labels.
-            masks: modality masks (B, S) of the sequence the decoder layers see, on the same device; or what tells
-                them once the first layer is reached, for models that place image features themselves.
+            masks: those of the sequence the decoder layers see, on the same device; or what tells them once the first
+                layer is reached, for models that place image features themselves.
             keep: (B,) bool; False for padding repeats, whose rows are discarded.
             text_ids: token ids of each sample's text, for the loss on them.
-
-        Raises:
-            UnsupportedModelError: the model did not call its layers as expected.
-
-        Ranks: collective under ZeRO-3 (it gathers weights); every rank must call it equally often.
         """
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
         self._forward = seen
@@ -279,6 +203,63 @@ class HiddenStateCapture:
                     "or the images did not reach it"
                 )
         self._verified = True
+
+
+class TextLoss:
+    """Sums the negative log-likelihood of text tokens given the image and the text before them.
+
+    Predicted are all text tokens of a sample but its first, from the positions before each; only at those are logits
+    computed.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0  # in nats, of the samples kept so far
+        self.count = 0  # tokens predicted
+        self._before = torch.zeros(0, dtype=torch.int64)
+        self._targets = torch.zeros(0, dtype=torch.int64)
+        self._shape: tuple[int, ...] = ()
+
+    def expect(self, text: Tensor, text_ids: Sequence[Tensor]) -> None:
+        """Note what the next logits predict, from text positions (B, S) bool of the samples that are kept.
+
+        The token ids of each sample's text are more than its positions where those were cut.
+        """
+        before, targets = [], []
+        self._shape = tuple(text.shape)
+        for row, (mask, ids) in enumerate(zip(text, text_ids, strict=True)):
+            positions = mask.nonzero()[:, 0]
+            if len(positions) > len(ids):
+                raise UnsupportedModelError(
+                    f"probe_loss needs a token id for each text position, got {len(ids)} for {len(positions)}; "
+                    "switch probe_loss off for this model"
+                )
+            before.append(row * text.shape[1] + positions[:-1])
+            targets.append(ids.to(text.device)[1 : len(positions)])
+        self._before, self._targets = torch.cat(before), torch.cat(targets)
+
+    def select(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pre-hook of the output embeddings: of hidden states (B, S, d) keep those to predict from, (1, n, d)."""
+        hidden = args[0]
+        if tuple(hidden.shape[:-1]) != self._shape:
+            raise UnsupportedModelError(
+                f"probe_loss needs hidden states of all positions {self._shape} at the output embeddings, got "
+                f"{tuple(hidden.shape[:-1])}; switch probe_loss off for this model"
+            )
+        return (hidden.flatten(0, 1).index_select(0, self._before)[None], *args[1:])
+
+    def add(self, outputs: Any) -> None:
+        """Add what a model's outputs say, whose logits are (1, n, vocabulary)."""
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if tuple(logits.shape[:-1]) != (1, len(self._targets)):
+            raise UnsupportedModelError(
+                f"probe_loss needs logits of {len(self._targets)} positions, got {tuple(logits.shape[:-1])}; switch "
+                "probe_loss off for this model"
+            )
+        for start in range(0, len(self._targets), _CHUNK_TOKENS):
+            part = slice(start, start + _CHUNK_TOKENS)
+            loss = functional.cross_entropy(logits[0, part].float(), self._targets[part], reduction="none")
+            self.total += loss.double().sum().item()
+        self.count += len(self._targets)
 
 
 def _nothing() -> None:

@@ -8,7 +8,6 @@ called `layers` that has as many members as the text configuration has hidden la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +20,13 @@ _NOT_TEXT = ("vision", "visual", "audio", "image", "qformer", "perceiver", "vq")
 
 @dataclass(frozen=True)
 class Decoder:
-    """The part of a model whose hidden states are read.
+    """The part of a model whose hidden states are read."""
 
-    Attributes:
-        model: the unwrapped top-level model, the one to call.
-        path: name of the layer list below ``model``, for messages.
-        layers: the decoder layers, in order.
-        siblings: direct children of the module that owns the layers, the final norm among them.
-        hidden_size: width d of the hidden states.
-    """
-
-    model: nn.Module
-    path: str
-    layers: nn.ModuleList
-    siblings: tuple[nn.Module, ...]
-    hidden_size: int
+    model: nn.Module  # the unwrapped top-level model, the one to call
+    path: str  # name of the layer list below `model`, for messages
+    layers: nn.ModuleList  # the decoder layers, in order
+    siblings: tuple[nn.Module, ...]  # direct children of the module that owns the layers, the final norm among them
+    hidden_size: int  # width d of the hidden states
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -72,18 +63,9 @@ def text_config(model: nn.Module) -> Any:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """Locate decoder layers generically.
+    """Locate the decoder layers of a Hugging Face vision-language model, bare or wrapped. Ranks: pure.
 
-    Args:
-        model: a Hugging Face vision-language model, bare or wrapped.
-
-    Returns:
-        The decoder; nothing in the model is changed or called.
-
-    Raises:
-        UnsupportedModelError: no such layer list, or the model has no configuration.
-
-    Ranks: pure.
+    Raises UnsupportedModelError if there is no such layer list, or the model has no configuration.
     """
     top = unwrap(model)
     config = text_config(top)
@@ -91,8 +73,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     root = _decoder_root(top)
     found = [
         (name, module)
-        for name, module in _layer_lists(root)
-        if len(module) == wanted and not any(word in name.lower() for word in _NOT_TEXT)
+        for name, module in root.named_modules()
+        if name and isinstance(module, nn.ModuleList) and len(module) == wanted
+        if not any(word in name.lower() for word in _NOT_TEXT)
     ]
     if not found:
         raise UnsupportedModelError(
@@ -103,7 +86,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     name, layers = min(found, key=lambda item: (item[0].split(".")[-1] != "layers", item[0].count("."), item[0]))
     owner = root.get_submodule(name.rpartition(".")[0])
     siblings = tuple(child for child in owner.children() if child is not layers)
-    return Decoder(top, _path_below(top, layers), layers, siblings, int(config.hidden_size))
+    path = next((name for name, module in top.named_modules() if module is layers), "layers")
+    return Decoder(top, path, layers, siblings, int(config.hidden_size))
 
 
 def _decoder_root(top: nn.Module) -> nn.Module:
@@ -116,13 +100,3 @@ def _decoder_root(top: nn.Module) -> nn.Module:
         module = below
     root: nn.Module = module
     return root
-
-
-def _layer_lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, module in root.named_modules():
-        if name and isinstance(module, nn.ModuleList):
-            yield name, module
-
-
-def _path_below(top: nn.Module, target: nn.Module) -> str:
-    return next((name for name, module in top.named_modules() if module is target), "layers")

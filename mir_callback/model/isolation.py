@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,13 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         for module, tensors in kept:
             _restore_tensors(module, tensors)
         release_gathered_weights(*zero_owners)
-        _restore_shown_dtypes(shown)
-        _restore_random_states(states)
+        # A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again.
+        # LLaVA casts its vision tower, and then its images to the dtype that the tower shows.
+        for parameter, dtype in shown:
+            if _in_shards(parameter) and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        for state, restore in states:
+            restore(state)
 
 
 def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
@@ -84,17 +89,6 @@ def _in_shards(parameter: nn.Parameter) -> bool:
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
 
-def _restore_shown_dtypes(shown: list[tuple[nn.Parameter, torch.dtype]]) -> None:
-    """Let weights in shards show the dtype they showed before.
-
-    A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again. LLaVA
-    casts its vision tower, and then its images to the dtype that the tower shows.
-    """
-    for parameter, dtype in shown:
-        if _in_shards(parameter) and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-
-
 def _kept_tensors(module: nn.Module) -> dict[str, Any]:
     """Plain attributes of a module that are a tensor or None: what a forward may leave behind in it."""
     return {name: value for name, value in vars(module).items() if value is None or isinstance(value, torch.Tensor)}
@@ -108,34 +102,18 @@ def _restore_tensors(module: nn.Module, before: dict[str, Any]) -> None:
             setattr(module, name, before[name])
 
 
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    device = _device_module()
-    if device is not None:
-        states["device"] = device.get_rng_state()
-    return states
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    device = _device_module()
-    if device is not None and "device" in states:
-        device.set_rng_state(states["device"])
-
-
-def _device_module() -> Any:
-    """`torch.cuda` or its like, if that accelerator is in use and keeps a random state of its own."""
+def _random_states() -> list[tuple[Any, Callable[[Any], None]]]:
+    """Every random stream's state and what puts it back."""
+    states: list[tuple[Any, Callable[[Any], None]]] = [
+        (random.getstate(), random.setstate),
+        (np.random.get_state(), np.random.set_state),
+        (torch.get_rng_state(), torch.set_rng_state),
+    ]
     for name in ("cuda", "xpu", "npu"):
         module = getattr(torch, name, None)
         if module is not None and module.is_available() and module.is_initialized():
-            return module
-    return None
+            return [*states, (module.get_rng_state(), module.set_rng_state)]
+    return states
 
 
 @contextmanager
@@ -145,14 +123,8 @@ def evaluation_weights(model: nn.Module, optimizer: Any) -> Iterator[None]:
     Such an optimizer moves the weights there and back in place (`eval()`, `train()`), which rounds; so the weights
     themselves are kept meanwhile, in host memory, and put back to the last bit.
 
-    An optimizer that works on weights of its own, as DeepSpeed's do, is left alone: the model then shows the weights
-    that are trained.
-
-    Args:
-        model: the module.
-        optimizer: the run's optimizer, wrapped or not; None and ordinary ones are ignored.
-
-    Ranks: each for itself.
+    None, an ordinary optimizer, and one that works on weights of its own, as DeepSpeed's do, are left alone: the model
+    then shows the weights that are trained. Ranks: each for itself.
     """
     inner = _switchable(optimizer)
     parameters = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]

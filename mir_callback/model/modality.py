@@ -16,35 +16,19 @@ _ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_to
 
 @dataclass(frozen=True)
 class ModalityMasks:
-    """Positions of a batch, both (B, S) bool and disjoint.
+    """Positions of a batch, both (B, S) bool and disjoint."""
 
-    Attributes:
-        vision: positions that hold an image feature.
-        text: real (non-padding) positions after the sample's last image feature.
-    """
-
-    vision: Tensor
-    text: Tensor
+    vision: Tensor  # positions that hold an image feature
+    text: Tensor  # real (non-padding) positions after the sample's last image feature
 
 
 def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """Ids that stand for image features in ``input_ids``, from the configuration and its sub-configurations.
+    """Sorted ids that stand for image features in ``input_ids``, from the configuration and its sub-configurations.
 
-    Args:
-        model: the unwrapped model.
-
-    Returns:
-        Sorted ids, at least one.
-
-    Raises:
-        UnsupportedModelError: the configuration names none.
-
-    Ranks: pure.
+    Raises UnsupportedModelError if they name none. Ranks: pure.
     """
     config: Any = getattr(model, "config", None)
-    configs = [config]
-    sub_configs = getattr(config, "sub_configs", {}) or {}
-    configs += [getattr(config, name, None) for name in sub_configs]
+    configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
     ids = {getattr(part, field, None) for part in configs for field in _ID_FIELDS}
     found = tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
     if not found:
@@ -56,20 +40,10 @@ def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
 
 
 def modality_masks(input_ids: Tensor, attention_mask: Tensor, vision_ids: tuple[int, ...]) -> ModalityMasks:
-    """Split the positions of a batch by modality.
+    """Split the positions (B, S) of a batch by modality; the attention mask is non-zero at real tokens. Ranks: pure.
 
     What stands before a sample's last image feature and is not vision (BOS, system prompt, text between two images)
-    is in neither mask.
-
-    Args:
-        input_ids: (B, S) integers.
-        attention_mask: (B, S), non-zero at real tokens, any padding side.
-        vision_ids: ids of image features.
-
-    Returns:
-        The masks; a sample without vision has no text either.
-
-    Ranks: pure.
+    is in neither mask, and a sample without vision has no text either.
     Source: arXiv:2410.07167 and the authors' code, which count the text after the image block.
     """
     real = attention_mask != 0

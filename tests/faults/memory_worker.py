@@ -32,8 +32,8 @@ CASES: dict[str, tuple[str, int, str]] = {
     "centred rows": ("_centred_or_scatter", 1, "few rows"),
     "gathering centred rows": ("_room_for", 4, "few rows"),
     "moments from centred rows": ("moments_from_centred", 1, "few rows"),
-    "factors": ("factored", 1, "many rows"),
-    "solve": ("find_vectors", 1, "many rows"),
+    "factors": ("moments_from_scatter", 1, "many rows"),
+    "solve": ("compute_covariance_part", 1, "many rows"),
     "transport maps": ("compute_transport_maps", 1, "many rows"),
 }
 
