@@ -30,17 +30,13 @@ from mir_callback.checkpoints.huggingface import read_shards, read_weights
 from mir_callback.checkpoints.load import DTYPES, LoadOptions, Opened, fetch_base, fetch_folder, require_complete
 from mir_callback.errors import ConfigError
 
-# Fields that only LLaVA's own configurations have.
-_FIELDS = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type")
-# Stage 1's template; the code base's own default is one of stage 2.
-_PROJECTOR_CONVERSATION = "plain"
 _TOWER = "vision_tower."
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 
 def opens(config: Mapping[str, Any]) -> bool:
-    """Models of the package `llava`: the original LLaVA, LLaVA-NeXT."""
-    return any(field in config for field in _FIELDS)
+    """Models of the package `llava`, the original LLaVA and LLaVA-NeXT: only their configurations have these fields."""
+    return not config.keys().isdisjoint({"mm_vision_tower", "mm_hidden_size", "mm_projector_type"})
 
 
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
@@ -61,11 +57,11 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         model = _with_projector(checkpoint, config, options, places[-1], tokenizer)
     else:
         model = _whole(checkpoint, config, options, sharded=storage == SHARDS)
-    tower = model.get_vision_tower()
-    vision_dtype = DTYPES.get(options.vision_dtype) or _dtype_of_tower(model.dtype)
-    tower.to(dtype=vision_dtype)
+    usual = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16  # what train.py casts the tower to
+    model.get_vision_tower().to(dtype=DTYPES.get(options.vision_dtype, usual))
     require_observable(model)
-    conversation = options.conversation or (_PROJECTOR_CONVERSATION if storage == PROJECTOR else None)
+    # Projectors are of stage 1, and the code base's own default is a template of stage 2.
+    conversation = options.conversation or ("plain" if storage == PROJECTOR else None)
     adapter = LlavaNextAdapter if is_llava_next(model) else OriginalLlavaAdapter
     return Opened(model, adapter(model, tokenizer, conversation=conversation))
 
@@ -130,11 +126,6 @@ def _whole(checkpoint: Checkpoint, config: Any, options: LoadOptions, *, sharded
 
 def _class_of(config: Any) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-def _dtype_of_tower(dtype: torch.dtype) -> torch.dtype:
-    """What train.py casts the tower to."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:

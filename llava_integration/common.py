@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LLaVA's code bases have in common: texts with a placeholder for the image, and where its features end up.
+"""What LLaVA's code bases have in common: what their models must fulfil, texts, and where image features end up.
 
-The placeholder is one id, which `prepare_inputs_labels_for_multimodal` replaces by the image's features inside the
-forward; it also drops padding, truncates and pads anew. It treats labels as it treats tokens, and gives image features
-the ignore label. So marks are passed in place of labels, and the labels that come out say what every position of the
-new sequence is. The ordinary forward does all this itself, no part of it is run twice.
+An image is one id of a text, its placeholder, which `prepare_inputs_labels_for_multimodal` replaces by the image's
+features inside the forward; it also drops padding, truncates and pads anew. It treats labels as it treats tokens, and
+gives image features the ignore label. So marks are passed in place of labels, and the labels that come out say what
+every position of the new sequence is. The ordinary forward does all this itself, no part of it is run twice.
 """
 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -25,20 +26,19 @@ from mir_callback.model.modality import ModalityMasks, modality_masks
 from mir_callback.probe.adapters import LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.probe import Sample
 
-TESTED = "transformers==4.37.2 tokenizers==0.15.2 accelerate==0.21.0"
+METHOD = "prepare_inputs_labels_for_multimodal"
+IGNORE_INDEX = -100
+_TEXT_MARK = 1
+# Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
+_ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
+_ATTENTION_RESULT, _LABELS_RESULT = 2, 5
+# Versions of transformers.
 WORKING_FROM, BROKEN_FROM = (4, 36), (4, 52)
+TESTED = "transformers==4.37.2 tokenizers==0.15.2 accelerate==0.21.0"
 
 
 def require_observable(model: nn.Module) -> None:
-    """Refuse a model whose forward would fail, or would place no images.
-
-    Args:
-        model: the unwrapped model.
-
-    Raises:
-        UnsupportedModelError: no image expansion, no vision tower or one without weights, or a forward that does not
-            fit the expansion.
-    """
+    """Refuse an unwrapped model that places no images, has no tower or an unloaded one, or whose forward would fail."""
     top: Any = model
     name = type(top).__name__
     tower = getattr(top, "get_vision_tower", lambda: None)()
@@ -62,7 +62,7 @@ def require_observable(model: nn.Module) -> None:
 
 
 def is_llava_next(model: nn.Module) -> bool:
-    """Whether an unwrapped model with METHOD is LLaVA-NeXT's and not the original LLaVA's. Ranks: pure."""
+    """Whether an unwrapped model with METHOD is LLaVA-NeXT's and not the original LLaVA's."""
     return "modalities" in inspect.signature(getattr(model, METHOD)).parameters
 
 
@@ -73,9 +73,6 @@ def tower_states_checked(model: nn.Module) -> Iterator[None]:
     transformers 5 hooks a tower that LLaVA has loaded by itself a second time once somebody asks for the language
     model's hidden states; from then on the tower returns every state twice, and LLaVA's `select_layer` counted from
     the end takes another layer without a word.
-
-    Raises (inside the forward):
-        UnsupportedModelError: the tower returned too many states.
     """
     top: Any = model
     inner = getattr(top.get_vision_tower(), "vision_tower", None)
@@ -101,17 +98,12 @@ def tower_states_checked(model: nn.Module) -> Iterator[None]:
 
 def surroundings() -> str:
     """The versions that matter to llava here, the ones that work, and the remedy, as one clause."""
+    names = metadata.packages_distributions().get("llava", [])  # of the distribution that the package came in
+    version = f"{names[0]} {metadata.version(names[0])}" if names else "the package llava"
     return (
-        f"{llava_version()} runs here with transformers {transformers.__version__} and tokenizers "
-        f"{tokenizers.__version__}; it works with transformers 4.36 to 4.51, tested with: pip install {TESTED}"
+        f"{version} runs here with transformers {transformers.__version__} and tokenizers {tokenizers.__version__}; "
+        f"it works with transformers 4.36 to 4.51, tested with: pip install {TESTED}"
     )
-
-
-def llava_version() -> str:
-    """Name and version of the distribution that the package llava came in."""
-    for name in metadata.packages_distributions().get("llava", []):
-        return f"{name} {metadata.version(name)}"
-    return "the package llava"
 
 
 def explain(error: BaseException) -> str | None:
@@ -119,20 +111,10 @@ def explain(error: BaseException) -> str | None:
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     if WORKING_FROM <= (major, minor) < BROKEN_FROM:
         return None
-    frame = error.__traceback__
-    while frame is not None:
-        if str(frame.tb_frame.f_globals.get("__name__")).split(".")[0] == "llava":
-            return f"{type(error).__name__} while llava was at work: {surroundings()}"
-        frame = frame.tb_next
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    if any(name.partition(".")[0] == "llava" for name in modules):
+        return f"{type(error).__name__} while llava was at work: {surroundings()}"
     return None
-
-
-METHOD = "prepare_inputs_labels_for_multimodal"
-IGNORE_INDEX = -100
-_TEXT_MARK = 1
-# Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
-_ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
-_ATTENTION_RESULT, _LABELS_RESULT = 2, 5
 
 
 def require_tokenizer(tokenizer: Any) -> None:
@@ -144,9 +126,8 @@ def require_tokenizer(tokenizer: Any) -> None:
 def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:
     """A sample's text, cut to ``max_text_tokens``.
 
-    Raises:
-        ProbeError: the text holds a control token of the tokenizer, or one of the ``placeholders`` that the code base
-            replaces in prompts by something else, such as ``<image>``.
+    ProbeError if it holds a control token of the tokenizer, or one of the ``placeholders``, such as ``<image>``, that
+    the code base replaces in prompts by something else.
     """
     for token in placeholders:
         if token in sample.text:
@@ -180,19 +161,10 @@ def after_image(ids: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = True) -> Iterator[LiveMasks]:
-    """While open, observe the expansion of image placeholders in every forward of ``model``.
+    """While open, observe the expansion of image placeholders in every forward of ``model``, which is unwrapped.
 
-    Args:
-        model: the unwrapped model, with the method named METHOD.
-        placeholder: the id that stands for one image.
-        every_sample: refuse a batch in which a sample has no vision or no text tokens.
-
-    Yields:
-        A function that gives the masks of the forward under way.
-
-    Raises (from that function):
-        UnsupportedModelError: the forward did not expand images, or not as expected.
-        ProbeError: a sample has no vision or no text tokens left after expansion and truncation.
+    Yields a function that gives the masks of the forward under way. UnsupportedModelError if that does not expand
+    images, or not as expected; ProbeError if one of ``every_sample`` has no vision or no text tokens left after it.
     """
     original: Any = getattr(model, METHOD)
     seen: list[ModalityMasks] = []

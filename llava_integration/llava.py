@@ -38,7 +38,6 @@ from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
 from mir_callback.probe.probe import Sample
 
 PROJECTOR_FILE = "mm_projector.bin"
-_GATHER = "get_mm_adapter_state_maybe_zero_3"
 
 
 def make_adapter(
@@ -72,14 +71,14 @@ class OriginalLlavaAdapter:
     def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
         top: Any = unwrap(model)
         require_observable(top)
-        if is_llava_next(top) != self._for_llava_next:
+        if (is_next := is_llava_next(top)) != self._for_llava_next:
             raise UnsupportedModelError(
                 f"{type(self).__name__} must be given a model of its own code base, got {type(top).__name__} of "
-                f"{'LLaVA-NeXT' if is_llava_next(top) else 'the original LLaVA'}; use "
-                f"{'LlavaNextAdapter' if is_llava_next(top) else 'OriginalLlavaAdapter'}"
+                f"{'LLaVA-NeXT; use LlavaNextAdapter' if is_next else 'the original LLaVA; use OriginalLlavaAdapter'}"
             )
         require_tokenizer(tokenizer)
         self._config = top.config
+        self._aspect_ratio: str | None = getattr(top.config, "image_aspect_ratio", None)
         self._tokenizer = tokenizer
         self._image_processor = top.get_vision_tower().image_processor
         self._template = _template(conversation)
@@ -102,8 +101,14 @@ class OriginalLlavaAdapter:
             yield current
 
     def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
-        """See :class:`mir_callback.integrations.huggingface.OffersSaver`."""
-        return projector_saver(trainer)
+        """See :class:`mir_callback.integrations.huggingface.OffersSaver`.
+
+        There is one if the Trainer's own `save_model` writes no weights, because only the projector trains.
+        """
+        args = getattr(trainer, "args", None)
+        parts = (getattr(args, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
+        alone = getattr(args, "tune_mm_mlp_adapter", False) or parts in (["mm_mlp_adapter"], ["mm_vision_resampler"])
+        return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
         from llava.constants import (
@@ -147,10 +152,6 @@ class OriginalLlavaAdapter:
             ) from error
         return pixels
 
-    @property
-    def _aspect_ratio(self) -> str | None:
-        return getattr(self._config, "image_aspect_ratio", None)
-
     def _conversation(self) -> Any:
         """The template without messages."""
         conversation = self._template.copy()
@@ -183,8 +184,7 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
     Args:
         model: the model, bare or wrapped.
         tokenizer: the run's tokenizer.
-        conversation: name of a conversation template ("plain", "qwen_1_5", ...), by default the run's own; see
-            :class:`OriginalLlavaAdapter`.
+        conversation: as of :class:`OriginalLlavaAdapter`, or "qwen_1_5", ...
 
     Raises:
         ConfigError: no tokenizer, an unknown template.
@@ -218,14 +218,6 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
         return conversation
 
 
-def projector_saver(trainer: Any) -> ProjectorSaver | None:
-    """A saver if the Trainer's own `save_model` writes no weights, because only the projector trains; else None."""
-    arguments = getattr(trainer, "args", None)
-    parts = (getattr(arguments, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
-    alone = getattr(arguments, "tune_mm_mlp_adapter", False) or parts in (["mm_mlp_adapter"], ["mm_vision_resampler"])
-    return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
-
-
 class ProjectorSaver:
     """`mm_projector.bin` and the configuration, as LLaVA's own stage-1 checkpoints hold them.
 
@@ -250,7 +242,7 @@ class ProjectorSaver:
 def _gather_of(trainer: Any) -> Any:
     """The function of LLaVA's trainer module, whichever subclass of its Trainer this is."""
     for cls in type(trainer).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), _GATHER, None)
+        found = getattr(sys.modules.get(cls.__module__), "get_mm_adapter_state_maybe_zero_3", None)
         if found is not None:
             return found
     return None

@@ -20,8 +20,6 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
 from mir_callback.probe.probe import Sample
 
-DEFAULT_CONVERSATION = "pretrain"
-
 
 def make_adapter(
     model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None
@@ -30,7 +28,10 @@ def make_adapter(
     top = unwrap(model)
     if package_of(top) != "tinyllava" or not hasattr(top, METHOD):
         return None
-    return TinyLlavaAdapter(model, processor, conversation=conversation or conversation_of(trainer))
+    # The template that a run of TinyLLaVA's training script encodes its data with.
+    data_arguments = getattr(getattr(trainer, "train_dataset", None), "data_args", None)
+    conversation = conversation or getattr(data_arguments, "conv_version", None)
+    return TinyLlavaAdapter(model, processor, conversation=conversation)
 
 
 class TinyLlavaAdapter:
@@ -58,7 +59,7 @@ class TinyLlavaAdapter:
         self._tokenizer: Any = getattr(top, "tokenizer", None) if tokenizer is None else tokenizer
         require_tokenizer(self._tokenizer)
         self._preprocess_image = _image_preprocess(image_processor, top.config)
-        self._preprocess_text = _text_preprocess(self._tokenizer, conversation or DEFAULT_CONVERSATION)
+        self._preprocess_text = _text_preprocess(self._tokenizer, conversation or "pretrain")
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`mir_callback.probe.adapters.Adapter`."""
@@ -82,12 +83,6 @@ class TinyLlavaAdapter:
         # In its mode for training it would make labels as well, and wait seconds over any it cannot make.
         ids: Tensor = self._preprocess_text(turns, mode="eval")["input_ids"]
         return ids
-
-
-def conversation_of(trainer: Any) -> str | None:
-    """The template that a run of TinyLLaVA's training script encodes its data with, None if it does not show."""
-    data_arguments = getattr(getattr(trainer, "train_dataset", None), "data_args", None)
-    return getattr(data_arguments, "conv_version", None)
 
 
 def _image_preprocess(image_processor: Any, config: Any) -> Any:

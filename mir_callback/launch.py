@@ -60,11 +60,7 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
 
 
 def find_target(words: list[str]) -> list[str]:
-    """The command line behind the separator, a console command as the file it is.
-
-    Raises:
-        ConfigError: there is no such script, module or command, or it is not written in Python.
-    """
+    """The command line behind the separator, a console command as the file it is, if that is written in Python."""
     if not words or words == ["-m"]:
         raise ConfigError(f"there is nothing to run behind {SEPARATOR}: no {'module' if words else 'script'}")
     if words[0] == "-m":
@@ -99,9 +95,8 @@ def run(target: list[str]) -> None:
 def main(words: list[str]) -> None:
     """Read our flags up to `--`, then run what stands behind it.
 
-    Raises:
-        SystemExit: 2 after one line on stderr if there is nothing to run or a flag breaks its rule, before anything is
-            started; 0 after `--help`; that of what was run.
+    Before anything is started it exits with status 2 and one line on stderr if there is nothing to run or a flag breaks
+    its rule, with 0 after `--help`; later as what was run does.
     """
     arguments, probe, target = read_command_line(words)
     attached = attach_before_training(probe, arguments.options())
@@ -139,11 +134,7 @@ def read_command_line(words: list[str]) -> tuple[Any, Probe, list[str]]:
 
 
 def attach_before_training(probe: Probe, options: dict[str, Any]) -> list[Any]:
-    """From now on every Trainer of this process that starts training has MIR attached, unless it has already.
-
-    Returns:
-        The callbacks found or attached so far; it grows as Trainers start.
-    """
+    """From now on every Trainer that starts to train gets MIR, unless it has it; a list that its callbacks go into."""
     from transformers import Trainer
 
     from mir_callback.integrations.huggingface import MIRCallback, attach_mir

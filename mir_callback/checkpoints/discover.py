@@ -36,20 +36,12 @@ _FILES_NAMED = 6
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with the weights of one step.
+    """A folder with the weights of one step."""
 
-    Attributes:
-        folder: where the weights and their configuration are.
-        run: the output folder of the run they belong to; ``folder`` itself where there is none.
-        step: the optimizer step they were saved after, 0 where nothing tells.
-        shards: the folder of the ZeRO shards within ``folder``, if one was named.
-        step_known: whether something tells the step.
-    """
-
-    folder: Path
-    run: Path
-    step: int
-    shards: str | None = None
+    folder: Path  # with the weights and their configuration
+    run: Path  # the output folder of the run they belong to; ``folder`` itself where there is none
+    step: int  # the optimizer step they were saved after, 0 where nothing tells
+    shards: str | None = None  # the folder of the ZeRO shards within ``folder``, if one was named
     step_known: bool = True
 
     @property
@@ -60,29 +52,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder stands for.
+    """What a folder stands for, and why weights in the run's own folder are not among it."""
 
-    Attributes:
-        checkpoints: at least one, in order of steps.
-        note: why weights in the run's own folder are not among them, where nothing is wrong with that.
-        error: why they are not, where something is.
-    """
-
-    checkpoints: list[Checkpoint]
-    note: str | None = None
-    error: ConfigError | None = None
+    checkpoints: list[Checkpoint]  # at least one, in order of steps
+    note: str | None = None  # where nothing is wrong with that
+    error: ConfigError | None = None  # where something is
 
 
 def find_checkpoints(folder: Path) -> Found:
     """The checkpoints that a folder stands for.
 
     A run stands for every `checkpoint-N` in it, and for the weights in the run's folder itself if something tells that
-    they are of another step; any other folder stands for itself.
-
-    Raises:
-        ConfigError: the step of the only weights there are cannot be read.
-
-    Ranks: any, each for itself.
+    they are of another step; any other folder stands for itself. ConfigError if the step of the only weights there are
+    cannot be read.
     """
     folder = _locate(folder)
     numbered = [(path, _CHECKPOINT.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
@@ -110,13 +92,7 @@ def find_checkpoints(folder: Path) -> Found:
 def select_checkpoints(
     checkpoints: Sequence[Checkpoint], steps: Collection[int] | None, every: int | None
 ) -> list[Checkpoint]:
-    """The checkpoints at these steps, at multiples of ``every``, or all of them.
-
-    Raises:
-        ConfigError: there is none at one of the steps, or none is left.
-
-    Ranks: pure.
-    """
+    """The checkpoints at these steps, at multiples of ``every``, or all; ConfigError if one or all are lacking."""
     run, known = checkpoints[0].run, [checkpoint.step for checkpoint in checkpoints]
     listed = ", ".join(map(str, known))
     lacking = sorted(set(steps or ()) - set(known))
@@ -133,11 +109,7 @@ def select_checkpoints(
 
 
 def find_storage(checkpoint: Checkpoint) -> str:
-    """How the weights of a checkpoint are stored: WHOLE, ADAPTER, PROJECTOR or SHARDS.
-
-    Raises:
-        ConfigError: in no way known here; the message says what is there.
-    """
+    """How its weights are stored: WHOLE, ADAPTER, PROJECTOR or SHARDS; ConfigError if in no way known here."""
     folder = checkpoint.folder
     storage = SHARDS if checkpoint.shards else _recognize_storage(folder)
     if storage is not None:
@@ -151,11 +123,7 @@ def find_storage(checkpoint: Checkpoint) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file.
-
-    Raises:
-        ConfigError: damaged, or not an object.
-    """
+    """A JSON object, empty if there is no such file; ConfigError if it is damaged, or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -168,12 +136,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_trainer_state(checkpoint: Checkpoint) -> EvalRecord:
-    """A record of what the Trainer knew when it saved, without a value yet.
+    """A record of what the Trainer knew when it saved, without a value yet; ConfigError if its file is damaged.
 
-    The Trainer's file may hold anything; what of it is no value of its field counts as not known.
-
-    Raises:
-        ConfigError: the file is damaged.
+    The file may hold anything; what of it is no value of its field counts as not known.
     """
     state = read_json(checkpoint.folder / _TRAINER_STATE) or read_json(checkpoint.folder / NOTE_NAME)
     loss, loss_step = _find_newest_loss(state.get("log_history"), checkpoint.step)

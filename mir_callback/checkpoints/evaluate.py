@@ -42,29 +42,19 @@ _UNKNOWN_STEP = (
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How checkpoints are evaluated.
-
-    Attributes:
-        loading: how they are opened.
-        device: where they are evaluated; each rank has its own.
-        autocast: a name of DTYPES other than float32 to evaluate in, as a run with `bf16=True` or `fp16=True` trains;
-            None to evaluate in the weights' own dtype.
-        config: what is measured, and in which batches.
-    """
+    """How checkpoints are evaluated."""
 
     loading: LoadOptions = field(default_factory=LoadOptions)
-    device: torch.device = torch.device("cpu")
-    autocast: str | None = None
+    device: torch.device = torch.device("cpu")  # of this rank
+    autocast: str | None = None  # a name of DTYPES, as runs with bf16=True or fp16=True train; None: the weights' own
     config: MIRConfig = field(default_factory=MIRConfig)
 
 
 def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord | None:
     """The record of the same evaluation made before, None if there is none or it failed. Ranks: collective."""
     record = next((record for record in results.records if record.step == checkpoint.step), None)
-    method: dict[str, Any] = {}
     with distributed.fail_together():
-        if distributed.is_main():
-            method = _describe_method(checkpoint, probe, options)
+        method = _describe_method(checkpoint, probe, options) if distributed.is_main() else {}
     method = distributed.broadcast_object(method)
     if record is None or record.mir is None or any(record[name] != value for name, value in method.items()):
         return None
@@ -72,16 +62,9 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord:
-    """Evaluate one checkpoint and put its record among the results.
+    """Evaluate one checkpoint and put its record among the results; MIRError if that fails. Ranks: collective.
 
-    Returns:
-        The record; its `mir` is None and `error` says why where the hidden states define none.
-
-    Raises:
-        MIRError: the checkpoint cannot be opened, the probe does not fit it, its forward fails, or the results were
-            made otherwise.
-
-    Ranks: collective.
+    Where the hidden states define no value the record's `mir` is None, and its `error` says why.
     """
     gc.collect()  # the model before, which a failure may still refer to
     if torch.cuda.is_available():
@@ -147,20 +130,12 @@ def _require_known_tokens(model: nn.Module, evaluator: Evaluator) -> None:
 
 
 class LiveValues:
-    """A run's own values, to be looked at beside those of its checkpoints.
-
-    Args:
-        run: the run's output folder, with or without a history.
-
-    Attributes:
-        problem: why there are none although there is a history, None otherwise.
-    """
+    """A run's own values, to be looked at beside those of its checkpoints, if its output folder has a history."""
 
     def __init__(self, run: Path) -> None:
-        self.problem: str | None = None
+        self.problem: str | None = None  # why there are none although there is a history
         self._said: set[str] = set()
-        records: list[EvalRecord] = []
-        path = run / FILE_NAME
+        records, path = [], run / FILE_NAME
         try:
             records = read_history(path) if path.exists() else []
         except (HistoryError, OSError) as error:
@@ -168,14 +143,10 @@ class LiveValues:
         self._by_step = {record.step: record for record in records if record.mir is not None}
 
     def find(self, record: EvalRecord, *, step_known: bool) -> tuple[float | None, list[str]]:
-        """The live value of a record's step, and what to know before comparing the two.
+        """The live value of a record's step that was made the same way, and what to know before comparing the two.
 
-        Args:
-            record: of a checkpoint.
-            step_known: whether the record's step is that of its weights, and not only where such values are put.
-
-        Returns:
-            The value, None if there is none that was made the same way; and sentences, each only the first time.
+        These are sentences, each only the first time. Without ``step_known`` the record's step is not that of its
+        weights, only where such values are put.
         """
         if not step_known:
             return None, [_UNKNOWN_STEP] if self._by_step else []

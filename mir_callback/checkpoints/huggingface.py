@@ -112,7 +112,7 @@ def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **g
 
 def _find_class(folder: Path) -> Any:
     """The class that a configuration names."""
-    names = read_json(folder / "config.json").get("architectures") or []
+    names = read_json(folder / "config.json").get("architectures")
     kind = getattr(transformers, str(names[0]), None) if names else None
     if kind is None:
         raise ConfigError(
@@ -177,16 +177,7 @@ def _load_processor(given: str | None, places: list[Path]) -> Any:
 
 
 def read_shards(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights of DeepSpeed's shards by their names in training, float32, on the CPU.
-
-    Args:
-        checkpoint: a folder with `global_stepN` folders in it, as a Trainer or DeepSpeed's engine saves them.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed, or cannot put the shards together.
-
-    Ranks: any, each for itself.
-    """
+    """All weights of DeepSpeed's shards (`global_stepN` folders) by their names in training, float32, on the CPU."""
     folder = checkpoint.folder
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -218,17 +209,7 @@ def read_shards(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """The weights of a folder whose names hold ``part``, on the CPU in their own dtype.
-
-    Args:
-        folder: as save_pretrained writes it, in one file or several with an index.
-        part: of the names.
-
-    Raises:
-        ConfigError: the index is damaged.
-
-    Ranks: any.
-    """
+    """The weights that save_pretrained wrote whose names hold ``part``, on the CPU in their own dtype."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{whole}.index.json"
         places = read_json(index).get("weight_map", {}) if index.is_file() else {part: whole}

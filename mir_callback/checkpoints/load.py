@@ -34,21 +34,13 @@ _MESSAGE_LENGTH = 300
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How checkpoints are opened; None where the checkpoint or its family decides.
+    """How checkpoints are opened; None where the checkpoint or its family decides."""
 
-    Attributes:
-        dtype: one of DTYPES, or "auto" for that of the stored weights.
-        vision_dtype: of LLaVA's vision tower, likewise; "auto" for what LLaVA trains with.
-        base: folder or hub name of the base model of a partial checkpoint.
-        processor: folder or hub name of the processor, of the tokenizer for LLaVA.
-        conversation: name of LLaVA's template.
-    """
-
-    dtype: str = AUTO
-    vision_dtype: str = AUTO
-    base: str | None = None
-    processor: str | None = None
-    conversation: str | None = None
+    dtype: str = AUTO  # one of DTYPES, or that of the stored weights
+    vision_dtype: str = AUTO  # of LLaVA's vision tower; AUTO is what LLaVA trains with
+    base: str | None = None  # folder or hub name of the base model of a partial checkpoint
+    processor: str | None = None  # folder or hub name of the processor, of the tokenizer for LLaVA
+    conversation: str | None = None  # name of LLaVA's template
 
 
 @dataclass(frozen=True)
@@ -60,13 +52,7 @@ class Opened:
 
 
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.device) -> Opened:
-    """A checkpoint's model on ``device``, in evaluation mode.
-
-    Raises:
-        MIRError: it cannot be opened completely; the message says why, in one line.
-
-    Ranks: any, each for itself.
-    """
+    """A checkpoint's model on ``device``, in evaluation mode; MIRError if it cannot be opened completely."""
     config = read_json(checkpoint.folder / "config.json")
     families = (importlib.import_module(name) for name in FAMILIES)
     family: Any = next(family for family in families if family.opens(config))
@@ -85,22 +71,14 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.
 
 
 def is_local(name: str) -> bool:
-    """Whether a name means a folder: there is one, or it cannot be a hub name. Ranks: any."""
+    """Whether a name means a folder: there is one, or it cannot be a hub name."""
     return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def fetch_folder(name: str, *, weights: bool = True, what: str = "the model") -> Path:
-    """The folder that a name means, fetched from the hub if it is a hub name and not on this machine.
+    """The folder that a name means, fetched if it is a hub name, weights as safetensors if there are any.
 
-    Args:
-        name: a folder, or a repository such as ``llava-hf/llava-1.5-7b-hf``.
-        weights: also fetch weights, safetensors if there are any.
-        what: what it is, for the message.
-
-    Raises:
-        ConfigError: neither a folder nor a repository that can be fetched.
-
-    Ranks: any; each machine fetches once.
+    ConfigError if it is neither; ``what`` it is stands in the message.
     """
     if is_local(name):
         folder = Path(os.path.expanduser(name))  # pathlib's own refuses the name of a user it does not know
@@ -120,17 +98,7 @@ def fetch_folder(name: str, *, weights: bool = True, what: str = "the model") ->
 
 
 def fetch_base(folder: Path, given: str | None, named: object, where: str) -> Path:
-    """The folder of the base model of a checkpoint that does not hold all of its weights.
-
-    Args:
-        folder: the checkpoint's.
-        given: what the user says it is, which goes first.
-        named: what the checkpoint says it is.
-        where: the field of the checkpoint that says so.
-
-    Raises:
-        ConfigError: nobody says, or it is not there.
-    """
+    """The folder of a partial checkpoint's base model: the one given, else that which its field ``where`` names."""
     name = given or named
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{folder} holds only a part of a model, and {where} does not name its base; give --base")
@@ -148,19 +116,8 @@ def require_complete(
     unexpected: Collection[str],
     others: Collection[object] = (),
 ) -> None:
-    """Refuse a model whose weights are not all and only those of its checkpoint.
-
-    Args:
-        checkpoint: named in the message.
-        model: its buffers that are not stored nowadays may be in an older checkpoint.
-        missing: names of the model's that the checkpoint lacks.
-        unexpected: names of the checkpoint's that the model lacks.
-        others: whatever else went wrong, such as other shapes.
-
-    Raises:
-        ConfigError: something is left; the message names it.
-    """
-    buffers = {name for name, _ in model.named_buffers()}
+    """Refuse a model whose weights are not all and only those of its checkpoint; ``others`` have e.g. other shapes."""
+    buffers = {name for name, _ in model.named_buffers()}  # an older checkpoint has some that are not stored nowadays
     wrong = {"missing": missing, "unexpected": set(unexpected) - buffers, "not fitting": [str(each) for each in others]}
     listed = [f"{what} {_list_some(names)}" for what, names in wrong.items() if names]
     if listed:
@@ -172,7 +129,7 @@ def require_complete(
 
 
 def shorten_message(error: BaseException) -> str:
-    """Class and message of a foreign error, whose message may be a page long, as one line. Ranks: pure."""
+    """Class and message of a foreign error, whose message may be a page long, as one line."""
     words = " ".join(str(error).split())
     short = words if len(words) <= _MESSAGE_LENGTH else f"{words[:_MESSAGE_LENGTH]}..."
     return f"{type(error).__name__}: {short}"

@@ -23,69 +23,36 @@ LOCK_SECONDS = 60.0  # it is locked for milliseconds; longer means a process tha
 
 
 class Results:
-    """The records of one run's checkpoints; the same on every rank, written by rank 0.
+    """The records of one run's checkpoints in order of steps; the same on every rank, written by rank 0.
 
-    Args:
-        path: the history file; made with the first record.
-        run: the run's folder; a file that holds another run's records is refused.
-
-    Attributes:
-        path: the file.
-        records: what it holds, in order of steps.
-        problem: why another process that writes the file at the same time may lose records; None if it cannot, and on
-            other ranks.
-
-    Raises:
-        HistoryError: the file is damaged, is of another run, or cannot be read; on every rank.
-
-    Ranks: collective.
+    HistoryError on every rank if the file, which is made with the first record, is damaged, is of another run, or
+    cannot be read. Ranks: collective.
     """
 
     def __init__(self, path: Path, run: Path) -> None:
         self.path = path
-        self.problem: str | None = None
+        self.problem: str | None = None  # on rank 0: why others that write the file at the same time may lose records
         self._run = os.path.relpath(run, path.parent)  # relative, so that both can be moved together
-        records: list[EvalRecord] = []
         with distributed.fail_together():
-            if distributed.is_main():
-                records = self._read()
+            records = self._read() if distributed.is_main() else []
         self.records = distributed.broadcast_object(records)
 
     def require_same_definition(self, definition: Mapping[str, str]) -> None:
-        """Refuse to put values made in different ways side by side.
-
-        Args:
-            definition: fields of DEFINITION_FIELDS as they are now, all or some.
-
-        Raises:
-            HistoryError: a record was made otherwise.
-
-        Ranks: pure.
-        """
+        """HistoryError if a record was made otherwise than some of DEFINITION_FIELDS are now. Ranks: pure."""
         _require_same_definition(self.path, self.records, definition)
 
     def put(self, record: EvalRecord) -> EvalRecord:
-        """Add a record in the place of its step; it takes that of an older one.
+        """Add a record in the place of its step, where it replaces an older one; as the file has it, with its run.
 
-        What another process has written meanwhile stays: the file is locked over reading and writing.
-
-        Returns:
-            The record as the file has it, with the run it is of.
-
-        Raises:
-            HistoryError: it cannot be written, or another process has meanwhile put values in it that were made
-                otherwise; on every rank.
-
-        Ranks: collective.
+        What another process has written meanwhile stays: the file is locked over reading and writing. HistoryError on
+        every rank if it cannot be written, or now holds values that were made otherwise. Ranks: collective.
         """
         record = replace(record, run=self._run)
-        records: list[EvalRecord] = []
         with distributed.fail_together():
-            if distributed.is_main():
-                try:
-                    records = self._put(record)
-                except OSError as error:
-                    raise HistoryError(f"cannot write {self.path}: {error}; choose another: --history FILE") from error
+            try:
+                records = self._put(record) if distributed.is_main() else []
+            except OSError as error:
+                raise HistoryError(f"cannot write {self.path}: {error}; choose another: --history FILE") from error
         self.records = distributed.broadcast_object(records)
         return record
 
@@ -119,17 +86,7 @@ class Results:
 def lock(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[str | None]:
     """Hold a file's lock, `NAME.lock` beside it; a process that ends, however it does, gives it back.
 
-    Args:
-        path: the file; its folder must exist.
-        seconds: how long to wait for another process.
-
-    Yields:
-        None, or why there is no lock: then the block runs without one.
-
-    Raises:
-        HistoryError: another process keeps it.
-
-    Ranks: any, one process each.
+    Yields why the block runs without one, None if it has it; HistoryError if another process keeps it.
     """
     file_lock = FileLock(f"{path}.lock", timeout=seconds)
     problem: str | None = None

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How samples become inputs of one family of models, and which adapter a model gets.
 
-There is one here for transformers' own models. Other families register a factory: `llava_integration` does for LLaVA's
-code bases, anybody else with :func:`register_adapter` or an entry point of the group "mir_callback.adapters".
+There is one here for transformers' own models and those built like them. Other families register a factory:
+`llava_integration` does for LLaVA's code bases, anybody else with :func:`register_adapter` or an entry point of the
+group "mir_callback.adapters".
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None
 
 
 def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None) -> Adapter:
-    """The adapter of a model: the first that a factory makes, else that of transformers' own models.
+    """The adapter of a model: the first that a factory makes, else that of transformers' models.
 
     Args:
         model: the model, bare or wrapped.
@@ -104,8 +105,7 @@ def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None =
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch module, got {type(model).__name__}; pass trainer.model")
-    ours = package_of(model) == "transformers"
-    missing = ""
+    kind, ours, missing = type(unwrap(model)), package_of(model) == "transformers", ""
     if not ours:
         try:
             importlib.import_module("llava_integration")  # registers its factories
@@ -116,8 +116,7 @@ def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None =
         adapter = factory(model, processor, conversation=conversation, trainer=trainer)
         if adapter is not None:
             return adapter
-    kind = type(unwrap(model))
-    if not ours:
+    if not ours and not _fits_transformers(unwrap(model), processor):
         asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "nobody"
         raise UnsupportedModelError(
             f"{kind.__module__}.{kind.__name__} is of no kind known here: not one of transformers' own models, and "
@@ -127,6 +126,23 @@ def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None =
     if conversation is not None:
         raise ConfigError(f"{kind.__name__} has no conversation templates, got {conversation!r}; leave it out")
     return HuggingFaceAdapter(model, processor)
+
+
+def _fits_transformers(model: Any, processor: Any) -> bool:
+    """Whether a model that somebody else has built looks like transformers' own; self-checks refuse what does not fit.
+
+    Not one that splices images into its inputs by itself, as LLaVA's code bases do.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "prepare_inputs_labels_for_multimodal"):
+        return False
+    try:
+        vision_token_ids(model)
+        require_processor(processor)
+    except (ConfigError, UnsupportedModelError):
+        return False
+    return True
 
 
 def package_of(model: nn.Module) -> str:
@@ -260,13 +276,7 @@ def cut_text(tokenizer: Any, text: str, max_tokens: int) -> str:
 
 
 def require_plain_text(tokenizer: Any, text: str, sample: str, more_control_ids: Iterable[int] = ()) -> None:
-    """Refuse a text in which the tokenizer reads one of its control tokens or of ``more_control_ids``.
-
-    An unknown character is none of them.
-
-    Raises:
-        ProbeError: there is one; the message names the ``sample``.
-    """
+    """Refuse a text in which the tokenizer reads a control token or one of these; an unknown character is none."""
     control = {*more_control_ids, *getattr(tokenizer, "all_special_ids", ())}
     unknown = getattr(tokenizer, "unk_token_id", None)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:

@@ -21,18 +21,11 @@ _PIXEL_SAMPLES = 4
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """One forward's worth of samples, on the CPU.
-
-    Attributes:
-        inputs: keyword arguments of the model's forward.
-        masks: modality masks (B, S), or None if only the forward shows them.
-        keep: (B,) bool, False for repeats that only fill up the batch count of a rank.
-        text_ids: token ids of each sample's text, or None if the adapter does not tell.
-    """
+    """One forward's worth of samples, on the CPU; see :class:`AdaptedBatch`."""
 
     inputs: dict[str, Any]
     masks: ModalityMasks | None
-    keep: Tensor
+    keep: Tensor  # (B,) bool, False for repeats that only fill up the batch count of a rank
     text_ids: list[Tensor] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype | None) -> ProbeBatch:
@@ -45,13 +38,9 @@ class ProbeBatch:
                 return value
             return value.to(device, dtype=dtype if value.is_floating_point() else None)
 
-        masks = self.masks
-        return ProbeBatch(
-            inputs={name: moved(value) for name, value in self.inputs.items()},
-            masks=None if masks is None else ModalityMasks(masks.vision.to(device), masks.text.to(device)),
-            keep=self.keep.to(device),
-            text_ids=self.text_ids,
-        )
+        inputs = {name: moved(value) for name, value in self.inputs.items()}
+        masks = self.masks and ModalityMasks(self.masks.vision.to(device), self.masks.text.to(device))
+        return ProbeBatch(inputs, masks, self.keep.to(device), self.text_ids)
 
 
 @dataclass(frozen=True)
@@ -74,21 +63,13 @@ class RankShard:
 
 @dataclass(frozen=True)
 class EncodedProbe:
-    """A probe, encoded for one model and processor.
-
-    Attributes:
-        shard: this rank's batches.
-        num_samples: samples of the whole probe.
-        fingerprint: the probe's.
-        digests: (sample index, digest of its token ids), of this rank's samples until all ranks' are put together.
-        pixel_digests: (sample index, digest of its floating inputs), the same of the first samples of the probe.
-    """
+    """A probe, encoded for one model and processor; digests are of this rank's samples until all ranks' are joined."""
 
     shard: RankShard
-    num_samples: int
-    fingerprint: str
-    digests: tuple[tuple[int, str], ...]
-    pixel_digests: tuple[tuple[int, str], ...]
+    num_samples: int  # of the whole probe
+    fingerprint: str  # the probe's
+    digests: tuple[tuple[int, str], ...]  # (sample index, digest of its token ids)
+    pixel_digests: tuple[tuple[int, str], ...]  # (sample index, digest of its floating inputs), of a few samples
 
     @property
     def batches(self) -> tuple[ProbeBatch, ...]:
@@ -113,7 +94,7 @@ class EncodedProbe:
 def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
     """Which samples a rank encodes: (sample index, keep), equally many on every rank.
 
-    Sample i belongs to rank i mod W. Ranks that come out short repeat a sample with keep False. Ranks: pure.
+    Sample i belongs to rank i mod W. Ranks that come out short repeat a sample with keep False.
     """
     length = -(-num_samples // world_size)
     mine = list(range(rank, num_samples, world_size))
@@ -138,20 +119,9 @@ def encode_shard(probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bo
 
 
 def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int) -> EncodedProbe:
-    """Encode one rank's part of a probe.
+    """Encode one rank's part of a probe, in equally many batches on every rank.
 
-    Args:
-        probe: the samples.
-        adapter: of the model's family.
-        rank: this rank.
-        world_size: number of ranks.
-        batch_size: samples per forward; equal on every rank.
-
-    Raises:
-        ConfigError: the processor cannot batch.
-        ProbeError: a sample does not fit the model.
-
-    Ranks: each for itself; the number of batches is the same everywhere.
+    ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: each for itself.
     """
     shard = encode_shard(probe, adapter, share_of_rank(len(probe), rank, world_size), batch_size)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
@@ -194,27 +164,15 @@ def _fingerprint(digests: tuple[tuple[int, str], ...]) -> str:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of every sample.
+    """Tokens of every sample."""
 
-    Attributes:
-        vision: per sample, or None where only a forward shows them or no model was named.
-        text: per sample, those after the image; of a tokenizer alone those of the text itself.
-        fingerprint: the tokens fingerprint that evaluations with this model and processor carry, or None.
-    """
-
-    vision: list[int] | None
-    text: list[int]
-    fingerprint: str | None
+    vision: list[int] | None  # None of a tokenizer alone
+    text: list[int]  # those after the image; of a tokenizer alone those of the text itself
+    fingerprint: str | None  # the tokens fingerprint that evaluations with this model and processor carry
 
 
 def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
-    """Tokens as an evaluation has them, with an adapter that knows its masks before the forward.
-
-    Raises:
-        ProbeError: a sample does not fit the model; the message names it.
-
-    Ranks: any, each for itself.
-    """
+    """Tokens as an evaluation has them, with an adapter that knows its masks before the forward."""
     encoded = encode_probe(probe, adapter, rank=0, world_size=1, batch_size=1)
     masks = [batch.masks for batch in encoded.batches if batch.masks is not None]
     vision, text = ([int(getattr(mask, name).sum()) for mask in masks] for name in ("vision", "text"))
@@ -222,6 +180,6 @@ def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
 
 
 def counts_of_tokenizer(probe: Probe, tokenizer: Any) -> TokenCounts:
-    """Tokens of the texts alone, after the probe's cut. Ranks: any, each for itself."""
+    """Tokens of the texts alone, after the probe's cut."""
     texts = (cut_text(tokenizer, sample.text, probe.max_text_tokens) for sample in probe.samples)
     return TokenCounts(None, [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], None)

@@ -343,8 +343,8 @@ class ProbeSource:
             raise ConfigError("no probe: give one (a file that Probe.save wrote will do), or images and texts")
         if self.probe is not None:
             return self.probe if isinstance(self.probe, Probe) else Probe.load(self.probe)
-        draw = {"num_samples": self.num_samples, "seed": self.seed}
-        return Probe.from_folders(self.images, self.texts, **{n: v for n, v in draw.items() if v is not None})
+        num_samples = 100 if self.num_samples is None else self.num_samples
+        return Probe.from_folders(self.images, self.texts, num_samples, self.seed or 0)
 
 
 def _pair_up(images: list[tuple[str, bytes]], texts: list[tuple[str, str]]) -> tuple[Sample, ...]:

@@ -22,22 +22,14 @@ T = TypeVar("T")
 
 
 def as_path(given: str | Path, name: str) -> Path:
-    """A path with `~` expanded, also that of a user nobody knows, which pathlib refuses.
-
-    Raises:
-        ProbeError: it is none; the message says which argument.
-    """
+    """A path with `~` expanded, also that of a user nobody knows, which pathlib refuses."""
     if not isinstance(given, (str, Path)):
         raise ProbeError(f"{name} must be a path, got {given!r:.80} of type {type(given).__name__}")
     return Path(os.path.expanduser(given))
 
 
 def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | Path) -> list[T]:
-    """Choose ``num_samples`` different items.
-
-    Raises:
-        ProbeError: fewer items than asked.
-    """
+    """Choose ``num_samples`` different items; ProbeError if there are fewer."""
     if len(items) < num_samples:
         raise ProbeError(
             f"num_samples must not exceed what {field} holds, got num_samples={num_samples} and {len(items)} usable "
@@ -92,11 +84,7 @@ def _image_bytes(path: Path, name: str) -> bytes:
 
 
 def records_of_llava_json(json_file: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes, str]]:
-    """Records of a LLaVA-format list that have exactly one image, as (name, image, text).
-
-    Raises:
-        ProbeError: the file is missing, is no JSON list of records, or a record lacks `conversations`.
-    """
+    """Records of a LLaVA-format list that have exactly one image, as (name, image, text)."""
     data = _read_json(json_file, "json_file must be a readable LLaVA-format JSON list")
     if not isinstance(data, list):
         raise ProbeError(
@@ -132,9 +120,6 @@ def images_of_questions(questions: Path, images: Path, num_samples: int, seed: i
 
     The file is TextVQA's own JSON (`data`: a list with `image_id`, for a `.jpg`), or JSON lines with `image` as LLaVA's
     evaluation has them.
-
-    Raises:
-        ProbeError: not such a file, or a question without an image.
     """
     data = _read_json(
         questions, "questions must be a readable TextVQA question file (.json, or .jsonl with one question a line)"
@@ -174,12 +159,7 @@ def _read_json(path: Path, rule: str) -> Any:
 
 
 def open_dataset(path: str, split: str) -> Any:
-    """One split of a dataset: a folder that `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` finds.
-
-    Raises:
-        ConfigError: the package datasets is not installed; nothing else here needs it.
-        ProbeError: there is no such dataset or split.
-    """
+    """One split of a dataset: a folder that `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` finds."""
     try:
         import datasets
     except ImportError as error:

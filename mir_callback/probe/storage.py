@@ -37,8 +37,13 @@ class StoredProbe:
 def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> Path:
     """See :meth:`Probe.save`."""
     files = _files(entries, max_text_tokens, fingerprint)
-    if path.exists() and not _is_probe(path):
-        raise ProbeError(f"path must be free or hold a probe, got {path}; choose another path or remove what is there")
+    try:
+        if path.exists():
+            read(path)
+    except ProbeError as error:
+        raise ProbeError(
+            f"path must be free or hold a probe, got {path}; choose another path or remove what is there"
+        ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as new:
@@ -91,8 +96,7 @@ def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
-            # A fixed date: the same probe is the same file, byte for byte.
-            archive.writestr(zipfile.ZipInfo(name), content)
+            archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date: the same probe is the same file
     fsync(path)
 
 
@@ -113,7 +117,10 @@ def _image_member(name: object) -> str:
 
 def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> dict[str, bytes]:
     """Names and contents of what a probe is stored as."""
-    images = {f"images/{index:05d}.{_suffix(image)}": image for index, (_, image, _) in enumerate(entries)}
+    images = {}
+    for index, (_, image, _) in enumerate(entries):
+        with Image.open(io.BytesIO(image)) as opened:
+            images[f"images/{index:05d}.{(opened.format or 'image').lower()}"] = image
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -125,16 +132,3 @@ def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> 
         ],
     }
     return {_MANIFEST: json.dumps(manifest, indent=1, ensure_ascii=False).encode(), **images}
-
-
-def _suffix(image: bytes) -> str:
-    with Image.open(io.BytesIO(image)) as opened:
-        return (opened.format or "image").lower()
-
-
-def _is_probe(path: Path) -> bool:
-    try:
-        read(path)
-    except ProbeError:
-        return False
-    return True

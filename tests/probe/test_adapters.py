@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 import llava_integration
 from mir_callback.errors import ConfigError, UnsupportedModelError
@@ -33,6 +34,15 @@ def factory_of(name, kind):
 class Theirs(nn.Module):
     def forward(self, x):
         return x
+
+
+def built_by_others(**attributes):
+    """A model and its processor; the model's class has a forward of its own and derives from one of transformers."""
+    model, processor = tiny_models.llava()
+    forward = type(model).forward
+    own = {"__module__": __name__, "forward": lambda self, *args, **keywords: forward(self, *args, **keywords)}
+    model.__class__ = type("Built", (type(model),), {**own, **attributes})
+    return model, processor
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +133,23 @@ def test_an_unknown_model_is_refused_with_who_was_asked_and_what_to_do(monkeypat
         UnsupportedModelError, match="asked: nobody; not llava_integration: import of llava_integration"
     ):
         find_adapter(Theirs(), None)
+
+
+def test_a_model_built_like_those_of_transformers_gets_their_adapter():
+    model, processor = built_by_others()
+    assert package_of(model) == "tests"
+    assert isinstance(find_adapter(model, processor), HuggingFaceAdapter)
+    with pytest.raises(UnsupportedModelError, match="Built is of no kind known here"):
+        find_adapter(model, processor.tokenizer)
+    model.config = LlamaConfig()  # names no image token
+    with pytest.raises(UnsupportedModelError, match="Built is of no kind known here"):
+        find_adapter(model, processor)
+
+
+def test_a_model_that_splices_images_in_as_llava_does_is_not_taken_for_one_of_transformers():
+    model, processor = built_by_others(prepare_inputs_labels_for_multimodal=None)
+    with pytest.raises(UnsupportedModelError, match="Built is of no kind known here"):
+        find_adapter(model, processor)
 
 
 def test_a_template_for_a_model_of_transformers_is_refused():
