@@ -17,14 +17,13 @@ from markupsafe import Markup
 
 from mir_callback.analysis.compare import Comparison
 from mir_callback.analysis.page import facts, timeline
-from mir_callback.analysis.page import timeline as profiles
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import MOMENTS, RunView, number_colours
+from mir_callback.analysis.page.views import MOMENTS, VERDICTS, RunView, number_colours, read_verdict
 from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import HistoryError
 from mir_callback.probe.probe import Probe
 
-_PARTS = Path(__file__).parent / "page"
+_PARTS = Path(__file__).parent
 _NAMED = 4  # recipes that a title has room for
 
 
@@ -60,7 +59,7 @@ def render_report(
     shown = [run for run in runs if run.moments]
     ordered = [*shown, *(run for run in runs if not run.moments)]  # a run has the same number wherever it is shown
     lines = timeline.draw_timelines(shown) if shown else []
-    curves = profiles.draw_profiles(shown)
+    curves = timeline.draw_profiles(shown)
     script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
     own = [(note if len(ordered) == 1 else f"{run.name}: {note}") for run in ordered for note in run.notes]
     return (
@@ -73,8 +72,8 @@ def render_report(
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             format_value=format_value,
-            read_verdict=timeline.read_verdict,
-            verdict_classes=timeline.VERDICTS,
+            read_verdict=read_verdict,
+            verdict_classes=VERDICTS,
             moments=MOMENTS,
             # of every run
             runs=ordered,
@@ -91,7 +90,7 @@ def render_report(
             profiles=curves,
             quantities=[curve.quantity for curve in curves],
             steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
-            cost_charts=profiles.draw_costs(shown),
+            cost_charts=timeline.draw_costs(shown),
             seen_verdicts=_list_verdicts(shown),
             sheet=facts.make_sheet(shown, probe),
             data=_collect_data(shown, lines, curves),
@@ -121,12 +120,12 @@ def _name_steps(runs: Sequence[RunView], moment: str) -> str:
 
 
 def _list_verdicts(runs: Sequence[RunView]) -> list[str]:
-    seen = dict.fromkeys(timeline.read_verdict(record) for run in runs for record in run.records)
+    seen = dict.fromkeys(read_verdict(record) for run in runs for record in run.records)
     return [verdict for verdict in seen if verdict]
 
 
 def _collect_data(
-    runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[profiles.Profile]
+    runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[timeline.Profile]
 ) -> Mapping[str, Any]:
     """What the page's script reads out under a pointer; the pictures themselves do without it."""
     return {
@@ -136,7 +135,7 @@ def _collect_data(
                 "steps": [record.step for record in run.measured],
                 "mir": [facts.with_error(record) for record in run.measured],
                 "loss": _losses_at(run),
-                "verdict": [timeline.read_verdict(record) for record in run.measured],
+                "verdict": [read_verdict(record) for record in run.measured],
                 "reason": [record.reason or "" for record in run.measured],
                 "layers": {
                     curve.quantity.name: [

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import ImageOps
 
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.timeline import read_verdict
-from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView
+from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView, read_verdict, time_share
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
@@ -120,14 +119,6 @@ def _list_costs(run: RunView) -> dict[str, str]:
         "of the time": f"{shares[-1]:.1%}" if shares else format_value(None),
         "peak memory, besides training": _format_bytes(max(memory, default=None)),
     }
-
-
-def time_share(record: EvalRecord) -> float | None:
-    """The part of the time so far that went into evaluations; None before the first step."""
-    spent, trained = record.eval_seconds, record.train_seconds
-    if spent is None or trained is None or record.step == 0 or spent + trained <= 0:
-        return None
-    return float(spent / (spent + trained))
 
 
 def tabulate_definition(runs: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
