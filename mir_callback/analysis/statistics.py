@@ -13,6 +13,7 @@ import numpy as np
 
 from mir_callback.analysis.curves import Curve, Point, interpolate
 
+BAND = 1.96  # standard errors: 95 % of a normal distribution
 # What is assumed of runs that differ in the seed only: their standard deviation in MIR, the largest that small real
 # trainings had (docs/comparing.md), and the part of the way to a position by which a seed may shift a curve.
 ASSUMED_STD = 0.35

@@ -97,12 +97,9 @@ def fit_scale(values: Iterable[float | None], kind: Kind = "linear", padding: fl
 
 def format_tick(value: float) -> str:
     """A round number as short as a tick label should be: 0.05, 1200, 25k, 3M."""
-    text = f"{value:.6g}"
-    for least, unit, letter in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            text = f"{value / unit:g}{letter}"
-            break
-    return text.replace("-", "\N{MINUS SIGN}")
+    units = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+    found = (f"{value / unit:g}{letter}" for least, unit, letter in units if abs(value) >= least)
+    return next(found, f"{value:.6g}").replace("-", "\N{MINUS SIGN}")
 
 
 def format_value(value: float | None, digits: int = 4) -> str:
@@ -244,14 +241,14 @@ def make_colour_bar(scale: Scale, label: str) -> Markup:
     ).format(label, stops, _labels("left", scale.ticks(4)))
 
 
-def find_edges(x: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Borders half way between neighbours, the outer ones within 0 to 1; (n,) increasing to (n + 1,) float64."""
+def find_edges(x: Sequence[float] | np.ndarray, least: float = 0.0, most: float = 1.0) -> np.ndarray:
+    """Borders half way between neighbours, the outer ones within bounds; (n,) increasing to (n + 1,) float64."""
     known = np.asarray(x, dtype=float)
     middle = (known[1:] + known[:-1]) / 2
     if len(known) == 1:
-        return np.array([0.0, 1.0])
+        return np.array([least, most])
     first, last = 2 * known[0] - middle[0], 2 * known[-1] - middle[-1]
-    return np.concatenate([[max(first, 0.0)], middle, [min(last, 1.0)]])
+    return np.concatenate([[max(first, least)], middle, [min(last, most)]])
 
 
 def percent(share: float) -> str:

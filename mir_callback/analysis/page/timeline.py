@@ -26,9 +26,8 @@ from mir_callback.analysis.page.views import (
     stack_layers,
     time_share,
 )
+from mir_callback.analysis.statistics import BAND
 from mir_callback.record import STOPPING, EvalRecord
-
-BAND = 1.96  # standard errors: 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class _Horizontal:
 
 def draw_timelines(runs: Sequence[RunView]) -> list[Timeline]:
     """The pictures of runs with values over each axis they share."""
-    return [_draw_timeline(runs, axis) for axis in find_axes(runs)]
+    return [_draw_timeline(runs, axis) for axis in find_axes(runs)] if runs else []
 
 
 def _draw_timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:

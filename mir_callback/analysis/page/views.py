@@ -169,7 +169,8 @@ class Axis:
         if self.field == "step":
             return asked
         values = [record[self.field] / self.unit for record in run.measured]
-        found: np.ndarray = np.interp(asked, [r.step for r in run.measured], values, left=np.nan, right=np.nan)
+        known = [record.step for record in run.measured]
+        found: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
         return found
 
 
