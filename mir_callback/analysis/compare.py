@@ -135,7 +135,9 @@ def compare(
     _check(by, at, level, seed_std)
     rule = PlateauRule() if rule is None else rule
     remarks: list[str] = []
-    kept = _keep_measured([r if isinstance(r, Recipe) else Recipe(r.name, (r,)) for r in recipes], remarks)
+    kept = _keep_measured(
+        [each if isinstance(each, Recipe) else Recipe(each.name, (each,)) for each in recipes], remarks
+    )
     runs = [run for recipe in kept for run in recipe.runs]
     mismatch = find_mismatch(runs)
     if mismatch is not None and not allow_mismatch:
@@ -268,7 +270,7 @@ def _compare_on(
     result = AxisResult(axis, flat[0].clock, None, tuple(groups))
     shared = find_common_range(flat)
     if shared is None:
-        reach = "; ".join(f"{c.run.name} from {c.x[0]:.10g} to {c.x[-1]:.10g}" for c in flat)
+        reach = "; ".join(f"{curve.run.name} from {curve.x[0]:.10g} to {curve.x[-1]:.10g}" for curve in flat)
         return replace(result, messages=(*messages, f"the runs have no {axis} in common: {reach}"))
     shortest = min(flat, key=lambda curve: curve.x[-1])
     if at is None and shortest.x[-1] < 0.9 * max(curve.x[-1] for curve in flat):
@@ -296,7 +298,7 @@ def _judge(result: AxisResult, groups: list[list[Curve]], x: float, level: float
     """The result with the values at ``x``, their differences and ranks."""
     points = tuple(tuple(interpolate(curve, x) for curve in curves) for curves in groups)
     noise = estimate_run_noise(groups, x, seed_std)
-    alike = [[find_mismatch([c.run for c in (*one, *other)]) is None for other in groups] for one in groups]
+    alike = [[find_mismatch([curve.run for curve in one + other]) is None for other in groups] for one in groups]
     pairs = tuple(find_differences(points, noise, level, alike))
     messages = [noise.message] if pairs else []
     kinds = {pair.probe.kind for pair in pairs}

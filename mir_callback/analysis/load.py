@@ -23,27 +23,16 @@ _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run, read from disk; it may still be training.
+    """One run, read from disk; it may still be training."""
 
-    Attributes:
-        name: what to call it; unique among runs read together.
-        path: as the user gave it.
-        source: the file its records come from.
-        records: its evaluations by increasing step, those of a checkpoint up to the checkpoint's step.
-        losses: (step, training loss); empty if none was found.
-        tokens: (step, input tokens seen so far), where the Trainer has counted them.
-        max_steps: steps the run was planned for, or None if that is not known.
-        problems: what was found wrong, in sentences; reading went on without it.
-    """
-
-    name: str
-    path: Path
-    source: Path
-    records: tuple[EvalRecord, ...]
-    losses: Series = ()
-    tokens: Series = ()
-    max_steps: float | None = None
-    problems: tuple[str, ...] = ()
+    name: str  # unique among runs read together
+    path: Path  # as the user gave it
+    source: Path  # the file its records come from
+    records: tuple[EvalRecord, ...]  # by increasing step, those of a checkpoint up to the checkpoint's step
+    losses: Series = ()  # (step, training loss); empty if none was found
+    tokens: Series = ()  # (step, input tokens seen so far), where the Trainer has counted them
+    max_steps: float | None = None  # planned, or None if that is not known
+    problems: tuple[str, ...] = ()  # what was found wrong, in sentences; reading went on without it
 
     @property
     def measured(self) -> tuple[EvalRecord, ...]:

@@ -187,7 +187,7 @@ def draw_sheet(
 
 
 def check_sheet_path(path: str | Path) -> None:
-    """Raise ConfigError unless ``path`` ends as an image file does. Ranks: pure."""
+    """Raise ConfigError unless ``path`` ends as an image file does."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"the sheet must be an image file, got {path}; use a name that ends in .png")
 

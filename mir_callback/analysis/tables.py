@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,11 +77,11 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
     for member in sorted(range(len(result.members)), key=lambda member: (result.ranks[member], result.mean(member))):
         index = result.members[member]
         recipe = found.recipes[index]
-        cells = [recipe.name, _format_rank(result, member), str(len(recipe.runs))]
+        cells = [recipe.name, _format_rank(result.ranks, member), str(len(recipe.runs))]
         cells += [f"{result.mean(member):.4f}", f"{result.noise.stds[member]:.2g}"]
         for other, _ in others:
             there = other.members.index(index) if index in other.members else None
-            cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other, there)})")
+            cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
     title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = shares its rank)"
     columns = ("recipe", "rank", "runs", "MIR", "std of a run", *(f"at {x}" for _, x in others))
@@ -149,9 +149,8 @@ def _names(found: Comparison, result: AxisResult) -> list[str]:
     return [found.recipes[index].name for index in result.members]
 
 
-def _format_rank(result: AxisResult, member: int) -> str:
-    own = result.ranks[member]
-    return f"{own}{'=' if result.ranks.count(own) > 1 else ''}"
+def _format_rank(ranks: Sequence[int], member: int) -> str:
+    return f"{ranks[member]}{'=' if ranks.count(ranks[member]) > 1 else ''}"
 
 
 def _format_position(axis: Axis, x: float) -> str:

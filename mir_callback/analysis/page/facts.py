@@ -189,17 +189,11 @@ def make_sheet(runs: Sequence[RunView], probe: Probe | None) -> Sheet | None:
 
     Influences of another probe than the given one are left out.
     """
-    run, record = next(
-        (
-            (run, record)
-            for run in runs
-            for record in reversed(run.measured)
-            if record.influences
-            and (probe is None or (record.probe_fingerprint, len(record.influences)) == (probe.fingerprint, len(probe)))
-        ),
-        (None, None),
-    )
-    influences = (record.influences if record else None) or []
+    known = [(run, record, record.influences) for run in runs for record in reversed(run.measured) if record.influences]
+    if probe is not None:
+        own = (probe.fingerprint, len(probe))
+        known = [(run, record, found) for run, record, found in known if (record.probe_fingerprint, len(found)) == own]
+    run, record, influences = known[0] if known else (None, None, [])
     # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
     effects: list[float | None] = [influence / len(influences) for influence in influences]
     if probe is not None:

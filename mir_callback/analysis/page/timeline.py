@@ -11,21 +11,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from mir_callback.analysis.page import charts
+from mir_callback.analysis.page import charts, views
 from mir_callback.analysis.page.charts import Scale, Ticks, fit_scale, format_range, format_value
-from mir_callback.analysis.page.views import (
-    DISTANCE,
-    VERDICTS,
-    WOULD_STOP,
-    Axis,
-    Quantity,
-    RunView,
-    find_axes,
-    list_companions,
-    read_verdict,
-    stack_layers,
-    time_share,
-)
+from mir_callback.analysis.page.views import DISTANCE, WOULD_STOP, Axis, Quantity, RunView, read_verdict
 from mir_callback.analysis.statistics import BAND
 from mir_callback.record import STOPPING, EvalRecord
 
@@ -53,7 +41,7 @@ class _Horizontal:
 
 def draw_timelines(runs: Sequence[RunView]) -> list[Timeline]:
     """The pictures of runs with values over each axis they share."""
-    return [_draw_timeline(runs, axis) for axis in find_axes(runs)] if runs else []
+    return [_draw_timeline(runs, axis) for axis in views.find_axes(runs)] if runs else []
 
 
 def _draw_timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:
@@ -134,7 +122,7 @@ def _draw_ribbon(number: int, run: RunView, x: _Horizontal) -> Markup:
         right = left + len(span)
         if verdict:
             title = f"{verdict}, steps {span[0].step} to {span[-1].step}: {span[-1].reason or ''}"
-            css = f"verdict {VERDICTS.get(verdict, 'other')}"
+            css = f"verdict {views.VERDICTS.get(verdict, 'other')}"
             bars.append(charts.draw_bar(edges[left], edges[right], css, title))
         left = right
     says = f"Verdicts of the stop rule on {run.name}; the last one: {read_verdict(run.records[-1]) or 'none'}"
@@ -163,8 +151,8 @@ def _draw_loss(runs: Sequence[RunView], x: _Horizontal) -> Markup:
 def _draw_layers(runs: Sequence[RunView], x: _Horizontal) -> Iterator[Markup]:
     """For each quantity the heat maps of all runs, in one scale of colours."""
     foot = charts.make_foot(x.ticks, x.axis.label)
-    for quantity in [DISTANCE, *list_companions(runs)]:
-        tables = [stack_layers(quantity, run.measured) for run in runs]
+    for quantity in [DISTANCE, *views.list_companions(runs)]:
+        tables = [views.stack_layers(quantity, run.measured) for run in runs]
         visible = np.concatenate([table.ravel() for table in tables])
         scale = fit_scale(visible.tolist(), quantity.kind, padding=0.0)
         shown = [
@@ -221,7 +209,7 @@ class _Curve:
 
 def draw_profiles(runs: Sequence[RunView]) -> list[Profile]:
     """The distance first, then each companion there is."""
-    found = [(quantity, _read_curves(quantity, runs)) for quantity in [DISTANCE, *list_companions(runs)]]
+    found = [(quantity, _read_curves(quantity, runs)) for quantity in [DISTANCE, *views.list_companions(runs)]]
     return [_draw_profile(quantity, runs, curves) for quantity, curves in found if curves]
 
 
@@ -264,7 +252,7 @@ def _draw_profile(quantity: Quantity, runs: Sequence[RunView], curves: Sequence[
 
 _COSTS = (
     ("seconds per evaluation", 1.0, lambda record: record.seconds),
-    ("evaluations' part of the time, %", 100.0, time_share),
+    ("evaluations' part of the time, %", 100.0, views.time_share),
     ("peak memory, besides training, GiB", 2.0**-30, lambda record: record.peak_memory_bytes),
 )
 
