@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 from mir_callback.analysis.curves import (
     AXES,
@@ -49,56 +49,32 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a rule would have ended a run, judging after each evaluation as it does in training.
+    """Where a rule would have ended a run, judging after each evaluation as it does in training."""
 
-    Attributes:
-        step: of the evaluation after which it would have stopped, or None if it would not have.
-        reason: the rule's, there or at the run's end.
-        end: the run's last step that was evaluated.
-        saved_steps: steps not taken; 0 without a stop.
-        saved_share: of the steps the run took.
-        saved_seconds: training time not spent, or None where the run does not know it.
-        mir: at the stop, or None.
-        missed_gain: by how much MIR still fell until the run's end; negative if it rose. None without a stop.
-    """
-
-    step: int | None
-    reason: str
-    end: int
+    step: int | None  # of the evaluation after which it would have stopped, or None if it would not have
+    reason: str  # the rule's, there or at the run's end
+    end: int  # the run's last step that was evaluated
     saved_steps: int = 0
-    saved_share: float = 0.0
-    saved_seconds: float | None = 0.0
-    mir: float | None = None
-    missed_gain: float | None = None
+    saved_share: float = 0.0  # of the steps the run took
+    saved_seconds: float | None = 0.0  # training time not spent, or None where the run does not know it
+    mir: float | None = None  # at the stop
+    missed_gain: float | None = None  # by how much MIR still fell until the run's end; negative if it rose
 
 
 @dataclass(frozen=True)
 class AxisResult:
-    """Recipes at an equal position of one axis.
-
-    Attributes:
-        axis: "step", "tokens", "samples" or "time".
-        clock: the field of a record it is read from.
-        x: the position, or None if they have none in common.
-        members: indices of the recipes that know this axis, in the order of what follows.
-        points: for each member the values of its runs there.
-        noise: between runs of one recipe.
-        pairs: the differences between members, judged together; their indices are those of ``members``.
-        ranks: for each member; ties where the noise forbids a difference.
-        messages: what to know about it, in sentences.
-        doubt: why something else than the recipes may decide it, as a busy machine does over time; or None.
-    """
+    """Recipes at an equal position of one axis."""
 
     axis: Axis
-    clock: str
-    x: float | None
-    members: tuple[int, ...]
-    points: tuple[tuple[Point, ...], ...] = ()
-    noise: RunNoise | None = None
-    pairs: tuple[Difference, ...] = ()
-    ranks: tuple[int, ...] = ()
-    messages: tuple[str, ...] = ()
-    doubt: str | None = None
+    clock: str  # the field of a record it is read from
+    x: float | None  # the position, or None if they have none in common
+    members: tuple[int, ...]  # indices of the recipes that know this axis, in the order of what follows
+    points: tuple[tuple[Point, ...], ...] = ()  # for each member the values of its runs there
+    noise: RunNoise | None = None  # between runs of one recipe
+    pairs: tuple[Difference, ...] = ()  # between members, by their index in ``members``, judged together
+    ranks: tuple[int, ...] = ()  # for each member; ties where the noise forbids a difference
+    messages: tuple[str, ...] = ()  # what to know about it, in sentences
+    doubt: str | None = None  # why something else than the recipes may decide it, as a busy machine does over time
 
     def mean(self, member: int) -> float:
         """MIR of a member, the mean over its runs."""
@@ -107,33 +83,22 @@ class AxisResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison found.
+    """All that a comparison found."""
 
-    Attributes:
-        recipes: in the order given; their runs hold only records that can be compared with each other.
-        by: the axis that the ranking is by.
-        axes: the axes that at least two recipes know (or one, if there is only one).
-        stops: for each recipe and each of its runs, where the stop rule would have ended it.
-        rule: the stop rule, in words.
-        level: of the whole family of differences on an axis.
-        mismatch: why values are not alike although they were compared, as a sentence; None if they are.
-        remarks: what was found on the way, in sentences.
-    """
-
-    recipes: tuple[Recipe, ...]
-    by: Axis
-    axes: tuple[AxisResult, ...]
-    stops: tuple[tuple[Stop, ...], ...]
-    rule: str
-    level: float
-    mismatch: str | None
-    remarks: tuple[str, ...]
+    recipes: tuple[Recipe, ...]  # in the order given; their runs hold only records that can be compared
+    by: Axis  # what the ranking is by
+    axes: tuple[AxisResult, ...]  # those that at least two recipes know (or one, if there is only one)
+    stops: tuple[tuple[Stop, ...], ...]  # for each recipe and each of its runs
+    rule: str  # the stop rule, in words
+    level: float  # of the whole family of differences on an axis
+    mismatch: str | None  # why values are not alike although they were compared, as a sentence; None if they are
+    remarks: tuple[str, ...]  # what was found on the way, in sentences
 
     @property
     def ranking(self) -> AxisResult | None:
         """The result on the axis that the ranking is by, None if nothing can be ranked."""
-        found = [result for result in self.axes if result.axis == self.by and result.ranks]
-        return found[0] if found and len(self.recipes) > 1 else None
+        found = (result for result in self.axes if result.axis == self.by and result.ranks and len(self.recipes) > 1)
+        return next(found, None)
 
 
 def compare(
@@ -170,7 +135,9 @@ def compare(
     _check(by, at, level, seed_std)
     rule = PlateauRule() if rule is None else rule
     remarks: list[str] = []
-    kept = _keep_measured([r if isinstance(r, Recipe) else Recipe(r.name, (r,)) for r in recipes], remarks)
+    kept = _keep_measured(
+        [each if isinstance(each, Recipe) else Recipe(each.name, (each,)) for each in recipes], remarks
+    )
     runs = [run for recipe in kept for run in recipe.runs]
     mismatch = find_mismatch(runs)
     if mismatch is not None and not allow_mismatch:
@@ -178,11 +145,8 @@ def compare(
             f"{mismatch}; measure the runs with one probe (mir eval), leave some out, or use --allow-mismatch"
         )
     remarks += list_circumstances(runs)
-    remarks += [
-        f"{run.name} was stopped at step {run.records[-1].step} by its own rule"
-        for run in runs
-        if is_stopped(run.records)
-    ]
+    stopped = [(run.name, run.records[-1].step) for run in runs if is_stopped(run.records)]
+    remarks += [f"{name} was stopped at step {step} by its own rule" for name, step in stopped]
     results = [_compare_on(axis, kept, at if axis == by else None, level, seed_std) for axis in AXES]
     remarks += _shared_runs(kept)
     stops = tuple(tuple(find_stop(_with_plan(run, remarks), rule) for run in recipe.runs) for recipe in kept)
@@ -193,24 +157,16 @@ def compare(
 
 
 def find_stop(records: Sequence[EvalRecord], rule: PlateauRule) -> Stop:
-    """Judge a run's evaluations one after the other.
-
-    Args:
-        records: of a run, at least one, failed ones included.
-        rule: the stop rule.
-
-    Ranks: pure.
-    """
+    """Judge a run's evaluations, at least one, failed ones included, one after the other."""
     last = records[-1]
     verdict = Verdict("no data", "")
     for count, record in enumerate(records, start=1):
         verdict = rule.verdict(records[:count])
         if verdict.stop:
-            saved = last.step - record.step
+            saved, seconds = last.step - record.step, _seconds_between(record, last)
             final = next(later.mir for later in reversed(records) if later.mir is not None)
             gain = None if record.mir is None else record.mir - final
             share = saved / last.step if last.step else 0.0
-            seconds = _seconds_between(record, last)
             return Stop(record.step, verdict.reason, last.step, saved, share, seconds, record.mir, gain)
     return Stop(None, f"{verdict.kind}: {verdict.reason}", last.step)
 
@@ -270,11 +226,10 @@ def _are_twins(run: Run, other: Run) -> bool:
     if run.source.resolve() == other.source.resolve():
         return True
     ours, theirs = (
-        {record.step: record.mir for record in one.records if record.mir is not None and record.step > 0}
-        for one in (run, other)
+        {record.step: float(record.mir or 0.0) for record in one.records if record.is_trained} for one in (run, other)
     )
-    shared = [(ours[step], theirs[step]) for step in ours.keys() & theirs.keys()]
-    return bool(shared) and all(abs(one - another) <= _SAME_VALUE for one, another in shared)
+    shared = ours.keys() & theirs.keys()
+    return bool(shared) and all(abs(ours[step] - theirs[step]) <= _SAME_VALUE for step in shared)
 
 
 def _shared_runs(recipes: Sequence[Recipe]) -> list[str]:
@@ -304,18 +259,18 @@ def _compare_on(
     groups: dict[int, list[Curve]] = {}
     messages = []
     for index, recipe in enumerate(recipes):
-        found = [next(curves) for _ in recipe.runs]
-        groups[index] = [curve for curve in found if curve is not None]
-        if len(groups[index]) < len(found):
-            del groups[index]
+        found = [curve for curve in islice(curves, len(recipe.runs)) if curve is not None]
+        if len(found) == len(recipe.runs):
+            groups[index] = found
+        else:
             messages.append(f"{recipe.name} does not know its {axis}")
     if len(groups) < min(2, len(recipes)):
         return None
-    flat = [curve for group in groups.values() for curve in group]
+    flat = list(chain(*groups.values()))
     result = AxisResult(axis, flat[0].clock, None, tuple(groups))
     shared = find_common_range(flat)
     if shared is None:
-        reach = "; ".join(f"{c.run.name} from {c.x[0]:.10g} to {c.x[-1]:.10g}" for c in flat)
+        reach = "; ".join(f"{curve.run.name} from {curve.x[0]:.10g} to {curve.x[-1]:.10g}" for curve in flat)
         return replace(result, messages=(*messages, f"the runs have no {axis} in common: {reach}"))
     shortest = min(flat, key=lambda curve: curve.x[-1])
     if at is None and shortest.x[-1] < 0.9 * max(curve.x[-1] for curve in flat):
@@ -343,7 +298,7 @@ def _judge(result: AxisResult, groups: list[list[Curve]], x: float, level: float
     """The result with the values at ``x``, their differences and ranks."""
     points = tuple(tuple(interpolate(curve, x) for curve in curves) for curves in groups)
     noise = estimate_run_noise(groups, x, seed_std)
-    alike = [[find_mismatch([c.run for c in (*one, *other)]) is None for other in groups] for one in groups]
+    alike = [[find_mismatch([curve.run for curve in one + other]) is None for other in groups] for one in groups]
     pairs = tuple(find_differences(points, noise, level, alike))
     messages = [noise.message] if pairs else []
     kinds = {pair.probe.kind for pair in pairs}
@@ -353,10 +308,8 @@ def _judge(result: AxisResult, groups: list[list[Curve]], x: float, level: float
         messages.append(
             "the probe's sampling error is that of unpaired values, too large on a common probe: no influences"
         )
-    flat = [
-        (c, point) for curves, found in zip(groups, points, strict=True) for c, point in zip(curves, found, strict=True)
-    ]
-    between = [curve.run.name for curve, point in flat if not point.measured]
+    named = zip(chain(*groups), chain(*points), strict=True)
+    between = [curve.run.name for curve, point in named if not point.measured]
     if between:
         messages.append(f"between two evaluations, on a straight line: {', '.join(between)}")
     ranks = tuple(rank(len(groups), pairs))

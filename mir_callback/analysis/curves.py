@@ -21,15 +21,7 @@ _MEANING = {"probe_fingerprint": "probe", "tokens_fingerprint": "token ids of th
 
 
 def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], list[str]]:
-    """The records that were made as the newest one with a value; what is left out is said.
-
-    Failed evaluations stay, they have no value.
-
-    Args:
-        records: of one run, at least one with a value.
-
-    Ranks: pure.
-    """
+    """A run's records that were made as its newest one with a value, or failed; and what is left out, in sentences."""
     newest = next(record for record in reversed(records) if record.mir is not None)
     kept = [record for record in records if record.mir is None or _definition(record) == _definition(newest)]
     if len(kept) == len(records):
@@ -41,10 +33,7 @@ def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], li
 
 
 def find_mismatch(runs: Sequence[Run]) -> str | None:
-    """Why the values of runs are not alike, as a sentence; None if they are. Each run has one definition.
-
-    Ranks: pure.
-    """
+    """Why the values of runs, each of one definition, are not alike, as a sentence; None if they are."""
     values: dict[str, dict[object, list[str]]] = {field: {} for field in DEFINITION_FIELDS}
     for field in DEFINITION_FIELDS:
         for run in runs:
@@ -60,7 +49,7 @@ def find_mismatch(runs: Sequence[Run]) -> str | None:
 
 
 def list_circumstances(runs: Sequence[Run]) -> list[str]:
-    """What was otherwise in some runs without making their values another number, in sentences. Ranks: pure."""
+    """What was otherwise in some runs without making their values another number, in sentences."""
     messages = []
     for field, meaning in CIRCUMSTANCES.items():
         values: dict[str, list[str]] = {}
@@ -84,57 +73,40 @@ def _few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """MIR of a run over an axis.
-
-    Attributes:
-        run: whose.
-        x: positions on the axis, strictly increasing.
-        records: the evaluation at each of them.
-        clock: the field of a record that the positions come from.
-    """
+    """MIR of a run over an axis."""
 
     run: Run
-    x: tuple[float, ...]
-    records: tuple[EvalRecord, ...]
-    clock: str
+    x: tuple[float, ...]  # positions on the axis, strictly increasing
+    records: tuple[EvalRecord, ...]  # the evaluation at each of them
+    clock: str  # the field of a record that the positions come from
 
 
 @dataclass(frozen=True)
 class Point:
-    """MIR at one position of an axis.
-
-    Attributes:
-        mir: the value, on a straight line between the evaluations on either side where none is at the position itself.
-        se: standard error from the probe's samples, or None if the run does not know it.
-        influences: the samples' influences behind it, (num_samples,) float64, or None.
-        measured: whether there is an evaluation at the position itself.
-        step: the optimizer step there, between two evaluations a broken one.
-    """
+    """MIR at one position of an axis."""
 
     mir: float
-    se: float | None
-    influences: np.ndarray | None
-    measured: bool
-    step: float
+    se: float | None  # standard error from the probe's samples
+    influences: np.ndarray | None  # of the probe's samples, (num_samples,) float64
+    measured: bool  # by an evaluation at the position itself, else on a line between those on either side
+    step: float  # the optimizer step there, with fraction between two evaluations
 
 
 def build_curves(axis: Axis, runs: Sequence[Run]) -> list[Curve | None]:
     """The curves of runs over one axis, all by the same clock; None for a run that does not know it.
 
     Time is that of training alone (`train_seconds`, carried over restarts) if all runs know it, else what has passed
-    since their process began (`elapsed`), evaluations included. Ranks: pure.
+    since their process began (`elapsed`), evaluations included.
     """
     if axis == "tokens":
         return [_build_curve(run, "tokens_seen", _between(run.tokens, run)) for run in runs]
-    clocks = {"step": ("step",), "samples": ("samples_seen",), "time": ("train_seconds", "elapsed")}[axis]
-    choices = [
-        [_build_curve(run, clock, [record[clock] for record in run.measured]) for run in runs] for clock in clocks
-    ]
+    fields = {"step": ["step"], "samples": ["samples_seen"], "time": ["train_seconds", "elapsed"]}[axis]
+    choices = [[_build_curve(run, name, [record[name] for record in run.measured]) for run in runs] for name in fields]
     return max(choices, key=lambda curves: sum(curve is not None for curve in curves))  # the first of equal ones
 
 
 def find_common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """The part of the axis that all curves cover, None if there is no such part. Ranks: pure."""
+    """The part of the axis that all curves cover, None if there is no such part."""
     first, last = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
     return (first, last) if first <= last else None
 
@@ -143,31 +115,27 @@ def interpolate(curve: Curve, x: float) -> Point:
     """A curve's value at a position it covers.
 
     The influences of the line's point are those of its ends in the same proportion, as MIR itself is; without them its
-    standard error is that of ends whose errors are one and the same, which is the most it can be. Ranks: pure.
+    standard error is that of ends whose errors are one and the same, which is the most it can be.
     """
     right = bisect_left(curve.x, x)
-    after, psi_after = _value(curve.records[right]), _influences(curve.records[right])
+    after = _point_at(curve.records[right])
     if curve.x[right] == x:
-        return Point(after, curve.records[right].mir_se, psi_after, True, curve.records[right].step)
-    before, psi_before = _value(curve.records[right - 1]), _influences(curve.records[right - 1])
+        return after
+    before = _point_at(curve.records[right - 1])
     share = (x - curve.x[right - 1]) / (curve.x[right] - curve.x[right - 1])
-    errors = [record.mir_se for record in curve.records[right - 1 : right + 1]]
-    steps = [record.step for record in curve.records[right - 1 : right + 1]]
-    se = None if errors[0] is None or errors[1] is None else (1 - share) * errors[0] + share * errors[1]
+    se = None if before.se is None or after.se is None else (1 - share) * before.se + share * after.se
     influences = None
-    if psi_before is not None and psi_after is not None and psi_before.shape == psi_after.shape:
-        influences = (1 - share) * psi_before + share * psi_after
-    mir, step = ((1 - share) * left + share * right for left, right in ((before, after), steps))
+    if before.influences is not None and after.influences is not None:
+        if before.influences.shape == after.influences.shape:
+            influences = (1 - share) * before.influences + share * after.influences
+    mir, step = (1 - share) * before.mir + share * after.mir, (1 - share) * before.step + share * after.step
     return Point(mir, se, influences, False, step)
 
 
-def _value(record: EvalRecord) -> float:
+def _point_at(record: EvalRecord) -> Point:
     assert record.mir is not None
-    return float(record.mir)
-
-
-def _influences(record: EvalRecord) -> np.ndarray | None:
-    return None if record.influences is None else np.asarray(record.influences, dtype=float)
+    influences = None if record.influences is None else np.asarray(record.influences, dtype=float)
+    return Point(float(record.mir), record.mir_se, influences, True, record.step)
 
 
 def _between(points: Series, run: Run) -> list[float | None]:

@@ -23,27 +23,16 @@ _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class Run:
-    """One run, read from disk; it may still be training.
+    """One run, read from disk; it may still be training."""
 
-    Attributes:
-        name: what to call it; unique among runs read together.
-        path: as the user gave it.
-        source: the file its records come from.
-        records: its evaluations by increasing step, those of a checkpoint up to the checkpoint's step.
-        losses: (step, training loss); empty if none was found.
-        tokens: (step, input tokens seen so far), where the Trainer has counted them.
-        max_steps: steps the run was planned for, or None if that is not known.
-        problems: what was found wrong, in sentences; reading went on without it.
-    """
-
-    name: str
-    path: Path
-    source: Path
-    records: tuple[EvalRecord, ...]
-    losses: Series = ()
-    tokens: Series = ()
-    max_steps: float | None = None
-    problems: tuple[str, ...] = ()
+    name: str  # unique among runs read together
+    path: Path  # as the user gave it
+    source: Path  # the file its records come from
+    records: tuple[EvalRecord, ...]  # by increasing step, those of a checkpoint up to the checkpoint's step
+    losses: Series = ()  # (step, training loss); empty if none was found
+    tokens: Series = ()  # (step, input tokens seen so far), where the Trainer has counted them
+    max_steps: float | None = None  # planned, or None if that is not known
+    problems: tuple[str, ...] = ()  # what was found wrong, in sentences; reading went on without it
 
     @property
     def measured(self) -> tuple[EvalRecord, ...]:
@@ -94,7 +83,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """Read several runs, in the order given; what cannot be read is left out, and said in a sentence. Ranks: pure."""
+    """Read several runs, in the order given; what cannot be read is left out, and said in a sentence."""
     runs, missing = [], []
     for path in paths:
         try:
@@ -105,9 +94,10 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def make_names_unique(runs: Sequence[Run]) -> list[Run]:
-    """Give runs of equal names as many of the folders above as tell them apart, or else a number. Ranks: pure."""
+    """Give runs of equal names as many of the folders above as tell them apart, or else a number."""
     names = [run.name for run in runs]
-    folders = [_named_after(run) for run in runs]
+    resolved = [run.path.resolve() for run in runs]
+    folders = [path.parent if path.name == FILE_NAME else path for path in resolved]
     for depth in range(2, max((len(folder.parts) for folder in folders), default=0)):
         before = list(names)
         for index, folder in enumerate(folders):
@@ -120,7 +110,7 @@ def make_names_unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def noted_losses(records: Sequence[EvalRecord]) -> Series:
-    """Training losses that evaluations have noted, each at the step it was logged at. Ranks: pure."""
+    """Training losses that evaluations have noted, each at the step it was logged at."""
     known = [record for record in records if record.loss is not None]
     return _by_step((record.step if record.loss_step is None else record.loss_step, record.loss) for record in known)
 
@@ -145,9 +135,7 @@ def _read_trainer_log(folder: Path) -> _TrainerLog:
     checkpoints = [child for child in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(child.name)]
     newest = sorted(checkpoints, key=lambda child: int(child.name.rpartition("-")[2]), reverse=True)
     problems: list[str] = []
-    for file in [parent / _TRAINER_STATE for parent in (folder, *newest)]:
-        if not file.is_file():
-            continue
+    for file in [parent / _TRAINER_STATE for parent in (folder, *newest) if (parent / _TRAINER_STATE).is_file()]:
         state = _read_object(file)
         if not isinstance(state.get("log_history"), list):
             problems.append(f"{file} is left out, it is no Trainer's state")
@@ -158,8 +146,8 @@ def _read_trainer_log(folder: Path) -> _TrainerLog:
             for name in ("loss", "num_input_tokens_seen")
         )
         planned = state.get("max_steps")
-        max_steps = planned if type(planned) is int and planned > 0 else None
-        return _TrainerLog(losses, tokens, max_steps, tuple(problems))
+        known = type(planned) is int and planned > 0
+        return _TrainerLog(losses, tokens, planned if known else None, tuple(problems))
     return _TrainerLog(problems=tuple(problems))
 
 
@@ -175,11 +163,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _by_step(points: Any) -> Series:
     """Points by step, the last one of each."""
     return tuple(sorted({step: float(value) for step, value in points}.items()))
-
-
-def _named_after(run: Run) -> Path:
-    path = run.path.resolve()
-    return path.parent if path.name == FILE_NAME else path
 
 
 def _find_history(path: Path) -> tuple[Path, int | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mir_callback.analysis.load import noted_losses, read_run
+from mir_callback.analysis.statistics import BAND
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.probe.probe import Probe
 from mir_callback.record import STOPPING, EvalRecord, as_records
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 _MIR_COLOUR = "#1f5fa8"
 _LOSS_COLOUR = "#b0632a"
-_BAND = 1.96  # standard errors: 95 % of a normal distribution
 
 _IMAGE = (224, 168)
 _MARGIN = 12
@@ -85,7 +86,7 @@ def _draw_curve(axes: Axes, measured: Sequence[EvalRecord], losses: Sequence[tup
     values, errors = (np.array([record[name] for record in measured], dtype=float) for name in ("mir", "mir_se"))
     axes.plot(steps, values, "o-", color=_MIR_COLOUR, markersize=3, label="MIR")
     if np.isfinite(errors).all():
-        low, high = values - _BAND * errors, values + _BAND * errors
+        low, high = values - BAND * errors, values + BAND * errors
         axes.fill_between(steps, low, high, color=_MIR_COLOUR, alpha=0.15, linewidth=0)
     axes.set_ylabel("MIR (lower is better aligned)", color=_MIR_COLOUR)
     axes.grid(alpha=0.3)
@@ -105,6 +106,7 @@ def _draw_curve(axes: Axes, measured: Sequence[EvalRecord], losses: Sequence[tup
 def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[EvalRecord]) -> None:
     from matplotlib.colors import LogNorm
 
+    from mir_callback.analysis.page.charts import find_edges
     from mir_callback.analysis.page.views import DISTANCE, stack_layers
 
     layers = stack_layers(DISTANCE, measured)
@@ -115,7 +117,9 @@ def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[EvalRecord]) -> 
     visible = layers[layers > 0]
     norm = LogNorm(vmin=visible.min(), vmax=visible.max()) if visible.size and visible.min() < visible.max() else None
     shown = np.ma.masked_less_equal(np.ma.masked_invalid(layers), 0.0) if norm else np.ma.masked_invalid(layers)
-    edges = _find_edges(np.array([record.step for record in measured], dtype=float))
+    steps = [record.step for record in measured]
+    ends = (-math.inf, math.inf) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
+    edges = find_edges(steps, *ends)
     mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1) + 0.5, shown, norm=norm, cmap="viridis")
     # An inset, because a colour bar beside the axes would lie outside the labels of the loss, far from its picture.
     bar = figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0.0, 0.018, 1.0)), label="distance FD")
@@ -132,14 +136,6 @@ def _write_plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _find_edges(steps: np.ndarray) -> np.ndarray:
-    """Cell borders half way between steps; a single step gets a cell of width one."""
-    if len(steps) == 1:
-        return np.array([steps[0] - 0.5, steps[0] + 0.5])
-    middle = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
 
 
 def draw_sheet(
@@ -191,7 +187,7 @@ def draw_sheet(
 
 
 def check_sheet_path(path: str | Path) -> None:
-    """Raise ConfigError unless ``path`` ends as an image file does. Ranks: pure."""
+    """Raise ConfigError unless ``path`` ends as an image file does."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"the sheet must be an image file, got {path}; use a name that ends in .png")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mir_callback.analysis.curves import Curve, Point, interpolate
 
+BAND = 1.96  # standard errors: 95 % of a normal distribution
 # What is assumed of runs that differ in the seed only: their standard deviation in MIR, the largest that small real
 # trainings had (docs/comparing.md), and the part of the way to a position by which a seed may shift a curve.
 ASSUMED_STD = 0.35
@@ -25,88 +26,61 @@ _WINDOW = 7  # evaluations about a position in which scatter and slope are looke
 
 @dataclass(frozen=True)
 class RunNoise:
-    """How far runs of one recipe lie apart at the position compared.
+    """How far runs of one recipe lie apart at the position compared."""
 
-    Attributes:
-        kind: where it comes from: "replicates" of these recipes, "given" by the user, or "assumed".
-        stds: standard deviation of one run, for each recipe, in MIR.
-        dof: degrees of freedom of each of them; infinite unless it comes from replicates.
-        message: this as a sentence.
-    """
-
-    kind: Literal["replicates", "given", "assumed"]
-    stds: tuple[float, ...]
-    dof: tuple[float, ...]
-    message: str
+    kind: Literal["replicates", "given", "assumed"]  # of these recipes, by the user, or neither
+    stds: tuple[float, ...]  # standard deviation of one run, for each recipe, in MIR
+    dof: tuple[float, ...]  # of each of them; infinite unless it comes from replicates
+    message: str  # all this as a sentence
 
 
 @dataclass(frozen=True)
 class ProbeNoise:
     """How far a difference would move with other samples in the probe.
 
-    Attributes:
-        kind: "paired" by the samples' influences; "unpaired", from the standard errors alone, which is too much where
-            the samples are the same; or "unknown".
-        se: standard error of the difference; 0 where it is unknown.
-        dof: its degrees of freedom.
+    It is "paired" by the samples' influences, or "unpaired", from the standard errors alone, which is too much where
+    the samples are the same.
     """
 
     kind: Literal["paired", "unpaired", "unknown"]
-    se: float
+    se: float  # standard error of the difference; 0 where it is unknown
     dof: float = math.inf
 
 
 @dataclass(frozen=True)
 class Difference:
-    """MIR of one recipe less that of another, each the mean over the recipe's runs.
+    """MIR of one recipe less that of another, each the mean over the recipe's runs."""
 
-    Attributes:
-        one: index of the first recipe.
-        other: index of the second one.
-        value: the difference; negative if the first has the lower MIR.
-        se: its standard error, of both noises.
-        probe: the part of it that the probe's samples have.
-        runs_se: the part of it that runs of one recipe have.
-        p: how often noise alone gives a difference as large, if the recipes do not differ.
-        p_adjusted: the same for the whole family of differences (Holm), to be compared with the level.
-        differs: whether the difference is beyond the noise.
-        max_seed_std: the largest standard deviation between runs of one recipe, if it were known, at which it would
-            still be, the others being what they are; 0 if it is not even beyond the probe's error.
-    """
-
-    one: int
+    one: int  # index of the first recipe
     other: int
-    value: float
-    se: float
-    probe: ProbeNoise
-    runs_se: float
-    p: float
-    p_adjusted: float
-    differs: bool
+    value: float  # negative if the first has the lower MIR
+    se: float  # standard error of it, of both noises
+    probe: ProbeNoise  # the part of it that the probe's samples have
+    runs_se: float  # the part of it that runs of one recipe have
+    p: float  # how often noise alone gives a difference as large, if the recipes do not differ
+    p_adjusted: float  # the same for the whole family of differences (Holm), to be compared with the level
+    differs: bool  # whether the difference is beyond the noise
+    # The largest standard deviation between runs of one recipe, if it were known, at which it would still be, the
+    # others being what they are; 0 if it is not even beyond the probe's error.
     max_seed_std: float
 
 
 def estimate_run_noise(groups: Sequence[Sequence[Curve]], x: float, given_std: float | None = None) -> RunNoise:
-    """The noise between runs of one recipe.
+    """The noise between runs of one recipe, for each recipe's curves at ``x``; as given, if it is given.
 
-    Args:
-        groups: for each recipe the curves of its runs, which all cover ``x``.
-        x: where they are compared.
-        given_std: a standard deviation that is known from elsewhere; goes before everything else.
-
-    Returns:
-        With replicates: the standard deviation within each recipe, in which :data:`ASSUMED_STD` has a small weight. It
-        is not pooled, as a recipe with a high learning rate can have ten times that of another; a recipe of one run
-        gets the largest of those and of what :func:`assume_std` allows for. Without any: the latter for each run.
-
-    Ranks: pure.
+    With replicates it is the standard deviation within each recipe, in which :data:`ASSUMED_STD` has a small weight. It
+    is not pooled, as a recipe with a high learning rate can have ten times that of another; a recipe of one run gets
+    the largest of those and of what :func:`assume_std` allows for. Without any it is the latter for each run.
     """
     certain = (math.inf,) * len(groups)
     if given_std is not None:
         message = f"run-to-run noise: standard deviation {given_std:.2g} between runs of one recipe, as given"
         return RunNoise("given", (given_std,) * len(groups), certain, message)
-    values = [[interpolate(curve, x).mir for curve in curves] for curves in groups]
-    measured = [_moderate_std(found) for found in values if len(found) > 1]
+    measured = {
+        index: _moderate_std([interpolate(curve, x).mir for curve in curves])
+        for index, curves in enumerate(groups)
+        if len(curves) > 1
+    }
     if not measured:
         stds = tuple(assume_std(curves[0], x) for curves in groups)
         message = (
@@ -114,11 +88,10 @@ def estimate_run_noise(groups: Sequence[Sequence[Curve]], x: float, given_std: f
             "has one run only; give replicates (a=run1,run2) or a known value (--seed-std)"
         )
         return RunNoise("assumed", stds, certain, message)
-    each = [
-        _moderate_std(found) if len(found) > 1 else _borrow_std(measured, assume_std(curves[0], x))
-        for found, curves in zip(values, groups, strict=True)
-    ]
-    stds, dof = zip(*each, strict=True)
+    # A quiet recipe makes one of a single run no quieter, and two that borrow its estimate must not count it twice.
+    largest, own_dof = max(measured.values())
+    borrowed = [max((largest, own_dof / 2), (assume_std(curves[0], x), math.inf)) for curves in groups]
+    stds, dof = zip(*(measured.get(index, lent) for index, lent in enumerate(borrowed)), strict=True)
     message = (
         f"run-to-run noise: standard deviation {_range(stds)} between runs of one recipe, measured on the replicates "
         f"(with a little of an assumed {ASSUMED_STD}, as few runs may agree by chance)"
@@ -134,52 +107,41 @@ def assume_std(curve: Curve, x: float) -> float:
     The root of the summed squares of :data:`ASSUMED_STD`; twice the curve's scatter about its smooth trend around the
     position, as what varies from one evaluation to the next varies from run to run all the more; and the curve's slope
     times :data:`ASSUMED_SHIFT` of the way to the position, as a seed makes a run a little faster or slower.
-    Ranks: pure.
     """
     scatter, slope = _trend(curve, x)
     return math.hypot(ASSUMED_STD, 2 * scatter, slope * ASSUMED_SHIFT * x)
 
 
 def estimate_probe_noise(one: Sequence[Point], other: Sequence[Point], same_probe: bool) -> ProbeNoise:
-    """The probe's sampling error of the difference between two recipes' mean values.
-
-    Args:
-        one: the values of one recipe's runs at the position compared.
-        other: those of the other recipe.
-        same_probe: whether all were measured on the same probe.
-
-    Ranks: pure.
-    """
+    """The probe's sampling error of the difference between two recipes' mean values at the position compared."""
     left, right = _mean_influences(one), _mean_influences(other)
     if same_probe and left is not None and right is not None and left.shape == right.shape and len(left) > 1:
         return ProbeNoise("paired", standard_error(left - right), len(left) - 1)
-    errors = [_mean_se(one), _mean_se(other)]
-    if errors[0] is None or errors[1] is None:
-        return ProbeNoise("unknown", 0.0)
-    return ProbeNoise("unpaired", math.hypot(errors[0], errors[1]))
+    errors = []
+    for points in (one, other):
+        known = [point.se for point in points if point.se is not None]
+        if len(known) < len(points):
+            return ProbeNoise("unknown", 0.0)
+        # That of a mean over runs is that of one run, as the same samples lead all of them astray.
+        errors.append(sum(known) / len(known))
+    return ProbeNoise("unpaired", math.hypot(*errors))
 
 
 def standard_error(influences: np.ndarray) -> float:
-    """Standard error of what a probe measures, from its samples' influences, (num_samples,), at least 2.
-
-    As `metric.influence.compute_standard_error`, without torch. Ranks: pure.
-    """
+    """Of (num_samples,) influences, at least 2: as `metric.influence.compute_standard_error`, without torch."""
     return math.sqrt(float(influences.var(ddof=1)) / len(influences))
 
 
 def find_differences(
     points: Sequence[Sequence[Point]], noise: RunNoise, level: float, same_probe: Sequence[Sequence[bool]]
 ) -> list[Difference]:
-    """All pairs of recipes, judged together.
+    """All pairs of recipes, judged together, by each recipe's values at the position compared.
 
-    Args:
-        points: for each recipe the values of its runs at the position compared.
-        noise: between runs of one recipe.
-        level: probability of calling any difference in the family real if none is.
-        same_probe: for each two recipes whether they were measured on the same probe.
-
-    Ranks: pure.
+    ``level`` is the probability of calling any difference in the family real if none is; ``same_probe`` says of each
+    two recipes whether they were measured on the same probe.
     """
+    from scipy.special import ndtri  # a tenth of the time that scipy.stats takes to import
+
     means = [math.fsum(point.mir for point in found) / len(found) for found in points]
     variances = [std**2 / len(found) for std, found in zip(noise.stds, points, strict=True)]
     tested = []
@@ -193,7 +155,8 @@ def find_differences(
     found = []
     for entry, p, factor in zip(tested, adjust_by_holm(p_values), _holm_factors(p_values), strict=True):
         one, other, value, _, probe, _, _ = entry
-        runs_alone = max(0.0, (value / _normal_quantile(level / factor)) ** 2 - probe.se**2)
+        max_se = value / float(ndtri(level / factor / 2))
+        runs_alone = max(0.0, max_se**2 - probe.se**2)
         max_seed_std = math.sqrt(runs_alone / (1 / len(points[one]) + 1 / len(points[other])))
         found.append(Difference(*entry, p, p < level, max_seed_std))
     return found
@@ -203,14 +166,14 @@ def rank(count: int, found: Sequence[Difference]) -> list[int]:
     """For each recipe one more than how many are better beyond the noise; equal ranks are ties.
 
     None is better beyond the noise than those of rank 1. A recipe that is not told from the one with the lowest mean
-    can have a higher rank all the same, if it is told from another one. Ranks: pure.
+    can have a higher rank all the same, if it is told from another one.
     """
     worse = [(pair.other if pair.value < 0 else pair.one) for pair in found if pair.differs]
     return [1 + worse.count(index) for index in range(count)]
 
 
 def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment: the level holds for the whole family, whichever differences are real. Ranks: pure."""
+    """Holm's adjustment: the level holds for the whole family, whichever differences are real."""
     factors = _holm_factors(p_values)
     adjusted, highest = [0.0] * len(p_values), 0.0
     for index in sorted(range(len(p_values)), key=p_values.__getitem__):
@@ -229,13 +192,6 @@ def _moderate_std(values: Sequence[float]) -> tuple[float, float]:
     """Standard deviation of replicates with the assumption's small weight, and its degrees of freedom."""
     squares, dof = float(np.var(values)) * len(values), len(values) - 1 + ASSUMED_DOF
     return math.sqrt((squares + ASSUMED_DOF * ASSUMED_STD**2) / dof), dof
-
-
-def _borrow_std(measured: Sequence[tuple[float, float]], assumed: float) -> tuple[float, float]:
-    """For a recipe of one run, whose own noise nothing tells: a quiet recipe beside it makes it no quieter."""
-    std, dof = max(measured)
-    # Two recipes that borrow the same estimate must not count it twice.
-    return (std, dof / 2) if std > assumed else (assumed, math.inf)
 
 
 def _range(stds: Sequence[float]) -> str:
@@ -265,12 +221,6 @@ def _mean_influences(points: Sequence[Point]) -> np.ndarray | None:
     return mean
 
 
-def _mean_se(points: Sequence[Point]) -> float | None:
-    """Standard error of a mean over runs: that of one run, as the same samples lead all of them astray."""
-    known = [point.se for point in points if point.se is not None]
-    return sum(known) / len(known) if len(known) == len(points) else None
-
-
 def _join(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Standard error of summed variances, and its degrees of freedom after Welch and Satterthwaite."""
     total = math.fsum(variance for variance, _ in parts)
@@ -281,16 +231,9 @@ def _join(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def _two_sided_p(value: float, se: float, dof: float) -> float:
     """How often a difference of noise alone is as large, by Student's t."""
-    from scipy.special import ndtr, stdtr  # a tenth of the time that scipy.stats takes to import
+    from scipy.special import ndtr, stdtr
 
     if se == 0:
         return 1.0 if value == 0 else 0.0
     t = abs(value) / se
     return float(2 * (ndtr(-t) if math.isinf(dof) else stdtr(dof, -t)))
-
-
-def _normal_quantile(p: float) -> float:
-    """What a standard normal variable exceeds in size with probability ``p``."""
-    from scipy.special import ndtri
-
-    return -float(ndtri(p / 2))

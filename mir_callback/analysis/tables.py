@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,17 +30,14 @@ class TextTable:
 
 
 def make_tables(found: Comparison) -> list[TextTable]:
-    """The ranking, the differences behind it, and what each run would have saved. Ranks: pure."""
-    mark = f"{NOT_ALIKE}: " if found.mismatch else ""
-    tables = []
-    if found.ranking is not None:
-        tables.append(_make_ranking(found, found.ranking, mark))
-        tables.append(_make_differences(found, found.ranking, mark))
-    return [*tables, _make_runs(found)]
+    """The ranking, the differences behind it, and what each run would have saved."""
+    mark, result = f"{NOT_ALIKE}: " if found.mismatch else "", found.ranking
+    ranked = [_make_ranking(found, result, mark), _make_differences(found, result, mark)] if result else []
+    return [*ranked, _make_runs(found)]
 
 
 def state_verdict(found: Comparison) -> str | None:
-    """The outcome in a sentence; None if nothing is ranked. Ranks: pure."""
+    """The outcome in a sentence; None if nothing is ranked."""
     result = found.ranking
     if result is None or result.x is None:
         return None
@@ -57,15 +54,14 @@ def state_verdict(found: Comparison) -> str | None:
 
 
 def list_remarks(found: Comparison) -> list[str]:
-    """What is to be known about a comparison, in sentences. Ranks: pure."""
+    """What is to be known about a comparison, in sentences."""
     remarks = [] if found.mismatch is None else [f"the values are not alike: {found.mismatch}"]
     for result in found.axes:
         if result.axis == found.by or result.x is None:
             remarks += [f"by {result.axis}: {message}" for message in result.messages]
         if result.doubt is not None:
-            remarks.append(
-                f"by {result.axis}: {result.doubt}; such positions are in the tables with --by {result.axis} only"
-            )
+            shown = f"such positions are in the tables with --by {result.axis} only"
+            remarks.append(f"by {result.axis}: {result.doubt}; {shown}")
     return remarks + list(found.remarks)
 
 
@@ -81,16 +77,15 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
     for member in sorted(range(len(result.members)), key=lambda member: (result.ranks[member], result.mean(member))):
         index = result.members[member]
         recipe = found.recipes[index]
-        cells = [recipe.name, _format_rank(result, member), str(len(recipe.runs))]
+        cells = [recipe.name, _format_rank(result.ranks, member), str(len(recipe.runs))]
         cells += [f"{result.mean(member):.4f}", f"{result.noise.stds[member]:.2g}"]
         for other, _ in others:
             there = other.members.index(index) if index in other.members else None
-            cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other, there)})")
+            cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
     title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = shares its rank)"
-    return TextTable(
-        title, ("recipe", "rank", "runs", "MIR", "std of a run", *(f"at {x}" for _, x in others)), tuple(rows)
-    )
+    columns = ("recipe", "rank", "runs", "MIR", "std of a run", *(f"at {x}" for _, x in others))
+    return TextTable(title, columns, tuple(rows))
 
 
 def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextTable:
@@ -116,10 +111,8 @@ def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextT
 
 
 def _make_runs(found: Comparison) -> TextTable:
-    rows = tuple(
-        (found.recipes[index].label(run), *_describe(run), *_describe_stop(stop))
-        for index, _, run, stop in _each_run(found)
-    )
+    labelled = [(found.recipes[index].label(run), run, stop) for index, _, run, stop in _each_run(found)]
+    rows = tuple((label, *_describe(run), *_describe_stop(stop)) for label, run, stop in labelled)
     title = f"Runs, and where {found.rule} would have stopped them"
     columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "stop", "saves", "missed gain")
     return TextTable(title, columns, rows)
@@ -156,9 +149,8 @@ def _names(found: Comparison, result: AxisResult) -> list[str]:
     return [found.recipes[index].name for index in result.members]
 
 
-def _format_rank(result: AxisResult, member: int) -> str:
-    own = result.ranks[member]
-    return f"{own}{'=' if result.ranks.count(own) > 1 else ''}"
+def _format_rank(ranks: Sequence[int], member: int) -> str:
+    return f"{ranks[member]}{'=' if ranks.count(ranks[member]) > 1 else ''}"
 
 
 def _format_position(axis: Axis, x: float) -> str:
@@ -175,7 +167,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 def to_json(found: Comparison) -> str:
-    """Everything a comparison found, but the records themselves. Ranks: pure."""
+    """Everything a comparison found, but the records themselves."""
     recipes: list[dict[str, Any]] = [{"name": recipe.name, "runs": []} for recipe in found.recipes]
     for index, _, run, stop in _each_run(found):
         entry = {"name": run.name, "path": str(run.path), "source": str(run.source), "evaluations": len(run.records)}
@@ -230,24 +222,21 @@ def _plain(value: Any) -> Any:
 
 
 def to_csv(found: Comparison) -> str:
-    """A line for each run. Ranks: pure."""
+    """A line for each run."""
     columns = ["recipe", "run", "rank", "alike", "evaluations", "last_step", "last_mir", "last_mir_se"]
     columns += ["lowest_step", "lowest_mir"]
     columns += [name for axis in AXES for name in (f"equal_{axis}", f"mir_at_equal_{axis}")]
-    columns += ["stop_step", "saved_steps", "saved_share", "saved_seconds", "missed_gain"]
+    saved = ["saved_steps", "saved_share", "saved_seconds", "missed_gain"]
+    columns += ["stop_step", *saved]
     lines = io.StringIO()
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
     for index, number, run, stop in _each_run(found):
         last, lowest = run.measured[-1], lowest_record(run.records)
-        row: dict[str, Any] = {"recipe": found.recipes[index].name, "run": run.name}
-        row["alike"] = "no" if found.mismatch else "yes"
-        row |= {
-            "evaluations": len(run.records),
-            "last_step": last.step,
-            "last_mir": last.mir,
-            "last_mir_se": last.mir_se,
-        }
+        row: dict[str, Any] = {"recipe": found.recipes[index].name, "run": run.name, "stop_step": stop.step}
+        row |= {"alike": "no" if found.mismatch else "yes", "evaluations": len(run.records)}
+        row |= {"last_step": last.step, "last_mir": last.mir, "last_mir_se": last.mir_se}
+        row |= {name: getattr(stop, name) for name in saved}
         if lowest is not None:
             row |= {"lowest_step": lowest.step, "lowest_mir": lowest.mir}
         for result in found.axes:
@@ -257,20 +246,18 @@ def to_csv(found: Comparison) -> str:
                 row |= {f"equal_{result.axis}": result.x, f"mir_at_equal_{result.axis}": point.mir}
                 if result is found.ranking:
                     row["rank"] = result.ranks[member]
-        row |= {"stop_step": stop.step, "saved_steps": stop.saved_steps, "saved_share": stop.saved_share}
-        writer.writerow({**row, "saved_seconds": stop.saved_seconds, "missed_gain": stop.missed_gain})
+        writer.writerow(row)
     return lines.getvalue()
 
 
 def to_markdown(found: Comparison) -> str:
-    """The tables of the terminal, and what there is to know. Ranks: pure."""
+    """The tables of the terminal, and what there is to know."""
     parts = [f"**{_escape(verdict)}**"] if (verdict := state_verdict(found)) else []
     for table in make_tables(found):
         rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
         rows = [f"| {' | '.join(map(_escape, row))} |" for row in (table.columns, *table.rows)]
         parts.append("\n".join([f"### {_escape(table.title)}", "", rows[0], rule, *rows[1:]]))
-    remarks = list_remarks(found)
-    if remarks:
+    if remarks := list_remarks(found):
         parts.append("\n".join(f"- {_escape(remark)}" for remark in remarks))
     return "\n\n".join(parts) + "\n"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from markupsafe import Markup
 
 from mir_callback.analysis.compare import Comparison
 from mir_callback.analysis.page import facts, timeline
-from mir_callback.analysis.page import timeline as profiles
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import MOMENTS, RunView, number_colours
+from mir_callback.analysis.page.views import MOMENTS, VERDICTS, Quantity, RunView, number_colours, read_verdict
 from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import HistoryError
 from mir_callback.probe.probe import Probe
 
-_PARTS = Path(__file__).parent / "page"
+_PARTS = Path(__file__).parent
 _NAMED = 4  # recipes that a title has room for
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(_PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
 def render_report(
@@ -59,47 +61,43 @@ def render_report(
         raise HistoryError("there is no run to report on")
     shown = [run for run in runs if run.moments]
     ordered = [*shown, *(run for run in runs if not run.moments)]  # a run has the same number wherever it is shown
-    lines = timeline.draw_timelines(shown) if shown else []
-    curves = profiles.draw_profiles(shown)
+    lines = timeline.draw_timelines(shown)
+    curves = timeline.draw_profiles(shown)
     script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
-    own = [(note if len(ordered) == 1 else f"{run.name}: {note}") for run in ordered for note in run.notes]
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            # the same on every page
-            version=metadata.version("mir-callback"),
-            styles=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            format_value=format_value,
-            read_verdict=timeline.read_verdict,
-            verdict_classes=timeline.VERDICTS,
-            moments=MOMENTS,
-            # of every run
-            runs=ordered,
-            title=_make_title(ordered),
-            colours=number_colours(ordered),
-            summaries=[facts.summarize(run) for run in ordered],
-            costs=facts.list_costs(ordered),
-            definition=facts.tabulate_definition(ordered),
-            incomparable=facts.find_incomparable(ordered),
-            notes=[*notes, *own],
-            # of the runs that have values
-            shown=shown,
-            timelines=lines,
-            profiles=curves,
-            quantities=[curve.quantity for curve in curves],
-            steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
-            cost_charts=profiles.draw_costs(shown),
-            seen_verdicts=_list_verdicts(shown),
-            sheet=facts.make_sheet(shown, probe),
-            data=_collect_data(shown, lines, curves),
-            # of the page
-            comparison=None if comparison is None else _describe_comparison(comparison),
-            written=written,
-            reload_seconds=reload_seconds,
-        )
+    own = [note if len(ordered) == 1 else f"{run.name}: {note}" for run in ordered for note in run.notes]
+    return _TEMPLATES.get_template("page.html").render(
+        # the same on every page
+        version=metadata.version("mir-callback"),
+        styles=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        format_value=format_value,
+        read_verdict=read_verdict,
+        verdict_classes=VERDICTS,
+        moments=MOMENTS,
+        # of every run
+        runs=ordered,
+        title=_make_title(ordered),
+        colours=number_colours(ordered),
+        summaries=[facts.summarize(run) for run in ordered],
+        costs=facts.list_costs(ordered),
+        definition=facts.tabulate_definition(ordered),
+        incomparable=facts.find_incomparable(ordered),
+        notes=[*notes, *own],
+        # of the runs that have values
+        shown=shown,
+        timelines=lines,
+        profiles=curves,
+        quantities=[curve.quantity for curve in curves],
+        steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
+        cost_charts=timeline.draw_costs(shown),
+        seen_verdicts=_list_verdicts(shown),
+        sheet=facts.make_sheet(shown, probe),
+        data=_collect_data(shown, lines, curves),
+        # of the page
+        comparison=None if comparison is None else _describe_comparison(comparison),
+        written=written,
+        reload_seconds=reload_seconds,
     )
 
 
@@ -121,12 +119,12 @@ def _name_steps(runs: Sequence[RunView], moment: str) -> str:
 
 
 def _list_verdicts(runs: Sequence[RunView]) -> list[str]:
-    seen = dict.fromkeys(timeline.read_verdict(record) for run in runs for record in run.records)
+    seen = dict.fromkeys(read_verdict(record) for run in runs for record in run.records)
     return [verdict for verdict in seen if verdict]
 
 
 def _collect_data(
-    runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[profiles.Profile]
+    runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[timeline.Profile]
 ) -> Mapping[str, Any]:
     """What the page's script reads out under a pointer; the pictures themselves do without it."""
     return {
@@ -136,14 +134,9 @@ def _collect_data(
                 "steps": [record.step for record in run.measured],
                 "mir": [facts.with_error(record) for record in run.measured],
                 "loss": _losses_at(run),
-                "verdict": [timeline.read_verdict(record) for record in run.measured],
+                "verdict": [read_verdict(record) for record in run.measured],
                 "reason": [record.reason or "" for record in run.measured],
-                "layers": {
-                    curve.quantity.name: [
-                        [format_value(value) for value in curve.quantity.read(record)] for record in run.measured
-                    ]
-                    for curve in curves
-                },
+                "layers": {curve.quantity.name: _layers_at(run, curve.quantity) for curve in curves},
             }
             for run in runs
         ],
@@ -156,22 +149,12 @@ def _collect_data(
     }
 
 
+def _layers_at(run: RunView, quantity: Quantity) -> list[list[str]]:
+    return [[format_value(value) for value in quantity.read(record)] for record in run.measured]
+
+
 def _losses_at(run: RunView) -> list[str]:
     """For each evaluation the last loss logged up to its step."""
-    found, passed, points = [], 0, run.loss_points
-    for record in run.measured:
-        while passed < len(points) and points[passed][0] <= record.step:
-            passed += 1
-        found.append(format_value(points[passed - 1][1] if passed else None))
-    return found
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(_PARTS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    steps = [step for step, _ in run.loss_points]
+    passed = [bisect_right(steps, record.step) for record in run.measured]
+    return [format_value(run.loss_points[count - 1][1] if count else None) for count in passed]

@@ -77,10 +77,8 @@ class Scale:
 def fit_scale(values: Iterable[float | None], kind: Kind = "linear", padding: float = 0.06) -> Scale:
     """A scale on which all values have a position, with room at both ends.
 
-    Args:
-        values: None, NaN and infinite ones do not count; nor do those up to zero on a logarithmic scale.
-        kind: see :class:`Scale`; "log" becomes "linear" where no value is positive.
-        padding: room at either end, as a part of the whole.
+    What is None, NaN or infinite does not count, nor what is not positive on a logarithmic scale, which becomes a
+    linear one where nothing is. ``padding`` is the room at either end, as a part of the whole.
     """
     finite = [float(value) for value in values if value is not None and math.isfinite(value)]
     if kind == "log":
@@ -99,12 +97,9 @@ def fit_scale(values: Iterable[float | None], kind: Kind = "linear", padding: fl
 
 def format_tick(value: float) -> str:
     """A round number as short as a tick label should be: 0.05, 1200, 25k, 3M."""
-    text = f"{value:.6g}"
-    for least, unit, letter in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            text = f"{value / unit:g}{letter}"
-            break
-    return text.replace("-", "\N{MINUS SIGN}")
+    units = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+    found = (f"{value / unit:g}{letter}" for least, unit, letter in units if abs(value) >= least)
+    return next(found, f"{value:.6g}").replace("-", "\N{MINUS SIGN}")
 
 
 def format_value(value: float | None, digits: int = 4) -> str:
@@ -139,6 +134,11 @@ def draw_dots(x: np.ndarray, y: np.ndarray, css: str) -> Markup:
     known = np.isfinite(x) & np.isfinite(y)
     points = zip(x[known], y[known], strict=True)
     return _path(f"dot {css}", "".join(f"M{_x(left)} {_y(height)}h.01" for left, height in points))
+
+
+def draw_curve(x: np.ndarray, y: np.ndarray, css: str, dots: str) -> Markup:
+    """A line through points with a dot at each; ``dots`` are further class names of these."""
+    return draw_line(x, y, css) + draw_dots(x, y, f"{css} {dots}")
 
 
 def draw_band(x: np.ndarray, lows: np.ndarray, highs: np.ndarray, css: str) -> Markup:
@@ -187,17 +187,10 @@ def make_panel(
     over: Iterable[Markup] = (),
     y_ticks: Ticks | None = None,
 ) -> Markup:
-    """One coordinate system.
+    """One coordinate system: SVG ``shapes``, the lowest first, and HTML ``over`` them.
 
-    Args:
-        y: its vertical scale; None for one without numbers.
-        shapes: SVG, the lowest first.
-        title: what is drawn upwards; stands above the panel.
-        says: the picture in words, for those who do not see it.
-        size: class name that sets the height.
-        x_ticks: where to draw upright grid lines.
-        over: HTML over the shapes.
-        y_ticks: instead of round values of ``y``.
+    ``title`` stands above, ``says`` is the picture in words for those who do not see it, ``size`` the class name that
+    sets the height; ``y_ticks`` stand instead of round values of ``y``.
     """
     ticks = y_ticks if y_ticks is not None else y.ticks(4 if size != "tall" else 6) if y else []
     grid = [*(draw_across(at, "grid") for at, _ in ticks), *(draw_upright(at, "grid") for at, _ in x_ticks)]
@@ -216,13 +209,9 @@ def make_foot(ticks: Ticks, label: str) -> Markup:
 
 
 def draw_heat_map(edges: np.ndarray, values: np.ndarray, scale: Scale, says: str) -> Markup:
-    """A picture of values over layers, upwards, and evaluations, to the right.
+    """A picture of values, (layers, evaluations), with layers upwards; NaN stays empty, ``scale`` is of the colours.
 
-    Args:
-        edges: (evaluations + 1,) borders of the columns, increasing, from 0 to 1.
-        values: (layers, evaluations); NaN stays empty.
-        scale: of the colours.
-        says: the picture in words.
+    ``edges`` are the borders of the columns, (evaluations + 1,), increasing, from 0 to 1.
     """
     column = np.searchsorted(edges, (np.arange(_PIXELS) + 0.5) / _PIXELS, side="right") - 1
     inside = (column >= 0) & (column < values.shape[1])
@@ -252,14 +241,14 @@ def make_colour_bar(scale: Scale, label: str) -> Markup:
     ).format(label, stops, _labels("left", scale.ticks(4)))
 
 
-def find_edges(x: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Borders half way between neighbours, the outer ones within 0 to 1; (n,) increasing to (n + 1,) float64."""
+def find_edges(x: Sequence[float] | np.ndarray, least: float = 0.0, most: float = 1.0) -> np.ndarray:
+    """Borders half way between neighbours, the outer ones within bounds; (n,) increasing to (n + 1,) float64."""
     known = np.asarray(x, dtype=float)
     middle = (known[1:] + known[:-1]) / 2
     if len(known) == 1:
-        return np.array([0.0, 1.0])
+        return np.array([least, most])
     first, last = 2 * known[0] - middle[0], 2 * known[-1] - middle[-1]
-    return np.concatenate([[max(first, 0.0)], middle, [min(last, 1.0)]])
+    return np.concatenate([[max(first, least)], middle, [min(last, most)]])
 
 
 def percent(share: float) -> str:

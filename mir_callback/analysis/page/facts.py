@@ -14,8 +14,7 @@ import numpy as np
 from PIL import ImageOps
 
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.timeline import read_verdict
-from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView
+from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView, read_verdict, time_share
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
@@ -111,34 +110,22 @@ def _list_costs(run: RunView) -> dict[str, str]:
     shares = [share for record in run.records if (share := time_share(record)) is not None]
     memory = [record.peak_memory_bytes for record in run.records if record.peak_memory_bytes is not None]
     spent = [record.eval_seconds for record in run.records if record.eval_seconds is not None]
-    in_all = spent[-1] if spent else (sum(seconds) if seconds else None)
+    in_all = spent[-1:] or ([sum(seconds)] if seconds else [])
+    unknown = format_value(None)
     return {
         "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
-        "each, median": _format_seconds(statistics.median(seconds) if seconds else None),
-        "longest": _format_seconds(max(seconds, default=None)),
-        "in all": _format_seconds(in_all),
-        "of the time": f"{shares[-1]:.1%}" if shares else format_value(None),
-        "peak memory, besides training": _format_bytes(max(memory, default=None)),
+        "each, median": _format_seconds(statistics.median(seconds)) if seconds else unknown,
+        "longest": _format_seconds(max(seconds)) if seconds else unknown,
+        "in all": _format_seconds(in_all[0]) if in_all else unknown,
+        "of the time": f"{shares[-1]:.1%}" if shares else unknown,
+        "peak memory, besides training": _format_bytes(max(memory)) if memory else unknown,
     }
-
-
-def time_share(record: EvalRecord) -> float | None:
-    """The part of the time so far that went into evaluations; None before the first step."""
-    spent, trained = record.eval_seconds, record.train_seconds
-    if spent is None or trained is None or record.step == 0 or spent + trained <= 0:
-        return None
-    return float(spent / (spent + trained))
 
 
 def tabulate_definition(runs: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
     """How the values were made: (name, its text for each run, whether the runs differ), settings last."""
-    others = {
-        name
-        for run in runs
-        for record in run.records
-        for name, value in record.unknown.items()
-        if isinstance(value, (str, int, float, bool))
-    }
+    unknown = [pair for run in runs for record in run.records for pair in record.unknown.items()]
+    others = {name for name, value in unknown if isinstance(value, (str, int, float, bool))}
     further = [name for name in others | _FURTHER if all(len(run.distinct(name)) <= 1 for run in runs)]
     rows = [(label, [run.distinct(name) for run in runs]) for name, label in _DEFINITION.items()]
     rows += [(name.replace("_", " "), [run.distinct(name) for run in runs]) for name in sorted(further)]
@@ -162,18 +149,18 @@ def _join(values: Sequence[Any]) -> str:
     return ", then ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "") if values else format_value(None)
 
 
-def _format_seconds(seconds: float | None) -> str:
+def _format_seconds(seconds: float) -> str:
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds is not None and seconds >= 2 * unit:
+        if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"
-    return format_value(None) if seconds is None else f"{format_value(seconds, 3)} s"
+    return f"{format_value(seconds, 3)} s"
 
 
-def _format_bytes(count: float | None) -> str:
+def _format_bytes(count: float) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count is not None and count >= unit:
+        if count >= unit:
             return f"{count / unit:.2f} {name}"
-    return format_value(None) if count is None else f"{count:.0f} bytes"
+    return f"{count:.0f} bytes"
 
 
 @dataclass(frozen=True)
@@ -202,17 +189,11 @@ def make_sheet(runs: Sequence[RunView], probe: Probe | None) -> Sheet | None:
 
     Influences of another probe than the given one are left out.
     """
-    run, record = next(
-        (
-            (run, record)
-            for run in runs
-            for record in reversed(run.measured)
-            if record.influences
-            and (probe is None or (record.probe_fingerprint, len(record.influences)) == (probe.fingerprint, len(probe)))
-        ),
-        (None, None),
-    )
-    influences = (record.influences if record else None) or []
+    known = [(run, record, record.influences) for run in runs for record in reversed(run.measured) if record.influences]
+    if probe is not None:
+        own = (probe.fingerprint, len(probe))
+        known = [(run, record, found) for run, record, found in known if (record.probe_fingerprint, len(found)) == own]
+    run, record, influences = known[0] if known else (None, None, [])
     # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
     effects: list[float | None] = [influence / len(influences) for influence in influences]
     if probe is not None:

@@ -1,29 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts of values over the layers, and of what evaluations cost over the steps."""
+"""The page's charts: MIR, verdicts, loss and layers over the run; profiles over the layers; costs over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from mir_callback.analysis.page import charts
+from mir_callback.analysis.page import charts, views
 from mir_callback.analysis.page.charts import Scale, Ticks, fit_scale, format_range, format_value
-from mir_callback.analysis.page.facts import time_share
-from mir_callback.analysis.page.views import DISTANCE, Axis, Quantity, RunView, find_axes, list_companions, stack_layers
+from mir_callback.analysis.page.views import DISTANCE, WOULD_STOP, Axis, Quantity, RunView, read_verdict
+from mir_callback.analysis.statistics import BAND
 from mir_callback.record import STOPPING, EvalRecord
-
-BAND = 1.96  # standard errors: 95 % of a normal distribution
-_OBSERVED = "would stop"  # of a rule that only observes, where it has found the plateau
-# What the rule says, and its class name.
-VERDICTS = {
-    **{verdict: verdict.replace(" ", "-") for verdict in ("going on", "rising", "too noisy", "no data", "failed")},
-    **dict.fromkeys((STOPPING, _OBSERVED), "plateau"),
-}
 
 
 @dataclass(frozen=True)
@@ -47,16 +39,9 @@ class _Horizontal:
         return self.scale(self.axis.locate(run, steps))
 
 
-def read_verdict(record: EvalRecord) -> str:
-    """What the stop rule said; "failed" where the evaluation did; "" without a rule."""
-    if record.mir is None:
-        return "failed"
-    return _OBSERVED if record.would_stop and record.verdict != STOPPING else record.verdict or ""
-
-
 def draw_timelines(runs: Sequence[RunView]) -> list[Timeline]:
     """The pictures of runs with values over each axis they share."""
-    return [_draw_timeline(runs, axis) for axis in find_axes(runs)]
+    return [_draw_timeline(runs, axis) for axis in views.find_axes(runs)] if runs else []
 
 
 def _draw_timeline(runs: Sequence[RunView], axis: Axis) -> Timeline:
@@ -88,13 +73,13 @@ def _draw_mir(runs: Sequence[RunView], x: _Horizontal) -> Markup:
     for number, (run, mir, error) in enumerate(zip(runs, values, errors, strict=True)):
         at, css = x(run, _steps(run.measured)), f"run-{number}"
         shapes.append(charts.draw_band(at, y(mir - error), y(mir + error), css))
-        shapes.append(charts.draw_line(at, y(mir), css))
-        shapes.append(charts.draw_dots(at, y(mir), f"{css} {'small' if len(mir) > 100 else ''}"))
+        shapes.append(charts.draw_curve(at, y(mir), css, "small" if len(mir) > 100 else ""))
         marks, words = _draw_marks(run, number, x, y, alone=len(runs) == 1)
         shapes += marks
         over += words
-    says = f"MIR over the run. {'; '.join(f'{run.name}: {_in_words(run)}' for run in runs)}"
-    title = "MIR (lower is better aligned)"
+    ends = [[f"{record.mir:.3f} at step {record.step}" for record in run.moments.values()] for run in runs]
+    said = [f"{run.name}: {first}, lowest {best}, {last}" for run, (first, best, last) in zip(runs, ends, strict=True)]
+    says, title = f"MIR over the run. {'; '.join(said)}", "MIR (lower is better aligned)"
     return charts.make_panel(y, shapes, title=title, says=says, size="tall", x_ticks=x.ticks, over=over)
 
 
@@ -105,22 +90,17 @@ def _draw_marks(run: RunView, number: int, x: _Horizontal, y: Scale, alone: bool
     shapes = [charts.draw_dots(at, height, f"best-{part} {css}") for part in ("outer", "inner")]
     words = [charts.draw_note(float(at[0]), float(height[0]), f"lowest {best.mir:.3f}", f"below {css}")]
     verdicts = [read_verdict(record) for record in run.measured]
-    stops = [
-        (record.step, verdict)
-        for record, verdict, before in zip(run.measured, verdicts, ["", *verdicts], strict=False)
-        if verdict in (STOPPING, _OBSERVED) and verdict != before
-    ]
-    for index, (step, verdict) in enumerate(stops):
-        left = float(x(run, [step])[0])
-        shapes.append(charts.draw_upright(left, f"stop {css}"))
-        if index == 0:
-            words.append(charts.draw_note(left, 1.0, f"{verdict}, step {step}", "top"))
-    staged = [record for record in run.measured if record.stage is not None]
-    for record, before in zip(staged[1:], staged, strict=False):
-        if record.stage != before.stage:
+    for record, verdict, before in zip(run.measured, verdicts, ["", *verdicts], strict=False):
+        if verdict in (STOPPING, WOULD_STOP) and verdict != before:
             left = float(x(run, [record.step])[0])
+            shapes.append(charts.draw_upright(left, f"stop {css}"))
+            if len(words) == 1:  # of the first stop only
+                words.append(charts.draw_note(left, 1.0, f"{verdict}, step {record.step}", "top"))
+    for earlier, later in pairwise(record for record in run.measured if record.stage is not None):
+        if later.stage != earlier.stage:
+            left = float(x(run, [later.step])[0])
             shapes.append(charts.draw_upright(left, f"stage {css}"))
-            words.append(charts.draw_note(left, 0.93, f"other parameters train, step {record.step}", "top faint"))
+            words.append(charts.draw_note(left, 0.93, f"other parameters train, step {later.step}", "top faint"))
     crosses = [
         Markup('<span class="cross-mark {}" style="left:{}" title="step {}: {}">\N{MULTIPLICATION SIGN}</span>').format(
             css, charts.percent(left), record.step, record.error or "failed"
@@ -136,14 +116,15 @@ def _draw_ribbon(number: int, run: RunView, x: _Horizontal) -> Markup:
     at = x(run, _steps(run.records))
     records = [record for record, left in zip(run.records, at, strict=True) if np.isfinite(left)]
     edges = charts.find_edges(at[np.isfinite(at)])
-    bars = []
-    for verdict, group in groupby(range(len(records)), lambda index: read_verdict(records[index])):
+    bars, left = [], 0
+    for verdict, group in groupby(records, read_verdict):
+        span = list(group)
+        right = left + len(span)
         if verdict:
-            span = list(group)
-            first, last = span[0], span[-1]
-            title = f"{verdict}, steps {records[first].step} to {records[last].step}: {records[last].reason or ''}"
-            css = f"verdict {VERDICTS.get(verdict, 'other')}"
-            bars.append(charts.draw_bar(edges[first], edges[last + 1], css, title))
+            title = f"{verdict}, steps {span[0].step} to {span[-1].step}: {span[-1].reason or ''}"
+            css = f"verdict {views.VERDICTS.get(verdict, 'other')}"
+            bars.append(charts.draw_bar(edges[left], edges[right], css, title))
+        left = right
     says = f"Verdicts of the stop rule on {run.name}; the last one: {read_verdict(run.records[-1]) or 'none'}"
     return charts.make_panel(None, bars, title="", says=says, size=f"ribbon run-{number}")
 
@@ -153,35 +134,31 @@ def _draw_loss(runs: Sequence[RunView], x: _Horizontal) -> Markup:
     y = fit_scale((loss for points in [*(run.loss_points for run in runs), *on_probe] for _, loss in points), "log")
     shapes = []
     for number, (run, probed) in enumerate(zip(runs, on_probe, strict=True)):
-        at = x(run, [step for step, _ in run.loss_points])
+        at, heights = x(run, [step for step, _ in run.loss_points]), y([loss for _, loss in run.loss_points])
         at = np.where((at >= 0) & (at <= 1), at, np.nan)
-        heights = y([loss for _, loss in run.loss_points])
         shapes.append(charts.draw_line(at, heights, f"loss run-{number}"))
         if probed:
-            probed_at = x(run, [step for step, _ in probed])
-            shapes.append(charts.draw_line(probed_at, y([loss for _, loss in probed]), f"loss on-probe run-{number}"))
+            steps, losses = zip(*probed, strict=True)
+            shapes.append(charts.draw_line(x(run, steps), y(losses), f"loss on-probe run-{number}"))
         if len(at) == 1:
             shapes.append(charts.draw_dots(at, heights, f"loss run-{number}"))
     title = "training loss" + ("; dashed: on the probe's texts" if any(on_probe) else "")
-    ends = "; ".join(
-        f"{run.name}: {format_value(run.loss_points[0][1])} to {format_value(run.loss_points[-1][1])}"
-        for run in runs
-        if run.loss_points
-    )
+    known = [(run.name, run.loss_points[0][1], run.loss_points[-1][1]) for run in runs if run.loss_points]
+    ends = "; ".join(f"{name}: {format_value(first)} to {format_value(last)}" for name, first, last in known)
     return charts.make_panel(y, shapes, title=title, says=f"Training loss over the run. {ends}", x_ticks=x.ticks)
 
 
 def _draw_layers(runs: Sequence[RunView], x: _Horizontal) -> Iterator[Markup]:
     """For each quantity the heat maps of all runs, in one scale of colours."""
     foot = charts.make_foot(x.ticks, x.axis.label)
-    for quantity in [DISTANCE, *list_companions(runs)]:
-        tables = [stack_layers(quantity, run.measured) for run in runs]
+    for quantity in [DISTANCE, *views.list_companions(runs)]:
+        tables = [views.stack_layers(quantity, run.measured) for run in runs]
         visible = np.concatenate([table.ravel() for table in tables])
         scale = fit_scale(visible.tolist(), quantity.kind, padding=0.0)
         shown = [
-            _draw_heat(number, run, quantity, x, scale, table, alone=len(runs) == 1)
-            for number, (run, table) in enumerate(zip(runs, tables, strict=True))
-            if table.size and np.isfinite(table).any()
+            _draw_heat(runs, number, quantity, x, scale, table)
+            for number, table in enumerate(tables)
+            if np.isfinite(table).any()
         ]
         hidden = Markup("") if quantity is DISTANCE else Markup(" hidden")
         yield Markup('<div class="layers" data-quantity="{}"{}>{}{}{}</div>').format(
@@ -190,22 +167,15 @@ def _draw_layers(runs: Sequence[RunView], x: _Horizontal) -> Iterator[Markup]:
 
 
 def _draw_heat(
-    number: int, run: RunView, quantity: Quantity, x: _Horizontal, scale: Scale, table: np.ndarray, *, alone: bool
+    runs: Sequence[RunView], number: int, quantity: Quantity, x: _Horizontal, scale: Scale, table: np.ndarray
 ) -> Markup:
-    layers = table.shape[0]
-    says = (
-        f"{quantity.label} of {layers} layers over {table.shape[1]} evaluations of {run.name}, "
-        f"from {format_range(table)}"
-    )
+    run = runs[number]
+    layers, count = table.shape
+    says = f"{quantity.label} of {layers} layers over {count} evaluations of {run.name}, from {format_range(table)}"
     ticks = [((layer - 0.5) / layers, str(layer)) for layer in range(1, layers + 1, max(1, -(-layers // 6)))]
     picture = charts.draw_heat_map(charts.find_edges(x(run, _steps(run.measured))), table, scale, says)
-    title = "decoder layer" if alone else f"decoder layer, {run.name}"
+    title = "decoder layer" if len(runs) == 1 else f"decoder layer, {run.name}"
     return charts.make_panel(None, [], title=title, says=says, size=f"map run-{number}", over=[picture], y_ticks=ticks)
-
-
-def _in_words(run: RunView) -> str:
-    first, best, last = (f"{record.mir:.3f} at step {record.step}" for record in run.moments.values())
-    return f"{first}, lowest {best}, {last}"
 
 
 def _steps(records: Sequence[EvalRecord]) -> list[int]:
@@ -239,7 +209,7 @@ class _Curve:
 
 def draw_profiles(runs: Sequence[RunView]) -> list[Profile]:
     """The distance first, then each companion there is."""
-    found = [(quantity, _read_curves(quantity, runs)) for quantity in [DISTANCE, *list_companions(runs)]]
+    found = [(quantity, _read_curves(quantity, runs)) for quantity in [DISTANCE, *views.list_companions(runs)]]
     return [_draw_profile(quantity, runs, curves) for quantity, curves in found if curves]
 
 
@@ -267,8 +237,7 @@ def _draw_profile(quantity: Quantity, runs: Sequence[RunView], curves: Sequence[
             least = y.low if y.kind == "log" else 0.0  # a logarithmic scale has no position for what lies below
             lows, highs = y(np.maximum(curve.values - reach, least)), y(curve.values + reach)
             shapes.append(charts.draw_band(at, lows, highs, css))
-        shapes.append(charts.draw_line(at, y(curve.values), css))
-        shapes.append(charts.draw_dots(at, y(curve.values), f"{css} small"))
+        shapes.append(charts.draw_curve(at, y(curve.values), css, "small"))
     ticks = [tick for tick in x.ticks(min(8, layers)) if "." not in tick[1]]
     ranges = [f"{runs[curve.run].name}, {curve.moment}: {format_range(curve.values)}" for curve in curves]
     says = f"{quantity.label} over layers. {'; '.join(ranges)}"
@@ -283,7 +252,7 @@ def _draw_profile(quantity: Quantity, runs: Sequence[RunView], curves: Sequence[
 
 _COSTS = (
     ("seconds per evaluation", 1.0, lambda record: record.seconds),
-    ("evaluations' part of the time, %", 100.0, time_share),
+    ("evaluations' part of the time, %", 100.0, views.time_share),
     ("peak memory, besides training, GiB", 2.0**-30, lambda record: record.peak_memory_bytes),
 )
 
@@ -307,9 +276,8 @@ def _draw_cost(runs: Sequence[RunView], title: str, curves: Sequence[Sequence[tu
     shapes, ranges = [], []
     for number, (run, curve) in enumerate(zip(runs, curves, strict=True)):
         if curve:
-            at, costs = x([step for step, _ in curve]), [cost for _, cost in curve]
-            shapes.append(charts.draw_line(at, y(costs), f"run-{number}"))
-            shapes.append(charts.draw_dots(at, y(costs), f"run-{number} small"))
+            steps, costs = zip(*curve, strict=True)
+            shapes.append(charts.draw_curve(x(steps), y(costs), f"run-{number}", "small"))
             ranges.append(f"{run.name}: {format_range(np.array(costs), 3)}")
     ticks = x.ticks(5)
     panel = charts.make_panel(y, shapes, title=title, says=f"{title}. {'; '.join(ranges)}", x_ticks=ticks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as the page sees it, what it can show of each layer, and the axes it can be drawn over."""
+"""A run as the page sees it, what it can show of each evaluation and layer, and the axes it can be drawn over."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ import numpy as np
 from mir_callback.analysis.compare import Recipe
 from mir_callback.analysis.load import Run, noted_losses
 from mir_callback.analysis.page.charts import Kind
-from mir_callback.record import FIELDS, EvalRecord, lowest_record
+from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
 
 PLANNED = "planned steps"  # among the settings of a run
 # Evaluations of a run that are shown, and what the page calls them.
 MOMENTS = {"first": "first", "best": "lowest", "last": "last"}
+WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
+# What the rule says, and its class name.
+VERDICTS = {
+    **{verdict: verdict.replace(" ", "-") for verdict in ("going on", "rising", "too noisy", "no data", "failed")},
+    **dict.fromkeys((STOPPING, WOULD_STOP), "plateau"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,29 +64,19 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class RunView:
-    """One run, ready to be shown.
-
-    Attributes:
-        name: what the page calls it.
-        records: its evaluations by step, failed ones too.
-        losses: logged training losses, (step, loss), by step; may be empty.
-        settings: further facts about the run, name to value; None where it is not known.
-        notes: sentences about what was missing or damaged.
-        recipe: of which runs that differ only in their seed this is one; runs of one recipe share a colour.
-    """
+    """One run, ready to be shown."""
 
     name: str
-    records: Sequence[EvalRecord]
-    losses: Sequence[tuple[int, float]] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    recipe: str | None = None
+    records: Sequence[EvalRecord]  # by step, failed ones too
+    losses: Sequence[tuple[int, float]] = ()  # (step, logged training loss), by step
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further facts about the run; None: not known
+    notes: Sequence[str] = ()  # what was missing or damaged, in sentences
+    recipe: str | None = None  # runs of one recipe differ only in their seed and share a colour
 
     @classmethod
     def from_run(cls, run: Run, recipe: Recipe) -> RunView:
         """A run from disk, under its name among those of other recipes."""
-        settings = {PLANNED: run.max_steps, "read from": str(run.source)}
-        label = recipe.label(run)
+        label, settings = recipe.label(run), {PLANNED: run.max_steps, "read from": str(run.source)}
         group = None if label == recipe.name else recipe.name
         return cls(label, run.records, run.losses, settings, run.problems, group)
 
@@ -109,12 +105,27 @@ class RunView:
 
     def distinct(self, name: str) -> list[Any]:
         """The different values of a field over the run, of another version's too, in order of appearance."""
-        values = (record[name] if name in FIELDS else record.unknown.get(name) for record in self.records)
         found: list[Any] = []
-        for value in values:
+        for record in self.records:
+            value = record[name] if name in FIELDS else record.unknown.get(name)
             if value is not None and value not in found:
                 found.append(value)
         return found
+
+
+def read_verdict(record: EvalRecord) -> str:
+    """What the stop rule said; "failed" where the evaluation did; "" without a rule."""
+    if record.mir is None:
+        return "failed"
+    return WOULD_STOP if record.would_stop and record.verdict != STOPPING else record.verdict or ""
+
+
+def time_share(record: EvalRecord) -> float | None:
+    """The part of the time so far that went into evaluations; None before the first step."""
+    spent, trained = record.eval_seconds, record.train_seconds
+    if spent is None or trained is None or record.step == 0 or spent + trained <= 0:
+        return None
+    return float(spent / (spent + trained))
 
 
 def list_companions(runs: Sequence[RunView]) -> list[Quantity]:
@@ -137,9 +148,9 @@ def stack_layers(quantity: Quantity, records: Sequence[EvalRecord]) -> np.ndarra
 
 def number_colours(runs: Sequence[RunView]) -> list[int]:
     """A number for each run, the same one for runs of one recipe; from 0 in order of appearance."""
-    owners = [("run", str(number)) if run.recipe is None else ("recipe", run.recipe) for number, run in enumerate(runs)]
-    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-    return [numbers[owner] for owner in owners]
+    owners = [number if run.recipe is None else run.recipe for number, run in enumerate(runs)]
+    distinct = list(dict.fromkeys(owners))
+    return [distinct.index(owner) for owner in owners]
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,8 @@ class Axis:
         asked = np.asarray(steps, dtype=float)
         if self.field == "step":
             return asked
-        known = [record.step for record in run.measured]
         values = [record[self.field] / self.unit for record in run.measured]
+        known = [record.step for record in run.measured]
         found: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
         return found
 
@@ -169,7 +180,8 @@ def find_axes(runs: Sequence[RunView]) -> list[Axis]:
     own = all(_runs_on(run, "train_seconds") for run in runs)
     clock, words = ("train_seconds", "training time") if own else ("elapsed", "time since the start")
     longest = max((record[clock] or 0.0 for run in runs for record in run.measured), default=0.0)
-    unit, name = next((unit, name) for unit, name in _TIMES if longest >= 3 * unit or unit == 1.0)
+    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+    unit, name = next((unit, name) for unit, name in units if longest >= 3 * unit or unit == 1.0)
     candidates = [
         Axis("time", f"{words}, {name}", clock, unit=unit),
         Axis("samples", "training samples seen", "samples_seen"),
@@ -178,9 +190,6 @@ def find_axes(runs: Sequence[RunView]) -> list[Axis]:
     ]
     steps = [Axis("step", "optimizer step", "step"), Axis("log", "optimizer step, logarithmic", "step", True)]
     return steps + [axis for axis in candidates if all(_runs_on(run, axis.field) for run in runs)]
-
-
-_TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 def _runs_on(run: RunView, name: str) -> bool:
