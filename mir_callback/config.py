@@ -154,6 +154,11 @@ class MIRConfig:
         """Whether there is a rule that may end training, and not one that only observes."""
         return self.stop is not None and not getattr(self.stop, "observe_only", False)
 
+    def for_trackers(self) -> dict[str, str]:
+        """The options that a tracker's settings of the run should tell."""
+        described = self.described()
+        return {"every": described["every"], "also_on": ", ".join(self.also_on), "stop": described["stop"]}
+
     def described(self) -> dict[str, Any]:
         """Every option as a plain value, equal on ranks if the options are; a rule of a user's by its class."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}

@@ -137,7 +137,7 @@ class MIRMonitor:
             with distributed.fail_together():
                 if not isinstance(probe, Probe):
                     raise ConfigError(f"probe={probe!r:.60} is no Probe; see Probe.from_folders, Probe.load")
-                self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self._described_options())
+                self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self.config.for_trackers())
                 saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
                 adapter = adapter or find_adapter(model, processor, conversation=self.config.conversation)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
@@ -158,7 +158,11 @@ class MIRMonitor:
         stays = self.config.may_stop and not self.config.continue_after_stop
         self.is_already_stopped = stays and is_stopped(self.history)
         if self.is_already_stopped:
-            _say_already_stopped(self.history[-1])
+            log.info(
+                "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, give "
+                "continue_after_stop=True (--mir_continue_after_stop), or stop=None",
+                *(self.history[-1].step, self.history[-1].reason),
+            )
         elif is_due_at_start(self.config.schedule, self.config.also_on, self._now, self.history):
             self.evaluate()
 
@@ -205,7 +209,7 @@ class MIRMonitor:
                 f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, "
                 "through all epochs and restarts (start_step)"
             )
-        if self._now.step == 0 and step > 1:
+        if self._now.step == 0 and step > 1 and distributed.is_main():
             log.warning(
                 "the first step is %d: if training goes on from a checkpoint, give its step as start_step, and the "
                 "history is continued",
@@ -257,10 +261,6 @@ class MIRMonitor:
     def _watched(self, work: str) -> Iterator[None]:
         with watchdog(work, distributed.rank(), self.config.watchdog_seconds, abort=self.config.abort_on_hang):
             yield
-
-    def _described_options(self) -> dict[str, str]:
-        described = self.config.described()
-        return {"every": described["every"], "also_on": ", ".join(self.config.also_on), "stop": described["stop"]}
 
     def _dry_run(self, total_epochs: float | None) -> None:
         report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
@@ -385,14 +385,6 @@ def _keep_probe(probe: Probe, path: Path) -> None:
         probe.save(path)
     except ProbeError as error:
         log.warning("the probe is not kept beside the run: %s", error)
-
-
-def _say_already_stopped(last: EvalRecord) -> None:
-    log.info(
-        "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, give "
-        "continue_after_stop=True (--mir_continue_after_stop), or stop=None",
-        *(last.step, last.reason),
-    )
 
 
 def _default_saver(model: nn.Module) -> Callable[[Path], None]:

@@ -191,8 +191,7 @@ class MIRCallback(TrainerCallback):
         control.should_training_stop = control.should_training_stop or monitor.should_stop
 
     def _loggers(self) -> Loggers:
-        trainer, described = self._trainer, self.config.described()
-        options = {"every": described["every"], "also_on": ", ".join(self.config.also_on), "stop": described["stop"]}
+        trainer, options = self._trainer, self.config.for_trackers()
         if trainer is None:
             return Loggers(options=options, commit=True)
         through = _log_through(trainer)

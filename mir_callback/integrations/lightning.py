@@ -39,9 +39,6 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
             of it; by default its only Hugging Face model.
         **options: of :class:`MIRConfig`.
 
-    Attributes:
-        history: records of the evaluations so far, newest last.
-
     Raises:
         ConfigError: an option breaks its rule, or at the start of training, no model is found or several.
 
@@ -65,7 +62,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
         self._probe, self._processor, self._adapter, self._model = probe, processor, adapter, model
         self._options = options
         self._monitor: MIRMonitor | None = None  # while training
-        self.history: list[EvalRecord] = []
+        self.history: list[EvalRecord] = []  # newest last
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check everything, open the history and evaluate before the first step. Errors here end the run."""
@@ -87,7 +84,12 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
                 total_epochs=trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None,
                 start_step=self._step,
                 start_status={"epoch": _epoch(trainer)},
-                log=Loggers(through=_log_to(trainer), reporters=lambda: trainer.loggers, commit=True),
+                log=Loggers(
+                    through=_log_to(trainer),
+                    reporters=lambda: trainer.loggers,
+                    options=self._config.for_trackers(),
+                    commit=True,
+                ),
                 **self._options,
             )
         self.history = self._monitor.history
@@ -104,7 +106,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
         self._call(trainer, lambda monitor: monitor.step(self._step, loss=loss, epoch=_epoch(trainer)))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate at a validation, if asked to."""
+        """Evaluate if asked to."""
         if "evaluate" in self._config.also_on:
             self._call(trainer, MIRMonitor.evaluate)
 
