@@ -71,7 +71,8 @@ def compute_influences(sums: SampleSums, distance: float, scale: float) -> Tenso
         (-2.0 * distance * scale * sums.text_norms, sums.text_rows),
     )
     found = torch.zeros_like(sums.vision)
-    for summed, rows in parts:
+    for summed, counts in parts:
+        rows = counts.to(summed.dtype)  # integers times a 0-d float64 would be torch's default dtype, float32
         total = rows.sum()
         found += len(rows) / total * (summed - rows * (summed.sum() / total))
     return found

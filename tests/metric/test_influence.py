@@ -61,6 +61,13 @@ def weighted_distance(vision, text, vision_weights, text_weights):
     return distance / np.average(np.sqrt((text**2).sum(axis=1)), weights=text_weights) ** 2
 
 
+def test_influences_add_up_to_zero_in_float64():
+    sums = torch.rand(3, SAMPLES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(1, SAMPLES + 1)
+    found = compute_influences(SampleSums(*sums, rows, rows + 3), 2.0, 0.3)
+    assert abs(found.sum()) < 1e-14 * found.abs().sum()
+
+
 @pytest.mark.parametrize(
     "case", ["equal", "offset", "conditioned", "few_rows", "few_vision_rows", "few_text_rows", "massive_constant"]
 )
