@@ -18,7 +18,7 @@ from mir_callback.console import UNATTACHED, log
 from mir_callback.errors import ConfigError
 from mir_callback.loggers import Loggers
 from mir_callback.monitor import MIRMonitor
-from mir_callback.probe.adapters import Adapter, find_adapter, require_processor
+from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.record import EvalRecord
 
@@ -85,6 +85,7 @@ class MIRCallback(TrainerCallback):
 
         Raises:
             ConfigError: not a Trainer, it has a MIRCallback already, or its processor cannot handle images.
+            UnsupportedModelError: no adapter knows its model.
 
         Ranks: every rank.
         """
@@ -94,8 +95,8 @@ class MIRCallback(TrainerCallback):
                 "this Trainer has a MIRCallback already, and two would write one history file; remove the other with "
                 "trainer.remove_callback"
             )
-        if self._adapter is None:
-            require_processor(self._processor or processor_of(trainer))
+        if isinstance(getattr(trainer, "model", None), nn.Module):  # else it is made when training begins
+            self._adapter_for(trainer.model, processor_of(trainer), trainer)
         if self not in callbacks_of(trainer):
             trainer.add_callback(self)
         self._trainer = trainer
@@ -116,11 +117,13 @@ class MIRCallback(TrainerCallback):
         if trainer is None:
             log.info(UNATTACHED)
         _check_best_metric(args)
+        with distributed.fail_together():
+            processor = kwargs.get("processing_class") or kwargs.get("tokenizer")
+            adapter = self._adapter_for(kwargs["model"], processor, trainer)
         self._monitor = MIRMonitor(
             kwargs["model"],
             self.probe,
-            processor=self._processor or kwargs.get("processing_class") or kwargs.get("tokenizer"),
-            adapter=self._adapter,
+            adapter=adapter,
             optimizer=kwargs.get("optimizer"),
             output_dir=run_folder(trainer, args),
             total_steps=state.max_steps if state.max_steps > 0 else None,
@@ -128,7 +131,7 @@ class MIRCallback(TrainerCallback):
             start_step=state.global_step,
             start_status=_status(args, state),
             log=self._loggers(),
-            save_weights=_saver_of(trainer, self._adapter) if self.config.keep_best else None,
+            save_weights=_saver_of(trainer, adapter) if self.config.keep_best else None,
             **self._options,
         )
         self._is_training = True
@@ -179,6 +182,13 @@ class MIRCallback(TrainerCallback):
         if self._is_training:
             self._running().close(evaluate=not args.load_best_model_at_end)
         self._is_training = False
+
+    def _adapter_for(self, model: nn.Module, processor: Any, trainer: Any) -> Adapter:
+        """What encodes the probe for a model: as given, or as registered for its family."""
+        if self._adapter is not None:
+            return self._adapter
+        processor, conversation = self._processor or processor, self.config.conversation
+        return find_adapter(model, processor, conversation=conversation, trainer=trainer)
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:
@@ -238,18 +248,13 @@ def attach_mir(
     Example:
         ``attach_mir(trainer, images="textvqa/val", texts="cnn/stories", every=50, stop="plateau")``
     """
+    callback = None
     with distributed.fail_together():
-        callbacks_of(trainer)  # refuses what is no Trainer
-        config = MIRConfig.from_options(options)
-        model = getattr(trainer, "model", None)
-        if adapter is None:
-            if not isinstance(model, nn.Module):
-                raise ConfigError(f"this {type(trainer).__name__} has no model yet; attach MIR once it has")
-            found = processor or processor_of(trainer)
-            adapter = find_adapter(model, found, conversation=config.conversation, trainer=trainer)
+        callbacks_of(trainer)  # refuses what is no Trainer, before anything is read
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
-        samples = source.load()
-    return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)
+        callback = MIRCallback(source.load(), processor=processor, adapter=adapter, **options).attach(trainer)
+    assert callback is not None
+    return callback
 
 
 attach_mir = with_options(attach_mir)
