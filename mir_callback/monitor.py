@@ -32,7 +32,7 @@ from mir_callback.record import EvalRecord, changed_circumstances, is_stopped, s
 from mir_callback.schedule import EveryEpochs, TrainingProgress, is_due_at_start
 from mir_callback.watchdog import enter_phase, watchdog
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class MIRMonitor:
         stays = self.config.may_stop and not self.config.continue_after_stop
         self.is_already_stopped = stays and is_stopped(self.history)
         if self.is_already_stopped:
-            log.info(
+            _log.info(
                 "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, give "
                 "continue_after_stop=True (--mir_continue_after_stop), or stop=None",
                 *(self.history[-1].step, self.history[-1].reason),
@@ -210,7 +210,7 @@ class MIRMonitor:
                 "through all epochs and restarts (start_step)"
             )
         if self._now.step == 0 and step > 1 and distributed.is_main():
-            log.warning(
+            _log.warning(
                 "the first step is %d: if training goes on from a checkpoint, give its step as start_step, and the "
                 "history is continued",
                 step,
@@ -265,7 +265,7 @@ class MIRMonitor:
     def _dry_run(self, total_epochs: float | None) -> None:
         report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
         for line in dry_run_lines(report, self.config.schedule, self.config.also_on, self._total_steps, total_epochs):
-            log.info(line)
+            _log.info(line)
         raise DryRunDone
 
     def _measure(self, step: int) -> EvalRecord:
@@ -279,7 +279,7 @@ class MIRMonitor:
             if not is_tolerated or not distributed.is_shared(error):
                 raise
             if distributed.is_main():
-                log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
+                _log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
             seconds, words = time.perf_counter() - started, distributed.describe(error)
             return EvalRecord(step=step, seconds=seconds, error=words, **self._evaluator.definition)
         return EvalRecord(step=step, **report.to_fields())
@@ -314,7 +314,7 @@ class MIRMonitor:
                 raise TypeError(f"stop.verdict(records) returned {verdict!r}, no Verdict")
         except Exception as error:
             words = f"the stop rule failed: {type(error).__name__}: {error}"
-            log.warning("%s; training goes on", words)
+            _log.warning("%s; training goes on", words)
             return Verdict("no data", words)
         return verdict
 
@@ -324,17 +324,17 @@ class MIRMonitor:
         try:
             self._history.append(record)
         except (OSError, ValueError) as error:
-            log.warning("step %d: MIR could not be written to disk: %s", record.step, error)
+            _log.warning("step %d: MIR could not be written to disk: %s", record.step, error)
         enter_phase("logging")
         self._loggers.send(record, self.history)
-        log.info(evaluation_line(record, verdict))
+        _log.info(evaluation_line(record, verdict))
         if record.disabled is not None and distributed.is_main():
-            log.warning("step %d: %s", record.step, record.disabled)
+            _log.warning("step %d: %s", record.step, record.disabled)
         if self._num_continued is not None and record.mir is not None:
             changed = changed_circumstances(self.history[: self._num_continued], record)
             self._num_continued = None
             if changed and distributed.is_main():
-                log.warning(changed)
+                _log.warning(changed)
         enter_phase("keeping the best model")
         if self._best is not None:
             self._best.offer(record)
@@ -368,7 +368,7 @@ def _number(loss: Any) -> float | None:
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError) as error:
         if loss is not None:
-            log.warning("the loss is left out of the record, it is not one number: %s", error)
+            _log.warning("the loss is left out of the record, it is not one number: %s", error)
         return None
     return value if math.isfinite(value) else None
 
@@ -384,7 +384,7 @@ def _keep_probe(probe: Probe, path: Path) -> None:
     try:
         probe.save(path)
     except ProbeError as error:
-        log.warning("the probe is not kept beside the run: %s", error)
+        _log.warning("the probe is not kept beside the run: %s", error)
 
 
 def _default_saver(model: nn.Module) -> Callable[[Path], None]:
