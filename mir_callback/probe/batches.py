@@ -39,7 +39,9 @@ class ProbeBatch:
             return value.to(device, dtype=dtype if value.is_floating_point() else None)
 
         inputs = {name: moved(value) for name, value in self.inputs.items()}
-        masks = self.masks and ModalityMasks(self.masks.vision.to(device), self.masks.text.to(device))
+        masks = self.masks
+        if masks is not None:
+            masks = ModalityMasks(masks.vision.to(device), masks.text.to(device))
         return ProbeBatch(inputs, masks, self.keep.to(device), self.text_ids)
 
 

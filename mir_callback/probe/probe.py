@@ -343,8 +343,9 @@ class ProbeSource:
             raise ConfigError("no probe: give one (a file that Probe.save wrote will do), or images and texts")
         if self.probe is not None:
             return self.probe if isinstance(self.probe, Probe) else Probe.load(self.probe)
-        num_samples = 100 if self.num_samples is None else self.num_samples
-        return Probe.from_folders(self.images, self.texts, num_samples, self.seed or 0)
+        draw = {"num_samples": self.num_samples, "seed": self.seed}
+        given = {name: value for name, value in draw.items() if value is not None}
+        return Probe.from_folders(self.images, self.texts, **given)
 
 
 def _pair_up(images: list[tuple[str, bytes]], texts: list[tuple[str, str]]) -> tuple[Sample, ...]:
