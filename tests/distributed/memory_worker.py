@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mir_callback.evaluation.hidden_states import GB, Budgets
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
+from tests.logs import logged_here
 from tests.samples import pairs
 
 COUNT = 7
@@ -81,11 +81,10 @@ def run(limits: list[Budgets] | None = None, *, budget_gb: float | None = None, 
         evaluator = evaluator_of(model, processor, MIRConfig(batch_size=2, capture_budget_gb=budget_gb))
         found = []
         for _ in range(2):
-            with warnings.catch_warnings(record=True) as told, Watched() as watched:
-                warnings.simplefilter("always")
+            with logged_here() as messages, Watched() as watched:
                 report = evaluator.evaluate(model, progress=False)
-            words = [str(each.message) for each in told if "memory ran out" in str(each.message)]
-            found.append({**report.to_fields(), "told": words, "exchanges": watched.in_forwards})
+            shortages = [message for message in messages if "memory ran out" in message]
+            found.append({**report.to_fields(), "shortages": shortages, "exchanges": watched.in_forwards})
         return {"reports": found, "error": None, "ranks_here": evaluator._ranks_here}
     except Exception as error:
         return {"reports": None, "error": f"{type(error).__name__}: {error}"}

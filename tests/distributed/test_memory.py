@@ -53,9 +53,9 @@ def test_memory_that_runs_out_on_one_rank_halves_the_batches_of_all(ranks):
         first, second = rank["one rank hungry"]["reports"]
         assert first["batch_size"] == second["batch_size"] == 1
         assert first["mir"] == second["mir"] == pytest.approx(whole["mir"], abs=1e-7)
-        assert len(first["told"]) == (1 if number == 0 else 0)
-        assert second["told"] == []
-    message = ranks[0]["one rank hungry"]["reports"][0]["told"][0]
+        assert len(first["shortages"]) == (1 if number == 0 else 0)
+        assert second["shortages"] == []
+    message = ranks[0]["one rank hungry"]["reports"][0]["shortages"][0]
     assert "batch_size=2, now it is 1 on every rank (rank 1: RuntimeError:" in message
 
 
