@@ -79,11 +79,7 @@ def scatter(x: Array, y: Array) -> float:
     """Standard deviation of independent noise around a smooth curve, whatever the curve.
 
     Each point is compared with the line through its two neighbours. What counts is the median of the squares: not a few
-    outliers, nor a steep stretch.
-
-    Args:
-        x: (N,), increasing.
-        y: (N,); 0 for N below 3.
+    outliers, nor a steep stretch. 0 for fewer than 3 points.
     """
     if len(x) < 3:
         return 0.0
@@ -95,12 +91,7 @@ def scatter(x: Array, y: Array) -> float:
 def lasting_scatter(x: Array, y: Array, block: int) -> float:
     """As :func:`scatter`, for noise that lingers over up to ``block`` points.
 
-    It is the scatter of independent noise whose means over that many points vary as much.
-
-    Args:
-        x: (N,), increasing.
-        y: (N,).
-        block: most points in a mean, at least 1; all smaller numbers count as well.
+    It is the scatter of independent noise whose means over that many points, or fewer, vary as much.
     """
     found = [scatter(x, y)]
     for size in range(2, block + 1):
@@ -111,13 +102,7 @@ def lasting_scatter(x: Array, y: Array, block: int) -> float:
 
 
 def residual_scatter(x: Array, y: Array, slope: float) -> float:
-    """Robust standard deviation of the points around a line with this slope; what noise that lingers adds shows here.
-
-    Args:
-        x: (N,).
-        y: (N,), N at least 3.
-        slope: of the line.
-    """
+    """Robust standard deviation of 3 points or more around a line with this slope; noise that lingers shows here."""
     beside = y - slope * x
     beside = beside - np.median(beside)
     return _PER_MAD * float(np.median(np.abs(beside))) * math.sqrt(len(x) / (len(x) - 2))
@@ -129,14 +114,10 @@ def spread(x: Array) -> float:
 
 
 def window_for(x: Array, noise: float, error: float, least: int, most: int) -> int:
-    """How many of the last points a line needs for its slope to be known to ``error``.
+    """How many of the last points a line needs for its slope to be known to a standard ``error``.
 
-    Args:
-        x: (N,), increasing, N at least ``least``.
-        noise: standard deviation of a point.
-        error: standard error wanted of the slope.
-        least: fewest points; what is returned where they do.
-        most: most points; what is returned, or N, where no number is enough.
+    At least ``least``; where no number is enough, ``most`` or all there are. ``noise`` is the standard deviation of a
+    point.
     """
     most = min(most, len(x))
     back = x[::-1][:most] - x[-1]
@@ -151,11 +132,7 @@ def paired_error(x: Array, influences: Array) -> float:
     """Standard error of a slope from the choice of the probe's samples, by their influences on every value.
 
     The error of a single value (`mir_se`) is of no use here: the samples are the same in every evaluation, and what
-    they have in common cancels in a slope. What is left is how differently the samples move.
-
-    Args:
-        x: (N,) of the values.
-        influences: (N, S), of each sample on each value; S at least 2.
+    they have in common cancels in a slope. What is left is how differently the samples move; ``influences`` is (N, S).
     """
     weights = (x - x.mean()) / spread(x) ** 2
     of_slope = weights @ influences  # (S,)
@@ -163,12 +140,7 @@ def paired_error(x: Array, influences: Array) -> float:
 
 
 def level_above_best(y: Array, window: int) -> float:
-    """How far the mean of the last points lies above the lowest mean of half as many in a row.
-
-    Args:
-        y: (N,), N at least ``window``.
-        window: how many the last ones are, at least 2.
-    """
+    """How far the mean of the last ``window`` points lies above the lowest mean of half as many in a row."""
     half = window // 2
     sums = np.cumsum(np.concatenate([[0.0], y]))
     return float(y[-window:].mean() - ((sums[half:] - sums[:-half]) / half).min())

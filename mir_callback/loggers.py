@@ -279,16 +279,9 @@ def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> 
 
 
 def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict[str, Any]:
-    """Charts of one evaluation, by their names. Needs wandb.
+    """Charts of one evaluation, by their names: the distances over the layers (of the first, best and this one).
 
-    Args:
-        record: the evaluation, with a value.
-        first: the run's first one with a value, to compare with.
-        best: the one with the lowest MIR.
-
-    Returns:
-        A line chart of the distances over the layers (first, best, this one), and a histogram with one bar a layer,
-        which wandb draws over the steps as a heat map, layer x step.
+    And a histogram with one bar a layer, which wandb draws over the steps as a heat map, layer x step.
     """
     import numpy as np
     import wandb

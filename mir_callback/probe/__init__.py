@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fixed samples a run is measured with, and how they become model inputs."""
-
-from mir_callback.probe.probe import Probe, Sample
-
-__all__ = ["Probe", "Sample"]

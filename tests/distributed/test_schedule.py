@@ -27,7 +27,7 @@ def test_ranks_evaluate_at_the_same_steps_when_their_clocks_disagree(run):
 def test_a_reporter_that_fails_on_one_rank_holds_up_nobody(run):
     first, second = run[1]
     assert (first["warnings"], second["warnings"]) == (1, 0)
-    assert [step for step, _ in first.losses] == list(range(1, 41))
+    assert [step for step, _ in first["losses"]] == list(range(1, 41))
 
 
 def test_a_dry_run_ends_on_every_rank_and_leaves_nothing(run):
