@@ -71,7 +71,7 @@ def table(study: optuna.Study) -> list[str]:
     for trial in sorted(study.trials, key=rate_of):
         course = course_of(Path(trial.user_attrs["mir_folder"]))
         ended = "  given up" if trial.state == optuna.trial.TrialState.PRUNED else ""
-        last = f"{course.end['loss']:>5.3f}  {course.end['step']:>4}"
+        last = f"{course.end.loss:>5.3f}  {course.end.step:>4}"
         lines.append(f"{rate_of(trial):>13g}  {columns_of(course)}  {last}{ended}")
     return lines
 

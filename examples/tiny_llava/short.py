@@ -23,9 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from mir_callback import MIRCallback, Probe
+from mir_callback import EvalRecord, MIRCallback, Probe
 from mir_callback.cli import main as mir
-from mir_callback.history import FILE_NAME, Record, read_history
+from mir_callback.history import FILE_NAME, read_history
 
 from .collator import CaptionCollator
 from .prepare import Start
@@ -110,9 +110,9 @@ class Heading(TrainerCallback):
 class Course(NamedTuple):
     """Where MIR of a run started, where it was highest, and where it ended."""
 
-    start: Record
-    peak: Record
-    end: Record
+    start: EvalRecord
+    peak: EvalRecord
+    end: EvalRecord
 
 
 def make_trainer(
@@ -191,15 +191,15 @@ def training_arguments(
 
 def course_of(run: Path) -> Course:
     """Read it from the run's history."""
-    records = [record for record in read_history(run / FILE_NAME) if record["mir"] is not None]
-    return Course(records[0], max(records, key=lambda record: float(record["mir"])), records[-1])
+    records = [record for record in read_history(run / FILE_NAME) if record.mir is not None]
+    return Course(records[0], max(records, key=lambda record: record.mir), records[-1])
 
 
 def columns_of(course: Course) -> str:
     """Start, peak and end with its standard error, under `COLUMNS`."""
     start, peak, end = course
-    top = f"{peak['mir']:.3f} (step {peak['step']})"
-    return f"{start['mir']:>5.3f}  {top:>16}  {end['mir']:>6.3f} +- {end['mir_se']:.3f}"
+    top = f"{peak.mir:.3f} (step {peak.step})"
+    return f"{start.mir:>5.3f}  {top:>16}  {end.mir:>6.3f} +- {end.mir_se:.3f}"
 
 
 def compare(*runs: str) -> None:
