@@ -72,7 +72,7 @@ def compute_influences(sums: SampleSums, distance: float, scale: float) -> Tenso
     )
     found = torch.zeros_like(sums.vision)
     for summed, counts in parts:
-        rows = counts.to(summed.dtype)  # integers times a 0-d float64 would be torch's default dtype, float32
+        rows = counts.to(summed.dtype)  # a number over an integer tensor would be of torch's default dtype, float32
         total = rows.sum()
         found += len(rows) / total * (summed - rows * (summed.sum() / total))
     return found
