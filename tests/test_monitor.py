@@ -436,7 +436,7 @@ def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evry": 5}, "there is no option 'evry'; did you mean every?"),
+        ({"batchsize": 5}, "there is no option 'batchsize'; did you mean batch_size?"),
         ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
         ({"probe": "folder"}, "is no Probe; see Probe.from_folders, Probe.load"),
         ({"processor": None}, "processor must handle images and text"),

@@ -139,8 +139,8 @@ def test_what_cannot_be_watched_is_refused_before_the_first_forward(tmp_path, pr
 
     with pytest.raises(UnsupportedModelError, match="use DDP or ModelParallelStrategy"):
         MIRLightningCallback(probe).on_train_start(SimpleNamespace(strategy=FSDPStrategy()), Module())
-    with pytest.raises(ConfigError, match="there is no option 'evry'"):
-        MIRLightningCallback(probe, evry=3)
+    with pytest.raises(ConfigError, match="there is no option 'batchsize'"):
+        MIRLightningCallback(probe, batchsize=3)
 
 
 def test_options_are_shown_in_the_signature(probe):
