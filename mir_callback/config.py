@@ -115,13 +115,13 @@ class MIRConfig:
         object.__setattr__(self, "every", as_schedule(self.every))
         object.__setattr__(self, "also_on", check_events(self.also_on))
         object.__setattr__(self, "stop", _stop_rule(self.stop))
-        _check_whole("batch_size", self.batch_size, "samples; use e.g. 4")
-        _check_positive("capture_budget_gb", self.capture_budget_gb, "GB; leave it out for half of what is free")
+        _check_whole("batch_size", self.batch_size, "samples")
+        _check_positive("capture_budget_gb", self.capture_budget_gb, "GB; left out: half of what is free")
         if self.on_error not in ON_ERROR:
             raise ConfigError(f"on_error must be one of {', '.join(ON_ERROR)}, got {self.on_error!r}")
         if self.max_failures is not None:
-            _check_whole("max_failures", self.max_failures, "failures, or None for no limit")
-        _check_positive("watchdog_seconds", self.watchdog_seconds, "seconds, or None for no watchdog; use e.g. 600")
+            _check_whole("max_failures", self.max_failures, "failures; None: no limit")
+        _check_positive("watchdog_seconds", self.watchdog_seconds, "seconds; None: no watchdog")
         if self.abort_on_hang and self.watchdog_seconds is None:
             raise ConfigError("abort_on_hang needs a watchdog, got watchdog_seconds=None; use e.g. 600")
 
@@ -286,11 +286,11 @@ def _stop_rule(stop: Any) -> Any:
 
 def _check_whole(name: str, value: Any, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}: {unit}")
+        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {value!r}")
 
 
 def _check_positive(name: str, value: Any, unit: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number above 0, got {value!r}: {unit}")
+        raise ConfigError(f"{name} must be a number above 0 ({unit}), got {value!r}")

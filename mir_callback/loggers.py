@@ -97,7 +97,7 @@ class Loggers:
                         run.alert(title=alert.title, text=alert.text, level="WARN" if alert.is_urgent else "INFO")
         values = log_values(record, history)
         if self._log is not None:
-            with self._guarded("what the loop logs with"):
+            with self._guarded("log="):
                 self._log(values, record)
         if direct:
             with self._guarded("wandb"):

@@ -56,7 +56,7 @@ class DryRunDone(SystemExit):
 
 
 class MIRMonitor:
-    """Watch MIR while a loop of any kind trains: plain PyTorch, Accelerate, FSDP2, your own.
+    """Watch MIR while a loop of any kind trains: plain PyTorch, Accelerate, your own; data-parallel ranks.
 
     On construction it checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step.
     Training is not changed by it: losses and weights are the same to the last bit.
@@ -84,7 +84,7 @@ class MIRMonitor:
     Attributes:
         config: the options.
         is_already_stopped: the run was resumed where its rule had stopped it: nothing is evaluated, and the first
-            :meth:`step` says stop; who asks before trains no step more.
+            :meth:`step` says stop; ask :attr:`should_stop` before the loop to train none.
 
     Raises:
         MIRError: an option, the probe, the model or the history is not right; on every rank, before any forward.

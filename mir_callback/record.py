@@ -255,8 +255,8 @@ def changed_circumstances(earlier: Sequence[EvalRecord], record: EvalRecord) -> 
     if not told:
         return None
     return (
-        f"step {record.step}: MIR is measured under other circumstances than before, and a step in its curve here "
-        f"may come from them: {'; '.join(told)}"
+        f"step {record.step}: MIR is measured otherwise than before, so a jump of its curve here may be no change of "
+        f"the model: {'; '.join(told)}"
     )
 
 

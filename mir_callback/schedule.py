@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events of a run at which to evaluate besides the schedule. Pure."""
+"""When an evaluation is due: schedules over optimizer steps, and the events besides them. Pure."""
 
 from __future__ import annotations
 

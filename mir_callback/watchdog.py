@@ -83,7 +83,7 @@ class _Watch:
         return (
             f"[mir] rank {self._rank}: STUCK? {self._work}: {phase}, for {seconds} now, since "
             f"{datetime.fromtimestamp(clock):%Y-%m-%d %H:%M:%S} (process {os.getpid()}). Every rank that is stuck "
-            f"reports; look first at those in another phase than the most. The rank is at:\n{stack}"
+            f"reports; start with ranks whose phase differs from that of most. The rank is at:\n{stack}"
         )
 
 

@@ -131,3 +131,10 @@ def test_an_evaluation_passes_the_files_that_the_architecture_names(tmp_path):
     assert len(path) == 12
     assert set(path) <= passed
     assert passed - {*path, *libraries} - after == {name for name in passed if name.startswith("metric/")}
+
+
+def test_the_architecture_names_every_file_of_a_room_and_no_other():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.partition("## Rooms")[2].partition("```")[2].partition("```")[0]
+    files = {path.name for path in FILES if path.parent.name not in ("page", "cli") and not path.stem.startswith("__")}
+    assert set(re.findall(r"\w+\.py", tree)) == files

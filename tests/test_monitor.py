@@ -287,7 +287,7 @@ def test_what_fails_to_log_costs_a_warning(monitored):
     def fail(values, step):
         raise OSError("no space left")
 
-    with logged("could not be logged to what the loop logs with, training goes on: OSError: no space left") as found:
+    with logged("could not be logged to log=, training goes on: OSError: no space left") as found:
         monitor = monitored(log=fail, every=1)
         monitor.step(1)
     assert len(found) == 1

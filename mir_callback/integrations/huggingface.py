@@ -250,7 +250,11 @@ def attach_mir(
     """
     callback = None
     with distributed.fail_together():
-        callbacks_of(trainer)  # refuses what is no Trainer, before anything is read
+        callbacks_of(trainer)  # what is no Trainer, or no model that is known, is refused before anything is read
+        if adapter is None and isinstance(getattr(trainer, "model", None), nn.Module):
+            conversation = MIRConfig.from_options(options).conversation
+            found = processor or processor_of(trainer)
+            adapter = find_adapter(trainer.model, found, conversation=conversation, trainer=trainer)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         callback = MIRCallback(source.load(), processor=processor, adapter=adapter, **options).attach(trainer)
     assert callback is not None

@@ -291,7 +291,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
         (["run", "--seed", "1"], "--num-samples and --seed are of a draw"),
         (["run", "other", "--history", "h.jsonl"], "--history is of one run, got 2"),
         (["run", "--device", "gpu"], "--device gpu is no device of this machine"),
-        (["run", "--batch-size", "0"], "batch_size must be a whole number of at least 1, got 0"),
+        (["run", "--batch-size", "0"], "batch_size must be a whole number of at least 1 (samples), got 0"),
         (["run", "--base", ""], "--base is empty"),
         (["run", "--history", "/proc/x/y"], "cannot write /proc/x/y"),
     ],

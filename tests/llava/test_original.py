@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mir_callback import Probe
-from mir_callback.record import EvalRecord, lowest_record
+from mir_callback.history import read_history
+from mir_callback.record import lowest_record
 from tests.distributed.launch import ROOT, run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES
@@ -138,16 +139,12 @@ def test_trained_projector_is_identical_bit_by_bit(runs, zero):
 @pytest.mark.parametrize("zero", [None, "2", "3"])
 def test_history_is_written_and_logged(runs, zero):
     output, ranks = runs(zero, "on")
-    written = [json.loads(line) for line in (output / "mir_history.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in written] == [0, 2, 4]
+    written = read_history(output / "mir_history.jsonl")
+    assert [record.step for record in written] == [0, 2, 4]
     assert ranks[0]["history"] == written
     for rank in ranks:
-        assert rank["logged"] == [[record["step"], record["mir"]] for record in written]
-    assert len({record["mir"] for record in written}) == 3
-
-
-def best_of(history):
-    return lowest_record(map(EvalRecord.from_dict, history))
+        assert rank["logged"] == [[record.step, record.mir] for record in written]
+    assert len({record.mir for record in written}) == 3
 
 
 @pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.slow), "3"])
@@ -157,7 +154,7 @@ def test_the_best_projector_is_kept_alone_and_training_stays_the_same(runs, zero
     assert [rank["log"] for rank in ranks] == [rank["log"] for rank in plain[1]]
     last = [torch.load(folder / "mm_projector.bin") for folder in (plain[0], output)]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
-    best = best_of(ranks[0]["history"])
+    best = lowest_record(ranks[0]["history"])
     note = json.loads((output / "mir_best" / "mir_best.json").read_text())
     assert (note["step"], note["mir"]) == (best.step, best.mir)
     kept = torch.load(output / "mir_best" / "mm_projector.bin")
@@ -182,7 +179,7 @@ def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
         torchrun=False,
         environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
-    best = best_of(ranks[0]["history"])
+    best = lowest_record(ranks[0]["history"])
     kept = load_file(tmp_path / "output" / "mir_best" / "model.safetensors")
     assert (
         digest({name: kept[name] for name in kept if "mm_projector" in name})

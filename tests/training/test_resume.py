@@ -121,7 +121,7 @@ def test_other_image_processor_settings_are_said_once_and_not_refused(stopped_ru
     trainer = make_trainer(folder, steps=8, **SAVE)
     trainer.processing_class.image_processor.image_mean = [0.1, 0.2, 0.3]
     callback = MIRCallback(probe, every=2).attach(trainer)
-    with logged("step 6: MIR is measured under other circumstances") as messages:
+    with logged("step 6: MIR is measured otherwise than before") as messages:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     (message,) = messages
     assert "pixel inputs (settings of the image processor" in message
