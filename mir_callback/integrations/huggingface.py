@@ -248,7 +248,6 @@ def attach_mir(
     Example:
         ``attach_mir(trainer, images="textvqa/val", texts="cnn/stories", every=50, stop="plateau")``
     """
-    callback = None
     with distributed.fail_together():
         callbacks_of(trainer)  # what is no Trainer, or no model that is known, is refused before anything is read
         if adapter is None and isinstance(getattr(trainer, "model", None), nn.Module):
@@ -256,9 +255,8 @@ def attach_mir(
             found = processor or processor_of(trainer)
             adapter = find_adapter(trainer.model, found, conversation=conversation, trainer=trainer)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
-        callback = MIRCallback(source.load(), processor=processor, adapter=adapter, **options).attach(trainer)
-    assert callback is not None
-    return callback
+        samples = source.load()
+    return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)
 
 
 attach_mir = with_options(attach_mir)
