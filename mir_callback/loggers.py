@@ -179,7 +179,7 @@ def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[s
         "mir_seconds": record.seconds,
         "mir_se": record.mir_se,
         "mir_probe_loss": loss,
-        "mir_probe_perplexity": None if loss is None else math.exp(loss),
+        "mir_probe_perplexity": None if loss is None else math.exp(min(loss, 700.0)),
         **summarize_companions(record),
         "mir_expected_gain": record.expected_gain,
         "mir_expected_gain_se": record.expected_gain_se,
@@ -246,8 +246,9 @@ def active_wandb_run() -> Any:
 
 def _log_function(target: Any) -> LogFunction | None:
     """What :class:`Loggers` takes as ``log``, called on rank 0."""
-    if target is None or target is active_wandb_run():  # which is logged to anyway
-        return None
+    run, wandb = active_wandb_run(), sys.modules.get("wandb")
+    if target is None or (run is not None and target in (run, run.log, wandb, getattr(wandb, "log", None))):
+        return None  # the active run is logged to anyway
     if hasattr(target, "add_scalar"):
 
         def write(values: dict[str, float], record: EvalRecord) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,9 @@ class MIRMonitor:
         save_weights: WeightSaver | None = None,
         **options: Any,
     ) -> None:
-        self.config = MIRConfig.from_options(options)
+        with distributed.fail_together():
+            self.config = MIRConfig.from_options(options)
+            start_step = _whole("start_step", start_step)
         self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
         self._history, self._clock = History(), Clock()
         self._started = time.perf_counter()
@@ -204,6 +207,7 @@ class MIRMonitor:
         """
         if epoch is None and isinstance(self.config.schedule, EveryEpochs):
             raise ConfigError("every=EveryEpochs(...) needs to know the epoch: monitor.step(step, epoch=...)")
+        step = _whole("step", step)
         if step < self._now.step:
             raise ConfigError(
                 f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, "
@@ -240,8 +244,12 @@ class MIRMonitor:
             verdict = self._judge(record) if distributed.is_main() else None
             record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
             record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
+            record, damaged = record.checked()
+            if damaged and distributed.is_main():
+                _log.warning("; ".join(damaged))
             # Loss and clock are each rank's own: what rank 0 writes down is what all of them return.
-            record, verdict = distributed.broadcast_object((record, verdict))
+            stops = verdict is not None and bool(verdict.stop)
+            record, self._is_stopped = distributed.broadcast_object((record, stops))
             self._keep(record, verdict)
         return record
 
@@ -338,7 +346,6 @@ class MIRMonitor:
         enter_phase("keeping the best model")
         if self._best is not None:
             self._best.offer(record)
-        self._is_stopped = verdict is not None and verdict.stop
 
 
 MIRMonitor.__init__ = with_options(MIRMonitor.__init__)  # type: ignore[method-assign]
@@ -360,6 +367,16 @@ def verdict_fields(verdict: Verdict | None) -> dict[str, Any]:
         "expected_gain": verdict.expected_gain,
         "expected_gain_se": verdict.expected_gain_se,
     }
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of Python, NumPy or torch."""
+    try:
+        if not isinstance(value, bool) and (whole := operator.index(value)) >= 0:
+            return whole
+    except TypeError:
+        pass
+    raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
 
 
 def _number(loss: Any) -> float | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 # What makes values comparable; a history continues only if these are the same.
@@ -193,6 +193,11 @@ class EvalRecord:
             raise ValueError("not a JSON object")
         return cls.from_dict(values, damaged)
 
+    def checked(self) -> tuple[EvalRecord, list[str]]:
+        """What can be read back of it, numbers of NumPy and torch as Python's, and a sentence for each field left out."""
+        found, damaged = {name: _plain(getattr(self, name)) for name in FIELDS}, list[str]()
+        return replace(EvalRecord.from_dict(found, damaged), unknown=self.unknown), damaged
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that have a value, and null for those every line has; what is not finite is null."""
         known = {name: _finite(getattr(self, name)) for name in FIELDS}
@@ -258,6 +263,15 @@ def changed_circumstances(earlier: Sequence[EvalRecord], record: EvalRecord) -> 
         f"step {record.step}: MIR is measured otherwise than before, so a jump of its curve here may be no change of "
         f"the model: {'; '.join(told)}"
     )
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as one of Python, and null for one that is not finite."""
+    try:
+        value = value.item() if callable(getattr(value, "item", None)) else value
+    except (RuntimeError, TypeError, ValueError):  # an array: breaks its field's rule
+        return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -85,6 +86,20 @@ class MIRReport:
         if not math.isfinite(self.mir):
             fields |= {"mir": None, "error": "every distance is zero: vision and text tokens cannot be told apart"}
         return fields
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A full disk or a closed pipe behind stderr costs the bar, and not the evaluation."""
+
+    def update(self, n: float | None = 1) -> None:
+        """See tqdm."""
+        with suppress(OSError, ValueError):
+            super().update(n)
+
+    def close(self) -> None:
+        """See tqdm."""
+        with suppress(OSError, ValueError):
+            super().close()
 
 
 def evaluate_mir(
@@ -197,7 +212,7 @@ class Evaluator:
         text_loss: TextLoss | None = None
         samples: SampleRows | None = None
         hidden = not (progress and distributed.is_main())
-        with tqdm(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
+        with _Bar(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
             while len(results) < self._num_layers:
                 known = (self._adapter, self.batches, self._expected, config, self._ranks_here)
                 passed = forward_probe(model, *known, len(results), optimizer, bar, peak)

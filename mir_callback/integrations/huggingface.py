@@ -95,6 +95,8 @@ class MIRCallback(TrainerCallback):
                 "this Trainer has a MIRCallback already, and two would write one history file; remove the other with "
                 "trainer.remove_callback"
             )
+        if self._trainer not in (None, trainer):
+            raise ConfigError("this MIRCallback is attached to another Trainer already; give each Trainer its own")
         if isinstance(getattr(trainer, "model", None), nn.Module):  # else it is made when training begins
             self._adapter_for(trainer.model, processor_of(trainer), trainer)
         if self not in callbacks_of(trainer):

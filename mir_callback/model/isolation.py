@@ -91,15 +91,22 @@ def _in_shards(parameter: nn.Parameter) -> bool:
 
 def _kept_tensors(module: nn.Module) -> dict[str, Any]:
     """Plain attributes of a module that are a tensor or None: what a forward may leave behind in it."""
-    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, torch.Tensor)}
+    kinds = (torch.Tensor, int, float, type(None))
+    found = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
+    return found | {("buffer", name): value for name, value in module._buffers.items()}
 
 
 def _restore_tensors(module: nn.Module, before: dict[str, Any]) -> None:
-    for name, value in _kept_tensors(module).items():
-        if name not in before:
+    now = _kept_tensors(module)
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            if isinstance(name, tuple):
+                module._buffers[name[1]] = value
+            else:
+                setattr(module, name, value)
+    for name in now.keys() - before.keys():
+        if isinstance(name, str) and (now[name] is None or isinstance(now[name], torch.Tensor)):
             delattr(module, name)
-        elif value is not before[name]:
-            setattr(module, name, before[name])
 
 
 def _random_states() -> list[tuple[Any, Callable[[Any], None]]]:
