@@ -40,12 +40,6 @@ class BestModel:
     A folder that another run has left (``records`` is empty, or its note names another probe or definition) is moved
     aside, to `mir_best.<n>`, when this run has something to put in its place.
 
-    Args:
-        save: writes the weights.
-        output_dir: the run's output folder.
-        records: of the run so far.
-        definition: how values are made now.
-
     Attributes:
         lowest: MIR that a new best must be below, None if any will do.
 

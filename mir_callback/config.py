@@ -127,11 +127,7 @@ class MIRConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], groups: Collection[str] = tuple(GROUPS)) -> MIRConfig:
-        """The configuration of keyword arguments.
-
-        Args:
-            options: by name.
-            groups: which options there are here.
+        """The configuration of keyword arguments, of these groups.
 
         Raises:
             ConfigError: an unknown option, with the nearest one that there is, or one that breaks its rule.

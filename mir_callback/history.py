@@ -30,19 +30,14 @@ class History:
         self.path: Path | None = None
         self._size = 0  # bytes of whole lines written or continued
         self._torn = False
-        self._unwritten = b""  # lines that could not be written yet
+        self._written = 0  # records that are in the file
 
     def open(self, folder: str | Path, start_step: int, definition: Mapping[str, str]) -> None:
         """Start or continue the history of a run.
 
         At step 0 a new history starts; a file of an earlier run is moved aside, to `mir_history.<n>.jsonl`. Later
         the existing file is continued: records after ``start_step`` belong to a branch of the run that is not
-        continued, and stay in a copy moved aside.
-
-        Args:
-            folder: the run's output folder; created if missing.
-            start_step: where training starts now.
-            definition: how values are made now, by DEFINITION_FIELDS.
+        continued, and stay in a copy moved aside. ``definition`` says how values are made now, by DEFINITION_FIELDS.
 
         Raises:
             HistoryError: the existing history was made with another probe or definition, is damaged, or the folder
@@ -64,25 +59,28 @@ class History:
                         f"cannot write {FILE_NAME}: {path}: {error}; make output_dir writable or choose another"
                     ) from error
         self.path = path
-        self._torn, self._unwritten = False, b""
         self.records = distributed.broadcast_object(records)
+        self._torn, self._written = False, len(self.records)
 
     def append(self, record: EvalRecord) -> None:
-        """Add a record; rank 0 writes its line and flushes it to the disk before going on.
+        """Add a record and :meth:`write` it. Ranks: all."""
+        self.records.append(record)
+        self.write()
+
+    def write(self) -> None:
+        """Have rank 0 write the records that are not in the file yet, and flush them to the disk before going on.
 
         Raises:
-            OSError: the line could not be written (rank 0 only); the record is kept in memory and written with the
-                next one.
+            OSError: they could not be written (rank 0 only); the next call tries again.
             HistoryError: someone else writes the same file (rank 0 only).
 
         Ranks: all.
         """
-        from mir_callback import distributed  # brings torch along, which readers of a history do without
+        from mir_callback import distributed
 
-        self.records.append(record)
-        if self.path is None or not distributed.is_main():
+        if self.path is None or not distributed.is_main() or self._written == len(self.records):
             return
-        self._unwritten += record.to_line().encode()
+        lines = "".join(record.to_line() for record in self.records[self._written :]).encode()
         with self.path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             if size != self._size and not self._torn:
@@ -90,15 +88,14 @@ class History:
                     f"somebody else writes {self.path}: it has {size} bytes where this run has written {self._size}; "
                     "give each run an output_dir of its own, and a Trainer one MIRCallback"
                 )
-            self._torn = True  # until the line is whole, what lies behind the last whole one is debris
+            self._torn = True  # until the lines are whole, what lies behind the last whole one is debris
             file.truncate(self._size)
             file.seek(self._size)
-            file.write(self._unwritten)
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
             self._torn = False
-            self._size += len(self._unwritten)
-            self._unwritten = b""
+            self._size, self._written = self._size + len(lines), len(self.records)
 
     def has_step(self, step: int) -> bool:
         """Whether the newest record belongs to ``step``."""

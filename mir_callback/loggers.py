@@ -70,11 +70,7 @@ class Loggers:
         self._failed: set[str] = set()
 
     def send(self, record: EvalRecord, history: Sequence[EvalRecord]) -> None:
-        """Report an evaluation; nothing if it failed.
-
-        Args:
-            record: the evaluation.
-            history: all of the run's so far, with this one.
+        """Report an evaluation, the last of ``history``; nothing if it failed.
 
         Ranks: all, as `Trainer.log` is; pictures and settings are rank 0's.
         """
@@ -211,10 +207,10 @@ def best_record(history: Sequence[EvalRecord]) -> EvalRecord:
 
 @dataclass(frozen=True)
 class Alert:
-    """A message to whoever watches a run: a few words, step and reason, and whether it is more than news."""
+    """A message to whoever watches a run."""
 
     title: str
-    text: str
+    text: str  # step and reason
     is_urgent: bool
 
 
@@ -268,10 +264,7 @@ def _log_function(target: Any) -> LogFunction | None:
 
 
 def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> None:
-    """Charts of an evaluation with a value, which wait for the row logged next.
-
-    The best value and its step stand in the run's summary, where tables and sweeps look, and the last verdict in words.
-    """
+    """Charts of an evaluation with a value, which wait for the row logged next; best value and verdict to the summary."""
     measured = [old for old in [*history, record] if old.mir is not None]
     best = best_record(measured)
     run.log(make_charts(record, measured[0], best), commit=False)
@@ -280,10 +273,7 @@ def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> 
 
 
 def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict[str, Any]:
-    """Charts of one evaluation, by their names: the distances over the layers (of the first, best and this one).
-
-    And a histogram with one bar a layer, which wandb draws over the steps as a heat map, layer x step.
-    """
+    """By their names: the distances over the layers, and a histogram that wandb draws over the steps as a heat map."""
     import numpy as np
     import wandb
 

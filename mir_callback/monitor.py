@@ -26,6 +26,7 @@ from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, History
 from mir_callback.loggers import Loggers
+from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
@@ -126,6 +127,8 @@ class MIRMonitor:
         with distributed.fail_together():
             self.config = MIRConfig.from_options(options)
             start_step = _whole("start_step", start_step)
+            if start_step and isinstance(self.config.schedule, EveryEpochs) and "epoch" not in (start_status or {}):
+                raise ConfigError("every=EveryEpochs(...) needs the epoch of start_step: start_status={'epoch': ...}")
         self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
         self._history, self._clock = History(), Clock()
         self._started = time.perf_counter()
@@ -262,8 +265,16 @@ class MIRMonitor:
         Ranks: collective.
         """
         record = self.evaluate() if evaluate and "end" in self.config.also_on else None
+        self._write()
         self._loggers.close(self._files)
         return Decision(self.should_stop, record)
+
+    def _write(self) -> None:
+        """Write the records that are not on the disk yet; what fails is tried again with the next, and in the end."""
+        try:
+            self._history.write()
+        except (OSError, ValueError) as error:
+            _log.warning("step %d: MIR could not be written to disk: %s", self._now.step, error)
 
     @contextmanager
     def _watched(self, work: str) -> Iterator[None]:
@@ -329,10 +340,8 @@ class MIRMonitor:
     def _keep(self, record: EvalRecord, verdict: Verdict | None) -> None:
         """Write the record down, log it, keep the weights if they are the best, and note a stop."""
         enter_phase("writing the history")
-        try:
-            self._history.append(record)
-        except (OSError, ValueError) as error:
-            _log.warning("step %d: MIR could not be written to disk: %s", record.step, error)
+        self._history.records.append(record)
+        self._write()
         enter_phase("logging")
         self._loggers.send(record, self.history)
         _log.info(evaluation_line(record, verdict))
@@ -345,7 +354,8 @@ class MIRMonitor:
                 _log.warning(changed)
         enter_phase("keeping the best model")
         if self._best is not None:
-            self._best.offer(record)
+            with evaluation_weights(self._model, self._optimizer):  # those that were measured
+                self._best.offer(record)
 
 
 MIRMonitor.__init__ = with_options(MIRMonitor.__init__)  # type: ignore[method-assign]
@@ -383,7 +393,7 @@ def _number(loss: Any) -> float | None:
     """A loss, as a number or a tensor of one; None where it is neither or not finite, which does not end a run."""
     try:
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if loss is not None:
             _log.warning("the loss is left out of the record, it is not one number: %s", error)
         return None

@@ -194,7 +194,7 @@ class EvalRecord:
         return cls.from_dict(values, damaged)
 
     def checked(self) -> tuple[EvalRecord, list[str]]:
-        """What can be read back of it, numbers of NumPy and torch as Python's, and a sentence for each field left out."""
+        """What can be read back of it, numbers of NumPy and torch as Python's; a sentence for each field left out."""
         found, damaged = {name: _plain(getattr(self, name)) for name in FIELDS}, list[str]()
         return replace(EvalRecord.from_dict(found, damaged), unknown=self.unknown), damaged
 

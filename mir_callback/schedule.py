@@ -17,23 +17,14 @@ _FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast training and evaluations are, by rank 0's clock; the same on every rank.
+    """How fast training and evaluations are, by rank 0's clock; the same on every rank. Sums go over restarts."""
 
-    Attributes:
-        step: the step at which the clock was read.
-        evaluated_at: the step of the last evaluation, None before the first.
-        train_seconds: time spent on training so far, over restarts.
-        eval_seconds: time spent on evaluations so far, over restarts.
-        eval_cost: seconds of the last evaluation, None before the first.
-        step_seconds: seconds of a training step since the last evaluation, None before the first step.
-    """
-
-    step: int = 0
-    evaluated_at: int | None = None
+    step: int = 0  # at which the clock was read
+    evaluated_at: int | None = None  # the step of the last evaluation, None before the first
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    eval_cost: float | None = None
-    step_seconds: float | None = None
+    eval_cost: float | None = None  # seconds of the last evaluation, None before the first
+    step_seconds: float | None = None  # of a training step since the last evaluation, None before the first step
 
     def to_fields(self) -> dict[str, Any]:
         """What a record keeps of it."""
@@ -270,11 +261,7 @@ def is_due_at_start(
 ) -> bool:
     """Whether to evaluate before training goes on, where an uninterrupted run would have done so. Ranks: pure.
 
-    Args:
-        schedule: of the run.
-        events: evaluated besides.
-        moment: step 0, or where the run is resumed.
-        history: the evaluations up to there; none of ``moment`` itself.
+    ``moment`` is step 0, or where the run is resumed; ``history`` has the evaluations before it.
     """
     if "start" in events and not any(record.mir is not None for record in history):
         return True

@@ -33,13 +33,8 @@ def enter_phase(name: str) -> None:
 def watchdog(work: str, rank: int, seconds: float | None, *, abort: bool = False) -> Iterator[None]:
     """Watch the calling thread inside the block: report a phase that lasts too long, with where the thread is.
 
-    Args:
-        work: what the block does, such as "evaluation at step 50".
-        rank: whose reports these are.
-        seconds: a phase that lasts longer is reported; again after twice, four times, .. as long. None: never.
-        abort: end the process with EXIT_CODE after the first report.
-
-    Ranks: each for itself.
+    A phase of ``work`` that lasts longer than ``seconds`` is reported, and again after twice, four times, .. as long;
+    None: never. ``abort`` ends the process with EXIT_CODE after the first report. Ranks: each for itself.
     """
     enter_phase("beginning")
     if seconds is None:
@@ -66,7 +61,7 @@ class _Watch:
     def run(self) -> None:
         """The thread: report the phase when its time is over, twice its time, four times, .."""
         seen, patience = _phase, self._seconds
-        while not self.done.wait(max(0.0, seen[1] + patience - time.perf_counter())):
+        while not self.done.wait(min(max(0.0, seen[1] + patience - time.perf_counter()), threading.TIMEOUT_MAX)):
             if _phase is not seen:
                 seen, patience = _phase, self._seconds
                 continue

@@ -4,7 +4,9 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
+import schedulefree
 import torch
 import wandb
 
@@ -456,3 +458,52 @@ def test_signature_shows_every_option_with_its_default():
         assert shown[name].default == field.default
     assert list(shown)[:2] == ["model", "probe"]
     assert not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in shown.values())
+
+
+@pytest.mark.parametrize("step", [2.0, "2", True, np.float64(2)])
+def test_a_step_that_is_no_whole_number_is_refused(monitored, step):
+    with pytest.raises(ConfigError, match="step must be a whole number"):
+        monitored(every=1).step(step)
+
+
+def test_numbers_of_numpy_and_torch_reach_the_history_as_they_are_and_others_are_left_out(tmp_path, monitored):
+    monitor = monitored(every=1)
+    with logged("samples_seen is left out") as messages:
+        monitor.step(np.int64(1), loss=np.float32(2.5), samples_seen=64.0, tokens_seen=torch.tensor(7))
+    record = read_history(tmp_path / "mir_history.jsonl")[-1]
+    assert (record.step, record.loss, record.samples_seen, record.tokens_seen) == (1, 2.5, None, 7)
+    assert monitor.history[-1] == record
+    assert len(messages) == 1
+
+
+def test_an_epoch_schedule_is_told_the_epoch_it_goes_on_from(monitored):
+    with pytest.raises(ConfigError, match="epoch of start_step"):
+        monitored(every=EveryEpochs(0.5), start_step=6)
+
+
+def test_what_the_disk_refused_at_last_is_written_when_the_run_closes(tmp_path, monitored, monkeypatch):
+    monitor = monitored(every=1)
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", lambda _descriptor: (_ for _ in ()).throw(OSError("no space left")))
+        with logged("step 1: MIR could not be written to disk: no space left"):
+            monitor.step(1)
+    monitor.close()
+    assert read_history(tmp_path / "mir_history.jsonl") == monitor.history
+
+
+def test_kept_weights_are_those_that_were_measured_when_the_optimizer_trains_others(tmp_path, monitored):
+    model, processor = tiny_models.llava()
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.05)
+    optimizer.train()
+    probe = Probe.from_pairs(pairs(5))
+    monitor = MIRMonitor(
+        model, probe, processor=processor, optimizer=optimizer, output_dir=tmp_path / "run", every=1, keep_best=True
+    )
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.sin(torch.arange(parameter.numel(), dtype=torch.float32)).view_as(parameter)
+        optimizer.step()
+    record = monitor.step(1).record
+    kept = type(model).from_pretrained(tmp_path / "run" / "mir_best")
+    assert evaluate_mir(kept, probe, processor=processor).mir == pytest.approx(record.mir, abs=1e-6)
+    assert evaluate_mir(model, probe, processor=processor).mir != pytest.approx(record.mir, abs=1e-4)

@@ -88,7 +88,7 @@ class MIRReport:
         return fields
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]  # its types are not looked at
     """A full disk or a closed pipe behind stderr costs the bar, and not the evaluation."""
 
     def update(self, n: float | None = 1) -> None:

@@ -279,14 +279,7 @@ def processor_of(trainer: Any) -> Any:
 
 
 def run_folder(trainer: Any, args: TrainingArguments) -> str:
-    """Where the run that begins now keeps what it writes: its `output_dir`, or in a hyperparameter search the trial's.
-
-    Args:
-        trainer: its Trainer, or None where that is not known.
-        args: its TrainingArguments.
-
-    Ranks: all, once training is prepared.
-    """
+    """Where the run that begins now keeps what it writes: its `output_dir`, or in a search the trial's folder."""
     trial = getattr(trainer, "_trial", None)
     return str((args.output_dir if trial is None else trainer._get_output_dir(trial)) or ".")
 

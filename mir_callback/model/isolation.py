@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_KINDS = (Tensor, int, float, type(None))
 
 
 @contextmanager
@@ -18,9 +20,9 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
 
     Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
-    mode stays so); tensors that modules keep from their last forward (Qwen-VL's `rope_deltas`); the random states of
-    Python, NumPy, torch and the current accelerator device; the dtype that a weight shows while it is in its shards.
-    ZeRO-3's gathered or in-flight weights are released.
+    mode stays so); tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers
+    that it replaces (RoPE that follows the length); the random states of Python, NumPy, torch and the accelerator; the
+    dtype that a weight shows while it is in its shards. ZeRO-3's gathered or in-flight weights are released.
 
     `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
     next backward pass.
@@ -33,7 +35,7 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     Ranks: each for itself, but every rank must enter it (releasing weights waits for gathers in flight).
     """
     flags = [(module, module.training) for module in model.modules()]
-    kept = [(module, _kept_tensors(module)) for module in model.modules()]
+    kept = [(module, *_kept_values(module)) for module in model.modules()]
     shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _in_shards(parameter)]
     states = _random_states()
     try:
@@ -45,8 +47,8 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     finally:
         for module, training in flags:
             module.training = training
-        for module, tensors in kept:
-            _restore_tensors(module, tensors)
+        for module, attributes, buffers in kept:
+            _restore_values(module, attributes, buffers)
         release_gathered_weights(*zero_owners)
         # A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again.
         # LLaVA casts its vision tower, and then its images to the dtype that the tower shows.
@@ -89,24 +91,19 @@ def _in_shards(parameter: nn.Parameter) -> bool:
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
 
-def _kept_tensors(module: nn.Module) -> dict[str, Any]:
-    """Plain attributes of a module that are a tensor or None: what a forward may leave behind in it."""
-    kinds = (torch.Tensor, int, float, type(None))
-    found = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name != "training"}
-    return found | {("buffer", name): value for name, value in module._buffers.items()}
+def _kept_values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """What a forward may leave behind in a module: plain attributes that are tensors, numbers or None; its buffers."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, _KINDS)}, dict(module._buffers)
 
 
-def _restore_tensors(module: nn.Module, before: dict[str, Any]) -> None:
-    now = _kept_tensors(module)
-    for name, value in before.items():
-        if name not in now or now[name] is not value:
-            if isinstance(name, tuple):
-                module._buffers[name[1]] = value
-            else:
-                setattr(module, name, value)
-    for name in now.keys() - before.keys():
-        if isinstance(name, str) and (now[name] is None or isinstance(now[name], torch.Tensor)):
+def _restore_values(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Tensor | None]) -> None:
+    for name, value in attributes.items():
+        if vars(module).get(name, module) is not value:
+            setattr(module, name, value)
+    for name, value in list(vars(module).items()):
+        if name not in attributes and (value is None or isinstance(value, Tensor)):
             delattr(module, name)
+    module._buffers.update(buffers)
 
 
 def _random_states() -> list[tuple[Any, Callable[[Any], None]]]:

@@ -105,3 +105,27 @@ def test_gathered_weights_are_released_by_the_first_owner_that_can():
     assert released == [Wrapper.optimizer]
     release_gathered_weights(None, PlainOptimizer())
     assert len(released) == 1
+
+
+class Replaces(torch.nn.Module):
+    """Puts another buffer in the place of its own, and a tensor where a number was."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(3), persistent=False)
+        self.longest = 7
+
+    def forward(self, x):
+        self.register_buffer("frequencies", torch.zeros(3), persistent=False)
+        self.longest = torch.tensor(9)
+        return x
+
+
+def test_buffers_and_numbers_that_a_forward_replaces_are_put_back():
+    module = Replaces()
+    before = module.frequencies
+    with preserve_training_state(module):
+        module(torch.zeros(1))
+    assert module.frequencies is before
+    assert module.longest == 7
+    assert type(module.longest) is int
