@@ -66,10 +66,6 @@ def theil_sen_slope(x: Array, y: Array) -> float:
 
     A line by least squares leans on whatever stands at the ends of its window, where the corner of a curve and a
     single outlier do the most harm; this one ignores up to 29 % of the points.
-
-    Args:
-        x: (N,), increasing.
-        y: (N,), N at least 2.
     """
     later, earlier = _pairs(len(x))
     return float(np.median((y[later] - y[earlier]) / (x[later] - x[earlier])))

@@ -61,6 +61,7 @@ class Loggers:
         commit: bool = False,
     ) -> None:
         self._log = through if through is not None else _log_function(log)
+        self._log_name = "log=" if through is None else "the Trainer's reporters"
         self._reporters = reporters
         self._own = [*getattr(log, "trackers", ()), *getattr(log, "loggers", ())]  # of an Accelerator, of Fabric
         self._options = options or {}
@@ -93,7 +94,7 @@ class Loggers:
                         run.alert(title=alert.title, text=alert.text, level="WARN" if alert.is_urgent else "INFO")
         values = log_values(record, history)
         if self._log is not None:
-            with self._guarded("log="):
+            with self._guarded(self._log_name):
                 self._log(values, record)
         if direct:
             with self._guarded("wandb"):
@@ -264,7 +265,7 @@ def _log_function(target: Any) -> LogFunction | None:
 
 
 def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> None:
-    """Charts of an evaluation with a value, which wait for the row logged next; best value and verdict to the summary."""
+    """Charts of an evaluation with a value, which wait for the row logged next; the best value to the summary."""
     measured = [old for old in [*history, record] if old.mir is not None]
     best = best_record(measured)
     run.log(make_charts(record, measured[0], best), commit=False)

@@ -133,10 +133,7 @@ class TrialReporter(TrainerCallback):
 
 
 def objective_record(history: Sequence[EvalRecord], objective: str) -> EvalRecord | None:
-    """The evaluation whose MIR is the objective of a trial; None where the newest one failed, or there is none.
-
-    Ranks: pure.
-    """
+    """The evaluation whose MIR is the objective of a trial; None where the newest one failed, or there is none."""
     if not history or history[-1].mir is None:
         return None
     return (lowest_record(history) if objective == "mir_best" else None) or history[-1]

@@ -33,13 +33,13 @@ def test_failure_on_one_rank_is_passed_over_by_all(tmp_path):
     run = run_broken(tmp_path, "fail")
     assert run.code == 0
     assert run.steps == ALL
-    for rank, error in zip(
-        run.ranks, ("RemoteError: rank 1 failed: RuntimeError: a dev", "RuntimeError: a dev"), strict=True
-    ):
+    for rank in run.ranks:
         assert rank["step"] == STEPS
         failed = rank["history"][2]
         assert (failed.step, failed.mir) == (FAULT_STEP, None)
-        assert failed.error.startswith(error)
+        assert (
+            failed.error == "RemoteError: rank 1 failed: RuntimeError: a device error on one rank"
+        )  # rank 0's, on all
         assert all(record.mir is not None for record in rank["history"] if record is not failed)
     (warning,) = run.ranks[0]["warnings"]
     assert "step 4: MIR evaluation failed, training goes on" in warning

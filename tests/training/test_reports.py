@@ -98,7 +98,7 @@ def test_a_reporter_that_raises_costs_one_warning_and_no_loss_line(tmp_path, pro
     with logged("could not be logged") as messages:
         trainer.train()
     assert messages == [
-        "MIR could not be logged to log=, training goes on: ConnectionError: no route to the "
+        "MIR could not be logged to the Trainer's reporters, training goes on: ConnectionError: no route to the "
         "tracking server; the values are in the history file, and further failures there are not reported"
     ]
     assert [step for step, _ in losses(trainer)] == [1, 2, 3, 4]
