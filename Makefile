@@ -89,9 +89,11 @@ bench: $(STAMP) ## measure solver, evaluation, ranks, memory, sizes on this CPU;
 	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
 	$(PY) benchmarks/quote.py
 
-bench-gpu: $(STAMP) ## on a GPU: a whole evaluation of a 7B model, and the parts of one layer
+bench-gpu: $(STAMP) ## on a GPU: an evaluation of a 7B model, alone and while it trains under ZeRO, and the parts of one layer
 	$(PY) benchmarks/evaluation.py --repeats 3 --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --samples 100 --text 900 \
 	  --output $(RESULTS)/gpu_evaluation.md
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node 1 benchmarks/training.py --hidden 4096 --layers 32 --samples 100 \
+	  --text 900 --train-text 128 --train-batch 4 --steps 9 --every 3 --stages 2 3 --output $(RESULTS)/gpu_training.md
 	$(PY) benchmarks/parts.py --output $(RESULTS)/gpu_parts.md
 	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
 	$(PY) benchmarks/quote.py

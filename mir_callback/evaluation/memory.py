@@ -113,7 +113,8 @@ class PeakMemory:
         if self._device.type == "cpu":
             status = Path("/proc/self/status")
             if status.exists():  # getrusage would count what the process that started this one held
-                return 1024 * next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM:"))
+                lines = status.read_text().splitlines()
+                return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         module = getattr(torch, self._device.type)
         return int(module.max_memory_allocated(self._device)) if hasattr(module, "max_memory_allocated") else 0
