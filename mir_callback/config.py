@@ -15,7 +15,7 @@ from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.probe import ProbeSource
-from mir_callback.schedule import DEFAULT_EVENTS, Schedule, as_schedule, check_events, describe
+from mir_callback.schedule import DEFAULT_EVENTS, Schedule, TimeShare, as_schedule, check_events, describe, due_steps
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ GROUPS = {
     "stop": "when training stops",
     "memory": "memory",
     "failures": "failures",
+    "log": "what is printed",
     "keep": "what is kept",
 }
 STOP_RULES = ("none", "observe", "plateau")
@@ -103,6 +104,8 @@ class MIRConfig:
     )
     abort_on_hang: bool = _option(False, "failures", "end the process, with exit code 86, after such a report")
 
+    log_layers: bool = _option(False, "log", "also print the distance of each layer; trackers get them anyway")
+
     save_probe: bool = _option(True, "keep", "keep the probe as OUTPUT_DIR/mir_probe.zip")
     keep_best: bool = _option(False, "keep", "keep the weights with the lowest MIR in OUTPUT_DIR/mir_best")
 
@@ -149,6 +152,18 @@ class MIRConfig:
     def may_stop(self) -> bool:
         """Whether there is a rule that may end training, and not one that only observes."""
         return self.stop is not None and not getattr(self.stop, "observe_only", False)
+
+    def planned_steps(self, total_steps: int | None, total_epochs: float | None = None) -> list[int] | None:
+        """The steps evaluated in a run of this length, events that aren't steps left out; None if they depend on time.
+
+        Example:
+            >>> MIRConfig(every=500).planned_steps(2000)
+            [0, 500, 1000, 1500, 2000]
+        """
+        if not total_steps or isinstance(self.schedule, TimeShare):
+            return None
+        at_events = [step for event, step in (("start", 0), ("end", total_steps)) if event in self.also_on]
+        return sorted({*due_steps(self.schedule, total_steps, total_epochs or 1.0), *at_events})
 
     def for_trackers(self) -> dict[str, str]:
         """The options that a tracker's settings of the run should tell."""

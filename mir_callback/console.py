@@ -1,49 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said on the console: the logger `mir_callback`, whose lines stand above progress bars.
+"""Console output: the logger `mir_callback`, and the lines of a run.
 
-Everything goes through `logging.getLogger("mir_callback")`: silence it with `setLevel(logging.ERROR)`, or take its
-handler away and put your own in its place. What all ranks have to say is said by rank 0.
+Everything goes through `logging.getLogger("mir_callback")`: silence it with `setLevel(logging.ERROR)`, or replace its
+handler. Lines that are the same on all ranks are written by rank 0 only.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from mir_callback import distributed
+from mir_callback.config import MIRConfig
 from mir_callback.early_stopping import Verdict
 from mir_callback.record import EvalRecord
-from mir_callback.schedule import Schedule, TimeShare, due_steps
+from mir_callback.schedule import TimeShare
 
 log = logging.getLogger("mir_callback")
 
-UNATTACHED = (
-    "this callback is not attached to the Trainer: values go to the history file and, if a run is active, directly to "
-    "wandb. MIRCallback(...).attach(trainer) would send them through Trainer.log as well, to every reporter and to "
-    "trainer.state.log_history."
-)
+_LINE_LENGTH = 100 - len("[mir] ")
+_FEW_SAMPLES = 20  # the paper's figure 5
 
 
 class ConsoleHandler(logging.Handler):
-    """Rank 0's lines, `[mir] ...`, on standard output; warnings, of other ranks too, on standard error."""
+    """Writes rank 0's lines, `[mir] ...`, to stdout, and warnings of every rank to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line above the progress bars."""
-        serious, rank = record.levelno >= logging.WARNING, distributed.rank()
-        if rank > 0 and not serious:
+        is_warning, rank = record.levelno >= logging.WARNING, distributed.rank()
+        if rank > 0 and not is_warning:
             return
-        line = f"[mir] {f'rank {rank}: ' if rank > 0 else ''}{'WARNING: ' if serious else ''}{record.getMessage()}"
-        with suppress(OSError, ValueError):  # a full disk behind stdout, a closed pipe: there is nowhere to say it
-            tqdm.write(line, file=sys.stderr if serious else sys.stdout)
+        line = f"[mir] {f'rank {rank}: ' if rank > 0 else ''}{'WARNING: ' if is_warning else ''}{record.getMessage()}"
+        with suppress(OSError, ValueError):  # a full disk behind stdout, a closed pipe
+            tqdm.write(line, file=sys.stderr if is_warning else sys.stdout)
 
 
 def _set_up() -> None:
-    """Let the logger speak, unless the user has given it a handler or a level already."""
+    """Configure the logger, unless the user has given it a handler or a level already."""
     if not log.handlers:
         log.addHandler(ConsoleHandler())
         log.propagate = False  # a script that configures the root logger would show each line twice
@@ -51,60 +49,104 @@ def _set_up() -> None:
         log.setLevel(logging.INFO)
 
 
-def evaluation_line(record: EvalRecord, verdict: Verdict | None) -> str:
-    """One evaluation in one line."""
+def evaluation_line(record: EvalRecord, verdict: Verdict | None, earlier: Iterable[EvalRecord] = ()) -> str:
+    """One evaluation in one line of at most 100 characters; the verdict's reason is in the history.
+
+    Args:
+        record: the evaluation.
+        verdict: of the stop rule on it, None without a rule.
+        earlier: the run's evaluations before it, for the change of MIR since the last one with a value.
+
+    Ranks: pure.
+
+    Example:
+        >>> record = EvalRecord(step=490, mir=2.1097, mir_se=0.0095, seconds=0.68)
+        >>> evaluation_line(record, None, [EvalRecord(step=480, mir=2.123)])
+        'step 490: MIR 2.1097 +- 0.0095 (-0.0133), 0.7 s'
+    """
     if record.mir is None:
-        return f"step {record.step}: evaluation FAILED after {record.seconds:.1f} s: {record.error}"
-    spread = "" if record.mir_se is None else f" +- {record.mir_se:.4f}"
-    line = f"step {record.step}: MIR {record.mir:.4f}{spread} ({record.seconds:.1f} s)"
-    if verdict is None:
-        return line
-    if verdict.would_stop:
-        what = "stopping training" if verdict.stop else "only observing, training goes on"
-        return f"{line} {verdict.kind}; {what}: {verdict.reason}"
-    return f"{line} {verdict.kind}: {verdict.reason}"
+        return f"step {record.step}: evaluation failed: {record.error}"[:_LINE_LENGTH]
+    before = [old.mir for old in earlier if old.mir is not None]
+    parts = [f"step {record.step}: MIR {record.mir:.4f}"]
+    parts[0] += "" if record.mir_se is None else f" +- {record.mir_se:.4f}"
+    parts[0] += f" ({record.mir - before[-1]:+.4f})" if before else ""
+    if verdict is not None:
+        what = {"plateau": ": stopping" if verdict.stop else ": observing only"}.get(verdict.kind, "")
+        parts.append((verdict.summary or verdict.kind) + what)
+    return ", ".join([*parts, f"{record.seconds or 0.0:.1f} s"])[:_LINE_LENGTH]
 
 
-def dry_run_lines(
-    report: Any, schedule: Schedule, events: Collection[str], total_steps: int | None, total_epochs: float | None
+def start_notes(
+    config: MIRConfig,
+    num_samples: int,
+    total_steps: int | None,
+    total_epochs: float | None,
+    drops: Sequence[int] = (),
 ) -> list[str]:
+    """What a user should know before the first step, a sentence each.
+
+    Args:
+        config: of the run.
+        num_samples: of the probe.
+        total_steps: optimizer steps of the run to come, if known.
+        total_epochs: epochs of it, if known.
+        drops: steps at which the learning rate will drop.
+
+    Ranks: pure.
+    """
+    notes = []
+    if num_samples < _FEW_SAMPLES:
+        notes.append(
+            f"the probe has {num_samples} samples: below {_FEW_SAMPLES} MIR fluctuates and is biased upwards; use 100"
+        )
+    if not config.may_stop:
+        return notes
+    planned, needed = config.planned_steps(total_steps, total_epochs), getattr(config.stop, "min_evaluations", None)
+    if planned is not None and needed is not None and len(planned) < needed:
+        notes.append(
+            f"the stop rule can't stop this run: {len(planned)} evaluations are planned and it needs {needed}; "
+            "evaluate more often (every=), or lower its warmup and window"
+        )
+    if drops:
+        notes.append(
+            f"the learning rate will drop at step {', '.join(map(str, drops))}: MIR may fall again there, and the stop "
+            "rule does not wait for it; if that matters use patience_steps or observe_only"
+        )
+    return notes
+
+
+def dry_run_lines(report: Any, config: MIRConfig, total_steps: int | None, total_epochs: float | None) -> list[str]:
     """The lines of a dry run.
 
     Args:
         report: of the evaluation that was made.
-        schedule: of the run to come.
-        events: evaluated besides.
-        total_steps: optimizer steps of the run to come, if known.
+        config: of the run to come.
+        total_steps: optimizer steps of it, if known.
         total_epochs: epochs of it, if known.
 
     Ranks: pure.
     """
     ranks = f"{report.world_size} rank{'s' * (report.world_size > 1)}"
-    memory = f"peak memory {report.peak_memory_bytes / 1e9:.2f} GB beyond what was held"
     return [
         f"dry run: MIR {report.mir:.4f} of the weights as they are, {report.num_samples} samples, "
         f"{report.num_vision_tokens} vision and {report.num_text_tokens} text tokens, {report.dtype}",
-        f"one evaluation: {report.seconds:.1f} s on {ranks}, {memory}",
-        f"the run: {_plan(report.seconds, schedule, events, total_steps, total_epochs)}",
-        "no step was trained and no history was written; leave dry_run (--mir_dry_run) out to train",
+        f"one evaluation: {report.seconds:.1f} s on {ranks}, {report.peak_memory_bytes / 1e9:.2f} GB more at its peak",
+        f"the run: {_plan(report.seconds, config, total_steps, total_epochs)}",
+        "no step was trained and no history was written; remove dry_run (--mir_dry_run) to train",
     ]
 
 
-def _plan(
-    seconds: float, schedule: Schedule, events: Collection[str], total_steps: int | None, total_epochs: float | None
-) -> str:
-    more = [f"one at each {event}" for event in ("evaluate", "save") if event in events]
+def _plan(seconds: float, config: MIRConfig, total_steps: int | None, total_epochs: float | None) -> str:
+    schedule, planned = config.schedule, config.planned_steps(total_steps, total_epochs)
     if isinstance(schedule, TimeShare):
         pause = seconds * (1 - schedule.share) / schedule.share
         parts = [f"one evaluation after every {pause:.0f} s of training at most ({schedule.share:.3g} of the time)"]
-    elif total_steps:
-        steps = set(due_steps(schedule, total_steps, total_epochs or 1.0))
-        steps |= {0} if "start" in events else set()
-        steps |= {total_steps} if "end" in events else set()
-        cost = f"about {len(steps) * seconds:.0f} s in all"
-        parts = [f"{len(steps)} evaluations in {total_steps} steps with {schedule}, {cost}"]
+    elif planned is not None:
+        cost = f"about {len(planned) * seconds:.0f} s in all"
+        parts = [f"{len(planned)} evaluations in {total_steps} steps with {schedule}, {cost}"]
     else:
         parts = [f"{schedule}, number of steps unknown"]
+    more = [f"one at each {event}" for event in ("evaluate", "save") if event in config.also_on]
     return ", and ".join([*parts, *more])
 
 

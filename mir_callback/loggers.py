@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the values of an evaluation go: what the loop logs with, wandb, the settings of other trackers.
+"""Where the values of an evaluation go: the loop's own logging, wandb, the run settings of other trackers.
 
-None of it can end the run: a tracker that fails costs one warning, and the values are in the history file.
+A failing tracker never ends the run: it costs one warning, and the values are in the history file.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ CURVE, HEAT_MAP = "mir/per_layer", "mir/layers_over_steps"
 _MAX_BINS = 512  # of a wandb histogram
 _AXIS = "train/global_step"
 _WANDB_REPORTERS = ("WandbCallback", "WandBTracker", "WandbLogger")  # of transformers, Accelerate and Lightning
-# What a record says of how it was made; the options of the run are added.
+# The fields of a record that define its value; the options of the run are added.
 _DEFINITION = (*DEFINITION_FIELDS, "dtype", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size")
 
 log = logging.getLogger(__name__)
 
-# Takes the scalars of an evaluation and its record.
+# Called with the scalars of an evaluation and its record.
 LogFunction = Callable[[dict[str, float], EvalRecord], None]
 
 
 class Loggers:
-    """Sends each evaluation to what the loop logs with, and to wandb if a run is active.
+    """Sends each evaluation to the loop's own logging, and to wandb if a run is active.
 
     Args:
-        log: what the loop logs with, or None: a function of (values, step); an object with `add_scalar`, as a
-            TensorBoard writer; one with `log(values, step=...)`, as Accelerate and Lightning's Fabric.
-        through: a function of (values, record) instead, called on every rank, as a Trainer's log is.
-        reporters: what takes values that are logged so to trackers: a Trainer's callbacks, Lightning's loggers.
-        options: of the run, for the definition that goes into each tracker's settings once.
-        commit: give each evaluation a row of its own in wandb. By default it joins the row that the loop logs next:
-            wandb would drop what a loop that numbers its rows by steps logs for the same step afterwards.
+        log: the loop's logging, or None: a function of (values, step); an object with `add_scalar`, such as a
+            TensorBoard writer; one with `log(values, step=...)`, such as Accelerate and Lightning's Fabric.
+        through: instead, a function of (values, record) that is called on every rank, like a Trainer's log.
+        reporters: the trackers behind it: a Trainer's callbacks, Lightning's loggers.
+        options: of the run; with the definition they go into each tracker's run settings, once.
+        commit: give each evaluation a wandb row of its own. By default it joins the row that the loop logs next: wandb
+            would drop what a loop that numbers its rows by steps logs for the same step afterwards.
 
     Raises:
         ConfigError: ``log`` is none of these.
@@ -71,9 +71,9 @@ class Loggers:
         self._failed: set[str] = set()
 
     def send(self, record: EvalRecord, history: Sequence[EvalRecord]) -> None:
-        """Report an evaluation, the last of ``history``; nothing if it failed.
+        """Log an evaluation, the last of ``history``; nothing if it failed.
 
-        Ranks: all, as `Trainer.log` is; pictures and settings are rank 0's.
+        Ranks: all, like `Trainer.log`; charts and settings are rank 0's.
         """
         if record.mir is None:
             return
@@ -103,9 +103,9 @@ class Loggers:
                 self._waiting_at = None if self._commit else run.step
 
     def close(self, files: Sequence[Path]) -> None:
-        """The run ends: hand its history and probe to wandb as an artifact, which `mir compare` reads as a folder.
+        """Upload history and probe to wandb as an artifact; `mir compare` reads its downloaded folder.
 
-        Ranks: all; rank 0 sends.
+        Ranks: all; rank 0 uploads.
         """
         run = active_wandb_run()
         there = [path for path in files if path.is_file()]
@@ -134,40 +134,46 @@ class Loggers:
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """A failure inside is a warning, once for each tracker. No collectives inside."""
+        """Turn a failure inside into one warning for each tracker. No collectives inside."""
         try:
             yield
         except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
                 log.warning(
-                    "MIR could not be logged to %s, training goes on: %s: %s; the values are in the history file, and "
-                    "further failures there are not reported",
+                    "could not log MIR to %s: %s: %s; training goes on, values are in the history file, further "
+                    "failures there are not reported",
                     *(name, type(error).__name__, error),
                 )
 
 
 def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[str, float]:
-    """The scalars that are logged of a record; none if the evaluation failed.
+    """The logged scalars of a record; none if the evaluation failed.
 
-    The Trainer's reporters put `train/` before each name. Layers count from 1, as in the history.
+    The Trainer's trackers put `train/` before each name. Layers count from 1, as in the history.
 
     Args:
         record: the evaluation.
-        history: all of the run's so far, for the best of them; ``record`` may be among them.
+        history: the run's evaluations so far; ``record`` may be among them.
 
     Returns:
-        `mir`, `mir_layer/01`.., `mir_seconds`, `mir_best`, `mir_best_step`, and what the record knows of `mir_se`,
-        `mir_probe_loss`, `mir_probe_perplexity`, `mir_expected_gain`, `mir_expected_gain_se`, `mir_memory_gb`,
-        `mir_time_share` and the :func:`summarize_companions`.
+        `mir`, `mir_layer/01`.., `mir_seconds`; if the record has them `mir_se`, `mir_probe_loss`,
+        `mir_probe_perplexity`, `mir_expected_gain`, `mir_expected_gain_se`, `mir_memory_gb`, `mir_time_share` and
+        :func:`summarize_companions`; after the first optimizer step `mir_best`, the lowest MIR since then, and
+        `mir_best_step`.
 
     Ranks: pure.
+
+    Example:
+        >>> start, later = EvalRecord(step=0, mir=1.9, seconds=2.0), EvalRecord(step=50, mir=2.5, seconds=2.0)
+        >>> log_values(later, [start])
+        {'mir': 2.5, 'mir_seconds': 2.0, 'mir_best': 2.5, 'mir_best_step': 50}
     """
     if record.mir is None:
         return {}
     layers = record.per_layer or []
     width = max(2, len(str(len(layers))))
-    best = best_record([*history, record])
+    best = lowest_record([*history, record])
     spent = (record.train_seconds or 0.0) + (record.eval_seconds or 0.0)
     loss = record.probe_loss
     values: dict[str, float | None] = {
@@ -180,8 +186,8 @@ def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[s
         **summarize_companions(record),
         "mir_expected_gain": record.expected_gain,
         "mir_expected_gain_se": record.expected_gain_se,
-        "mir_best": best.mir,
-        "mir_best_step": best.step,
+        "mir_best": None if best is None else best.mir,
+        "mir_best_step": None if best is None else best.step,
         "mir_memory_gb": None if record.peak_memory_bytes is None else record.peak_memory_bytes / 1e9,
         "mir_time_share": (record.eval_seconds or 0.0) / spent if spent > 0 else None,
     }
@@ -189,10 +195,10 @@ def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[s
 
 
 def summarize_companions(record: EvalRecord) -> dict[str, float]:
-    """One number over all layers for each companion, where the record has them.
+    """One number over all layers for each companion, if the record has them.
 
-    `mir_mean_share` is the part of the summed distances that the means' gaps make, the others are means over layers.
-    Ranks: pure.
+    `mir_mean_share` is the share of the summed distances that comes from the gap between the means; the others are
+    means over the layers. Ranks: pure.
     """
     companions = record.companions
     if not companions or not record.per_layer:
@@ -201,14 +207,9 @@ def summarize_companions(record: EvalRecord) -> dict[str, float]:
     return {"mir_mean_share": math.fsum(companions["mean_part"]) / math.fsum(record.per_layer)} | found
 
 
-def best_record(history: Sequence[EvalRecord]) -> EvalRecord:
-    """The trained record with the lowest MIR, or before anything is trained the first with a value; there is one."""
-    return lowest_record(history) or next(record for record in history if record.mir is not None)
-
-
 @dataclass(frozen=True)
 class Alert:
-    """A message to whoever watches a run."""
+    """A wandb alert."""
 
     title: str
     text: str  # step and reason
@@ -216,11 +217,10 @@ class Alert:
 
 
 def due_alert(earlier: Sequence[EvalRecord], record: EvalRecord) -> Alert | None:
-    """What to tell of an evaluation.
+    """The alert that an evaluation calls for, or None.
 
-    A plateau is told once in a training stage, a rise once until MIR has recovered from it: until an evaluation finds
-    that it goes on falling, or level. What was told is known from the records, so a resumed run does not repeat it.
-    Ranks: pure.
+    A plateau is reported once in a training stage; a rise once, and again only after an evaluation found MIR falling or
+    level. Earlier alerts are known from the records, so a resumed run does not repeat them. Ranks: pure.
     """
     same = [old for old in earlier if old.stage == record.stage]
     value = "unknown" if record.mir is None else f"{record.mir:.4f}"
@@ -260,25 +260,33 @@ def _log_function(target: Any) -> LogFunction | None:
         def write(values: dict[str, float], record: EvalRecord) -> None:
             target(values, record.step)
     else:
-        raise ConfigError(f"log must be a function of (values, step), or have add_scalar or log, got {target!r}")
+        raise ConfigError(
+            f"log={target!r:.60}: pass a function of (values, step), or an object with add_scalar(name, value, step) "
+            "or log(values, step=...)"
+        )
     return lambda values, record: write(values, record) if distributed.is_main() else None
 
 
 def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> None:
-    """Charts of an evaluation with a value, which wait for the row logged next; the best value to the summary."""
+    """Log the charts of an evaluation with the row logged next, and the best value to the summary."""
     measured = [old for old in [*history, record] if old.mir is not None]
-    best = best_record(measured)
+    best = lowest_record(measured)
     run.log(make_charts(record, measured[0], best), commit=False)
-    verdict = {"mir_verdict": record.verdict, "mir_reason": record.reason} if record.verdict else {}
-    run.summary.update({"mir_best": best.mir, "mir_best_step": best.step, **verdict})
+    if best is not None:
+        run.summary.update({"mir_best": best.mir, "mir_best_step": best.step})
+    if record.verdict:
+        run.summary.update({"mir_verdict": record.verdict, "mir_reason": record.reason})
 
 
-def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict[str, Any]:
-    """By their names: the distances over the layers, and a histogram that wandb draws over the steps as a heat map."""
+def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord | None) -> dict[str, Any]:
+    """By name: a curve of the distances over the layers, and a histogram that wandb draws over steps as a heat map."""
     import numpy as np
     import wandb
 
-    drawn = {f"first, step {first.step}": first, f"best, step {best.step}": best, f"step {record.step}": record}
+    drawn = {f"first, step {first.step}": first}
+    if best is not None:
+        drawn[f"best, step {best.step}"] = best
+    drawn[f"step {record.step}"] = record
     layers = list(range(1, len(record.per_layer or ()) + 1))
     charts: dict[str, Any] = {
         CURVE: wandb.plot.line_series(
@@ -296,12 +304,12 @@ def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord) -> dict
 
 
 def _is_kind(reporter: Any, *names: str) -> bool:
-    """Whether a reporter is of a class with one of these names, or of one derived from it."""
+    """Whether a reporter's class, or one it derives from, has one of these names."""
     return any(kind.__name__ in names for kind in type(reporter).__mro__)
 
 
 def _definition_writers(reporters: list[Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
-    """For each tracker in use, its name and what writes a definition into its settings of the run."""
+    """For each tracker in use, its name and a function that writes the definition into its run settings."""
     run = active_wandb_run()
     if run is not None:
         yield "wandb", lambda definition: run.config.update({"mir": definition}, allow_val_change=True)

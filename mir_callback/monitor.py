@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One watched run: is an evaluation due? Evaluate, judge, record, log, keep the best, decide. Knows no Trainer."""
+"""One monitored run: is an evaluation due? Evaluate, apply the stop rule, record, log, keep the best, decide.
+
+Knows no Trainer: integrations/ turns the events of one into calls of :class:`MIRMonitor`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ from mir_callback import distributed
 from mir_callback.best_model import BestModel, WeightSaver
 from mir_callback.clock import Clock
 from mir_callback.config import MIRConfig, with_options
-from mir_callback.console import dry_run_lines, evaluation_line
+from mir_callback.console import dry_run_lines, evaluation_line, start_notes
 from mir_callback.early_stopping import Verdict
 from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, History
 from mir_callback.loggers import Loggers
+from mir_callback.lr_schedule import find_drops, learning_rate_of
 from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
@@ -36,14 +40,16 @@ from mir_callback.watchdog import enter_phase, watchdog
 
 _log = logging.getLogger(__name__)
 
+_STATUS = ("epoch", "loss", "loss_step", "samples_seen", "tokens_seen")
+
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows from a step; the same on every rank.
+    """The answer of :meth:`MIRMonitor.step`; the same on every rank.
 
     Attributes:
         stop: training should end.
-        record: the evaluation made at this step, None if none was due.
+        record: the evaluation of this step, None if none was due.
     """
 
     stop: bool = False
@@ -58,38 +64,39 @@ class DryRunDone(SystemExit):
 
 
 class MIRMonitor:
-    """Watch MIR while a loop of any kind trains: plain PyTorch, Accelerate, your own; data-parallel ranks.
+    """Evaluate MIR in a training loop of any kind: plain PyTorch, Accelerate, your own; data-parallel ranks.
 
-    On construction it checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step.
-    Training is not changed by it: losses and weights are the same to the last bit.
+    Construction checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step. Training
+    does not change: losses and weights are the same to the last bit.
 
-    Where the loop's forwards are made under `torch.autocast`, construct and call it under the same, so that the probe's
-    are made as they are. Wrappers that do so themselves (Accelerate's) need nothing.
+    If the loop's forwards run under `torch.autocast`, construct and call the monitor under the same. Wrappers that
+    autocast themselves (Accelerate's) need nothing.
 
     Args:
-        model: what is trained, bare or wrapped (DDP, DeepSpeed engine, PEFT).
+        model: the model that is trained, bare or wrapped (DDP, DeepSpeed engine, PEFT).
         probe: the fixed samples; the same on every rank.
         processor: the model's processor (image processor and tokenizer); not needed with an adapter.
         adapter: for models that no registered adapter knows, see `mir_callback.probe.adapters`.
-        optimizer: the run's; needed by ZeRO-3 with a bare model, and by schedule-free optimizers.
-        output_dir: where history, probe and best weights go; one for each run.
-        total_steps: planned optimizer steps; a stop rule looks ahead by a part of them.
-        total_epochs: planned epochs, for what a dry run says.
-        start_step: 0, or the step of the checkpoint that training goes on from: the history is then continued.
-        start_status: what :meth:`step` would be told there (epoch, loss, samples_seen, ...), if training is resumed.
-        log: what values are logged with besides an active wandb run: a function of (values, step), an object with
-            `add_scalar` (TensorBoard) or with `log(values, step=...)` (Accelerate, Fabric).
-        save_weights: writes the weights into an empty folder, called on every rank; for ``keep_best``. By default
-            `model.save_pretrained`, where each rank holds the whole model.
+        optimizer: of the run; ZeRO-3 with a bare model and schedule-free optimizers need it.
+        lr_scheduler: of the run, stepped once an optimizer step; a drop that it plans is reported at the start.
+        output_dir: where history, probe and best weights go; a folder of its own for each run.
+        total_steps: planned optimizer steps; a stop rule looks ahead by a fraction of them.
+        total_epochs: planned epochs, for ``every=EveryEpochs(...)`` in a dry run.
+        start_step: 0, or the step of the checkpoint that training resumes from: the history is then continued.
+        start_status: keyword arguments that :meth:`step` would get there (epoch, loss, samples_seen, ...).
+        log: where values go besides an active wandb run: a function of (values, step), an object with `add_scalar`
+            (TensorBoard) or with `log(values, step=...)` (Accelerate, Fabric).
+        save_weights: writes the weights into an empty folder, called on every rank; for ``keep_best``. The default is
+            `model.save_pretrained`, if each rank holds the whole model.
         **options: of :class:`MIRConfig`.
 
     Attributes:
         config: the options.
-        is_already_stopped: the run was resumed where its rule had stopped it: nothing is evaluated, and the first
-            :meth:`step` says stop; ask :attr:`should_stop` before the loop to train none.
+        is_already_stopped: the run was resumed where its stop rule had ended it. Nothing is evaluated, and the first
+            :meth:`step` returns stop; read :attr:`should_stop` before the loop to train no step.
 
     Raises:
-        MIRError: an option, the probe, the model or the history is not right; on every rank, before any forward.
+        MIRError: an option, the probe, the model or the history is not usable; on every rank, before any forward.
         DryRunDone: with ``dry_run``, after one evaluation; ends the script.
 
     Ranks: collective, construction and all methods.
@@ -115,6 +122,7 @@ class MIRMonitor:
         processor: Any = None,
         adapter: Adapter | None = None,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         output_dir: str | Path = ".",
         total_steps: int | None = None,
         total_epochs: float | None = None,
@@ -127,8 +135,9 @@ class MIRMonitor:
         with distributed.fail_together():
             self.config = MIRConfig.from_options(options)
             start_step = _whole("start_step", start_step)
+            _check_status(start_status or {})
             if start_step and isinstance(self.config.schedule, EveryEpochs) and "epoch" not in (start_status or {}):
-                raise ConfigError("every=EveryEpochs(...) needs the epoch of start_step: start_status={'epoch': ...}")
+                raise ConfigError("every=EveryEpochs(...) needs the epoch at start_step: start_status={'epoch': ...}")
         self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
         self._history, self._clock = History(), Clock()
         self._started = time.perf_counter()
@@ -142,11 +151,14 @@ class MIRMonitor:
             enter_phase("encoding the probe")
             with distributed.fail_together():
                 if not isinstance(probe, Probe):
-                    raise ConfigError(f"probe={probe!r:.60} is no Probe; see Probe.from_folders, Probe.load")
+                    raise ConfigError(f"probe={probe!r:.60} is not a Probe: use Probe.from_folders or Probe.load")
                 self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self.config.for_trackers())
                 saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
                 adapter = adapter or find_adapter(model, processor, conversation=self.config.conversation)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
+            drops = self._planned_drops(lr_scheduler, start_step)
+            for note in start_notes(self.config, len(probe.samples), total_steps, total_epochs, drops):
+                _log.info("NOTE: %s", note)
             if self.config.dry_run:
                 enter_phase("dry run")
                 self._dry_run(total_epochs)
@@ -165,8 +177,8 @@ class MIRMonitor:
         self.is_already_stopped = stays and is_stopped(self.history)
         if self.is_already_stopped:
             _log.info(
-                "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, give "
-                "continue_after_stop=True (--mir_continue_after_stop), or stop=None",
+                "this run was stopped on its plateau at step %d (%s) and stays stopped; to train on, pass "
+                "continue_after_stop=True (--mir_continue_after_stop) or stop=None",
                 *(self.history[-1].step, self.history[-1].reason),
             )
         elif is_due_at_start(self.config.schedule, self.config.also_on, self._now, self.history):
@@ -179,7 +191,7 @@ class MIRMonitor:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the rule has stopped this run, now or before it was resumed."""
+        """Whether the stop rule has ended this run, now or before it was resumed."""
         return self._is_stopped or self.is_already_stopped
 
     def step(
@@ -192,35 +204,34 @@ class MIRMonitor:
         samples_seen: int | None = None,
         tokens_seen: int | None = None,
     ) -> Decision:
-        """An optimizer step is done: evaluate if due, and say whether to stop.
+        """Call it after each optimizer step: evaluates if due, and says whether to stop.
 
         Args:
             step: optimizer steps so far, counted through all epochs and restarts.
-            loss: the newest training loss, a number or a tensor of one; read only where an evaluation is due.
+            loss: the newest training loss, a number or a one-element tensor; read only if an evaluation is due.
             epoch: epochs done, with fraction; needed by ``every=EveryEpochs(...)``.
             loss_step: the step of the loss, if not this one.
             samples_seen: training samples so far, over all ranks.
             tokens_seen: input tokens so far, over all ranks.
 
         Raises:
-            ConfigError: a step before the last one, or no epoch where the schedule counts in epochs.
-            Exception: what a failing evaluation raises, if it is not tolerated.
+            ConfigError: a step below the last one, or no epoch for a schedule that counts epochs.
+            Exception: of a failed evaluation, if it is not tolerated (``on_error``).
 
         Ranks: collective; the same step on every rank.
         """
         if epoch is None and isinstance(self.config.schedule, EveryEpochs):
-            raise ConfigError("every=EveryEpochs(...) needs to know the epoch: monitor.step(step, epoch=...)")
+            raise ConfigError("every=EveryEpochs(...) needs the epoch: monitor.step(step, epoch=...)")
         step = _whole("step", step)
         if step < self._now.step:
             raise ConfigError(
-                f"step {step} comes after step {self._now.step}: optimizer steps are counted over the whole run, "
-                "through all epochs and restarts (start_step)"
+                f"step {step} after step {self._now.step}: count optimizer steps over the whole run, through all "
+                "epochs and restarts (start_step)"
             )
-        if self._now.step == 0 and step > 1 and distributed.is_main():
-            _log.warning(
-                "the first step is %d: if training goes on from a checkpoint, give its step as start_step, and the "
-                "history is continued",
-                step,
+        if self._now.step == 0 and step > 1:
+            _warn(
+                f"the first step is {step}: if training resumes from a checkpoint, pass its step as start_step, so "
+                "that the history is continued"
             )
         self._clock.follow(self.config.schedule, step)
         before, self._now = self._now, TrainingProgress(step, epoch or 0.0, self._clock.pace)
@@ -230,10 +241,10 @@ class MIRMonitor:
         return Decision(self.should_stop, record)
 
     def evaluate(self) -> EvalRecord | None:
-        """Evaluate the weights as they are, whatever the schedule says.
+        """Evaluate the current weights, whatever the schedule says.
 
         Returns:
-            The record; None if this step has one already, the run is stopped, or too many evaluations have failed.
+            The record; None if this step has one already, the run is stopped, or too many evaluations failed in a row.
 
         Ranks: collective.
         """
@@ -248,19 +259,19 @@ class MIRMonitor:
             record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
             record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
             record, damaged = record.checked()
-            if damaged and distributed.is_main():
-                _log.warning("; ".join(damaged))
-            # Loss and clock are each rank's own: what rank 0 writes down is what all of them return.
+            if damaged:
+                _warn("; ".join(damaged))
+            # Loss and clock differ between ranks: all of them return the record that rank 0 writes.
             stops = verdict is not None and bool(verdict.stop)
             record, self._is_stopped = distributed.broadcast_object((record, stops))
             self._keep(record, verdict)
         return record
 
     def close(self, *, evaluate: bool = True) -> Decision:
-        """Training has ended: evaluate the last step unless it has been, and hand the files to wandb.
+        """Call it when training has ended: evaluates the last step if it has not been, and uploads the files to wandb.
 
         Args:
-            evaluate: False if the model holds other weights by now.
+            evaluate: False if other weights have been loaded meanwhile.
 
         Ranks: collective.
         """
@@ -270,11 +281,11 @@ class MIRMonitor:
         return Decision(self.should_stop, record)
 
     def _write(self) -> None:
-        """Write the records that are not on the disk yet; what fails is tried again with the next, and in the end."""
+        """Write the records that are not on disk yet; a failure is tried again with the next record and at the end."""
         try:
             self._history.write()
         except (OSError, ValueError) as error:
-            _log.warning("step %d: MIR could not be written to disk: %s", self._now.step, error)
+            _log.warning("step %d: could not write MIR to disk: %s", self._now.step, error)
 
     @contextmanager
     def _watched(self, work: str) -> Iterator[None]:
@@ -283,75 +294,84 @@ class MIRMonitor:
 
     def _dry_run(self, total_epochs: float | None) -> None:
         report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
-        for line in dry_run_lines(report, self.config.schedule, self.config.also_on, self._total_steps, total_epochs):
+        for line in dry_run_lines(report, self.config, self._total_steps, total_epochs):
             _log.info(line)
         raise DryRunDone
 
+    def _planned_drops(self, lr_scheduler: Any, start_step: int) -> list[int]:
+        if lr_scheduler is None or not self.config.may_stop or not self._total_steps:
+            return []
+        try:
+            learning_rate = learning_rate_of(lr_scheduler)
+            return [] if learning_rate is None else find_drops(learning_rate, self._total_steps, start_step)
+        except Exception as error:  # a schedule may be anybody's code, and nothing but a note depends on it
+            _warn(f"could not read the learning-rate schedule ahead: {type(error).__name__}: {error}")
+            return []
+
     def _measure(self, step: int) -> EvalRecord:
-        """An evaluation; its `mir` is None where it failed and that is tolerated."""
+        """An evaluation; `mir` is None if it failed and that is tolerated."""
         started = time.perf_counter()
         try:
             report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
         except Exception as error:
-            # A failure that only this rank has would leave it out of step with the others: better to end loudly.
+            # A failure on this rank alone would leave it out of step with the others: better to end loudly.
             is_tolerated = self.config.on_error == "warn" and bool(self.history)
             if not is_tolerated or not distributed.is_shared(error):
                 raise
-            if distributed.is_main():
-                _log.warning("step %d: MIR evaluation failed, training goes on: %s", step, error)
-            seconds, words = time.perf_counter() - started, distributed.describe(error)
-            return EvalRecord(step=step, seconds=seconds, error=words, **self._evaluator.definition)
+            _warn(f"step {step}: MIR evaluation failed, training goes on: {error}")
+            seconds, message = time.perf_counter() - started, distributed.describe(error)
+            return EvalRecord(step=step, seconds=seconds, error=message, **self._evaluator.definition)
         return EvalRecord(step=step, **report.to_fields())
 
     def _training_fields(self) -> dict[str, Any]:
-        """How far the run has come, as a record says it."""
+        """How far training has come, as fields of a record."""
         loss = _number(self._status.get("loss"))
         step = None if loss is None else self._status.get("loss_step")
         return {**self._status, "loss": loss, "loss_step": step, "max_steps": self._total_steps or None}
 
     def _with_failures(self, record: EvalRecord) -> EvalRecord:
-        """Count failures in a row; after too many, say that there are no more evaluations."""
+        """Count failures in a row; after too many, disable evaluations."""
         limit = self.config.max_failures
         self._failures_in_a_row = self._failures_in_a_row + 1 if record.mir is None else 0
         self._is_disabled = limit is not None and self._failures_in_a_row >= limit
         if not self._is_disabled:
             return record
-        words = (
-            f"{limit} evaluations in a row have failed, the last with {record.error}; no more are tried in this run "
-            "(max_failures), training goes on. A restart tries again"
+        message = (
+            f"{limit} evaluations in a row failed (max_failures), the last with {record.error}; MIR is off until a "
+            "restart, training goes on"
         )
-        return replace(record, disabled=words)
+        return replace(record, disabled=message)
 
     def _judge(self, record: EvalRecord) -> Verdict | None:
-        """The verdict on the history with this record; None without a rule. A failing rule ends nothing."""
+        """The stop rule's verdict on the history and this record; None without a rule. A failing rule only warns."""
         rule = self.config.stop
         if rule is None:
             return None
         try:
             verdict = rule.verdict([*since_last_stop(self.history), record])
             if not isinstance(verdict, Verdict):
-                raise TypeError(f"stop.verdict(records) returned {verdict!r}, no Verdict")
+                raise TypeError(f"stop.verdict(records) returned {verdict!r:.60}, not a Verdict")
         except Exception as error:
-            words = f"the stop rule failed: {type(error).__name__}: {error}"
-            _log.warning("%s; training goes on", words)
-            return Verdict("no data", words)
+            message = f"the stop rule failed: {type(error).__name__}: {error}"
+            _log.warning("%s; training goes on", message)
+            return Verdict("no data", message, summary="stop rule failed")
         return verdict
 
     def _keep(self, record: EvalRecord, verdict: Verdict | None) -> None:
-        """Write the record down, log it, keep the weights if they are the best, and note a stop."""
+        """Write the record, log it, and keep the weights if they are the best."""
         enter_phase("writing the history")
         self._history.records.append(record)
         self._write()
         enter_phase("logging")
         self._loggers.send(record, self.history)
-        _log.info(evaluation_line(record, verdict))
-        if record.disabled is not None and distributed.is_main():
-            _log.warning("step %d: %s", record.step, record.disabled)
+        _log.info(evaluation_line(record, verdict, self.history[:-1]))
+        if record.disabled is not None:
+            _warn(f"step {record.step}: {record.disabled}")
         if self._num_continued is not None and record.mir is not None:
             changed = changed_circumstances(self.history[: self._num_continued], record)
             self._num_continued = None
-            if changed and distributed.is_main():
-                _log.warning(changed)
+            if changed:
+                _warn(changed)
         enter_phase("keeping the best model")
         if self._best is not None:
             with evaluation_weights(self._model, self._optimizer):  # those that were measured
@@ -362,21 +382,33 @@ MIRMonitor.__init__ = with_options(MIRMonitor.__init__)  # type: ignore[method-a
 
 
 def verdict_fields(verdict: Verdict | None) -> dict[str, Any]:
-    """What a record keeps of a verdict.
+    """The fields of a record for a verdict.
 
-    `verdict` "plateau" in a history means a run that was stopped: one that is only observed goes on, and says in
-    `would_stop` that it would not have. Ranks: pure.
+    `verdict` "plateau" in a history means that the run was stopped. A rule that only observes leaves "going on" and
+    sets `would_stop`. Ranks: pure.
     """
     if verdict is None:
         return {}
     is_observed = verdict.would_stop and not verdict.stop
     return {
         "verdict": "going on" if is_observed else verdict.kind,
-        "reason": f"only observing, would stop: {verdict.reason}" if is_observed else verdict.reason,
+        "reason": f"would stop, but only observes: {verdict.reason}" if is_observed else verdict.reason,
         "would_stop": verdict.would_stop,
         "expected_gain": verdict.expected_gain,
         "expected_gain_se": verdict.expected_gain_se,
     }
+
+
+def _warn(message: str) -> None:
+    """Warn on rank 0 of what all ranks know."""
+    if distributed.is_main():
+        _log.warning("%s", message)
+
+
+def _check_status(status: Mapping[str, Any]) -> None:
+    unknown = sorted(set(status) - set(_STATUS))
+    if unknown:
+        raise ConfigError(f"start_status has no {unknown[0]!r}; it takes {', '.join(_STATUS)}")
 
 
 def _whole(name: str, value: Any) -> int:
@@ -386,36 +418,36 @@ def _whole(name: str, value: Any) -> int:
             return whole
     except TypeError:
         pass
-    raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
+    raise ConfigError(f"{name}={value!r}: give a whole number of optimizer steps, 0 or more")
 
 
 def _number(loss: Any) -> float | None:
-    """A loss, as a number or a tensor of one; None where it is neither or not finite, which does not end a run."""
+    """A loss, from a number or a one-element tensor; None if it is neither or not finite, which ends no run."""
     try:
         value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if loss is not None:
-            _log.warning("the loss is left out of the record, it is not one number: %s", error)
+            _log.warning("the record has no loss: loss=%.60r is not one number: %s", loss, error)
         return None
     return value if math.isfinite(value) else None
 
 
 def stage_of(model: nn.Module) -> str:
-    """A fingerprint of which parameters are trained: it changes where a run begins to train others. Ranks: pure."""
+    """A fingerprint of the names of the trained parameters: it changes when others are trained. Ranks: pure."""
     names = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
 def _keep_probe(probe: Probe, path: Path) -> None:
-    """Save the probe beside the history, or say why it is not there: training does not depend on it."""
+    """Save the probe beside the history; training does not depend on it, so a failure is a warning."""
     try:
         probe.save(path)
     except ProbeError as error:
-        _log.warning("the probe is not kept beside the run: %s", error)
+        _log.warning("could not save the probe beside the history: %s", error)
 
 
 def _default_saver(model: nn.Module) -> Callable[[Path], None]:
-    """`save_pretrained` of a model that every rank holds whole."""
+    """`save_pretrained`, if every rank holds the whole model."""
     top: Any = model
     while isinstance(getattr(top, "module", None), nn.Module):
         top = top.module
@@ -424,8 +456,8 @@ def _default_saver(model: nn.Module) -> Callable[[Path], None]:
     if is_sharded or not hasattr(top, "save_pretrained"):
         why = "its weights are sharded" if is_sharded else f"{type(top).__name__} has no save_pretrained"
         raise ConfigError(
-            f"keep_best does not know how to save this model: {why}; give save_weights, a function that writes the "
-            "weights into a folder on every rank, or attach to a Trainer"
+            f"keep_best can't save this model: {why}; pass save_weights, a function that writes the weights into a "
+            "folder and is called on every rank, or attach to a Trainer"
         )
 
     def save(folder: Path) -> None:

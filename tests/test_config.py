@@ -106,7 +106,7 @@ def test_nothing_given_switches_mir_off():
         (["--mir_num_samples", "0"], "num_samples must be an integer of at least 1"),
         (["--mir_batch_size", "0"], "batch_size must be a whole number of at least 1"),
         (["--mir_capture_budget_gb", "-1"], "capture_budget_gb must be a number above 0"),
-        (["--mir_stop", "plateau", "--mir_stop_min_delta", "-1"], "min_delta must be a positive number"),
+        (["--mir_stop", "plateau", "--mir_stop_min_delta", "-1"], "min_delta=-1"),
         (["--mir_watchdog_seconds", "0", "--mir_abort_on_hang"], "abort_on_hang needs a watchdog"),
     ],
 )

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "mir_callback"
 FLOORS = [
     ["errors", "fs"],
     ["distributed", "metric", "watchdog", "record"],
-    ["model", "history", "early_stopping", "schedule"],
+    ["model", "history", "early_stopping", "schedule", "lr_schedule"],
     ["probe", "clock"],
     ["config"],
     ["evaluation"],

@@ -110,7 +110,7 @@ def test_evaluate_does_so_whatever_the_schedule_says_but_once_a_step(monitored):
 
 def test_epochs_are_needed_where_the_schedule_counts_them(monitored):
     monitor = monitored(every=EveryEpochs(0.5))
-    with pytest.raises(ConfigError, match=r"needs to know the epoch: monitor.step\(step, epoch=...\)"):
+    with pytest.raises(ConfigError, match=r"epoch: monitor.step\(step, epoch="):
         monitor.step(1)
     due = [monitor.step(step, epoch=step / 4).record for step in (1, 2, 3, 4)]
     assert steps_of(filter(None, due)) == [2, 4]
@@ -121,12 +121,12 @@ def test_steps_that_begin_anew_with_an_epoch_are_refused(monitored):
     monitor = monitored()
     monitor.step(3)
     monitor.step(3)  # a micro-batch later
-    with pytest.raises(ConfigError, match="step 1 comes after step 3: optimizer steps are counted over the whole run"):
+    with pytest.raises(ConfigError, match="step 1 after step 3"):
         monitor.step(1)
 
 
 def test_a_run_that_begins_in_the_middle_is_told_of_start_step(monitored):
-    with logged("the first step is 1001: if training goes on from a checkpoint, give its step as start_step"):
+    with logged("first step is 1001.*start_step"):
         monitored().step(1001)
     with logged():
         monitor = monitored()
@@ -233,7 +233,7 @@ def test_a_loss_with_its_graph_is_taken_without_a_warning(monitored, recwarn):
 @pytest.mark.parametrize("loss", [torch.ones(2), "high", [1.0]], ids=str)
 def test_a_loss_that_is_no_number_is_left_out_and_said(monitored, loss):
     monitor = monitored()
-    with logged("the loss is left out of the record, it is not one number"):
+    with logged("no loss.*is not one number"):
         record = monitor.step(2, loss=loss).record
     assert record.loss is None
     assert record.mir is not None
@@ -289,7 +289,7 @@ def test_what_fails_to_log_costs_a_warning(monitored):
     def fail(values, step):
         raise OSError("no space left")
 
-    with logged("could not be logged to log=, training goes on: OSError: no space left") as found:
+    with logged("log=.*OSError: no space left") as found:
         monitor = monitored(log=fail, every=1)
         monitor.step(1)
     assert len(found) == 1
@@ -297,7 +297,7 @@ def test_what_fails_to_log_costs_a_warning(monitored):
 
 
 def test_what_cannot_log_is_refused(monitored):
-    with pytest.raises(ConfigError, match=r"log must be a function of \(values, step\), or have add_scalar or log"):
+    with pytest.raises(ConfigError, match="log=3"):
         monitored(log=3)
 
 
@@ -379,7 +379,7 @@ def test_later_failures_are_tolerated_and_too_many_in_a_row_end_the_evaluations(
         failed = monitor.step(1).record
     assert (failed.mir, failed.verdict) == (None, None)
     assert failed.error.startswith("NumericsError: layer 1")
-    with logged("step 2: 2 evaluations in a row have failed"):
+    with logged("step 2: 2 evaluations in a row"):
         assert monitor.step(2).record.disabled is not None
     assert monitor.step(3).record is None
     assert monitor.close().record is None
@@ -427,7 +427,7 @@ class Bare(torch.nn.Module):
 
 
 def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
-    with pytest.raises(ConfigError, match="keep_best does not know how to save this model: Bare has no save_pre"):
+    with pytest.raises(ConfigError, match="keep_best.*Bare has no save_pre"):
         monitored(Bare(tiny_models.llava()[0]), keep_best=True)
     assert not (tmp_path / "mir_history.jsonl").exists()
 
@@ -440,7 +440,7 @@ def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
     [
         ({"batchsize": 5}, "there is no option 'batchsize'; did you mean batch_size?"),
         ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
-        ({"probe": "folder"}, "is no Probe; see Probe.from_folders, Probe.load"),
+        ({"probe": "folder"}, "probe='folder'"),
         ({"processor": None}, "processor must handle images and text"),
     ],
 )
@@ -462,7 +462,7 @@ def test_signature_shows_every_option_with_its_default():
 
 @pytest.mark.parametrize("step", [2.0, "2", True, np.float64(2)])
 def test_a_step_that_is_no_whole_number_is_refused(monitored, step):
-    with pytest.raises(ConfigError, match="step must be a whole number"):
+    with pytest.raises(ConfigError, match="step=.*whole number"):
         monitored(every=1).step(step)
 
 
@@ -477,7 +477,7 @@ def test_numbers_of_numpy_and_torch_reach_the_history_as_they_are_and_others_are
 
 
 def test_an_epoch_schedule_is_told_the_epoch_it_goes_on_from(monitored):
-    with pytest.raises(ConfigError, match="epoch of start_step"):
+    with pytest.raises(ConfigError, match="epoch at start_step"):
         monitored(every=EveryEpochs(0.5), start_step=6)
 
 
@@ -485,7 +485,7 @@ def test_what_the_disk_refused_at_last_is_written_when_the_run_closes(tmp_path, 
     monitor = monitored(every=1)
     with monkeypatch.context() as full:
         full.setattr("os.fsync", lambda _descriptor: (_ for _ in ()).throw(OSError("no space left")))
-        with logged("step 1: MIR could not be written to disk: no space left"):
+        with logged("step 1: .*no space left"):
             monitor.step(1)
     monitor.close()
     assert read_history(tmp_path / "mir_history.jsonl") == monitor.history

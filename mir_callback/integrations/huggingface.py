@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face Trainers, and all that derive from them: Trainer events become calls of a monitor."""
+"""Hugging Face Trainers and all that derive from them: Trainer events become calls of a MIRMonitor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mir_callback import distributed
 from mir_callback.best_model import FOLDER_NAME, WeightSaver
 from mir_callback.config import MIRConfig, with_options
-from mir_callback.console import UNATTACHED, log
+from mir_callback.console import log
 from mir_callback.errors import ConfigError
 from mir_callback.loggers import Loggers
 from mir_callback.monitor import MIRMonitor
@@ -25,10 +32,12 @@ from mir_callback.record import EvalRecord
 # The name of MIR among the metrics of a Trainer's own evaluation.
 EVAL_METRIC = "eval_mir"
 
+_PRINTERS = (PrinterCallback, ProgressCallback)
+
 
 @runtime_checkable
 class OffersSaver(Protocol):
-    """An adapter whose family of models does not save everything that `Trainer.save_model` does, or not like it."""
+    """An adapter for models that save their weights otherwise than `Trainer.save_model` does."""
 
     def weight_saver(self, trainer: Any) -> WeightSaver | None:
         """The saver for this Trainer, or None if the Trainer's own is right."""
@@ -38,9 +47,9 @@ class OffersSaver(Protocol):
 class MIRCallback(TrainerCallback):
     """Compute MIR while a Trainer trains, log it beside the loss, and stop on its plateau.
 
-    Evaluations happen before the first step, every ``every`` optimizer steps, and at the end. Training itself is not
-    changed by them: losses and weights are the same to the last bit. A resumed run evaluates at the same steps as one
-    in one go. What is logged: see :func:`mir_callback.loggers.log_values`.
+    It evaluates before the first step, every ``every`` optimizer steps and at the end. Training does not change: losses
+    and weights are the same to the last bit. A resumed run evaluates at the steps of an uninterrupted one. For the
+    logged values see :func:`mir_callback.loggers.log_values`.
 
     Args:
         probe: the fixed samples; the same on every rank.
@@ -49,17 +58,21 @@ class MIRCallback(TrainerCallback):
         **options: of :class:`MIRConfig`; ``keep_best`` needs :meth:`attach`.
 
     Raises:
-        ConfigError: an option breaks its rule.
+        ConfigError: an option is unknown or out of range.
 
     Ranks: construct it on every rank with the same arguments.
 
     Example:
-        ``MIRCallback(probe, every=50, stop=PlateauRule()).attach(trainer)``
+        ```
+        callback = MIRCallback(probe, every=50, stop=PlateauRule()).attach(trainer)
+        trainer.train()
+        print(callback.history[-1].mir)
+        ```
     """
 
     def __init__(self, probe: Probe, *, processor: Any = None, adapter: Adapter | None = None, **options: Any) -> None:
         if not isinstance(probe, Probe):
-            raise ConfigError(f"probe={probe!r:.60} is no Probe; see Probe.from_folders, Probe.load")
+            raise ConfigError(f"probe={probe!r:.60} is not a Probe: make one with Probe.from_folders or Probe.load")
         self.config = MIRConfig.from_options(options)
         self.probe = probe
         self._options = options
@@ -84,19 +97,19 @@ class MIRCallback(TrainerCallback):
             This callback.
 
         Raises:
-            ConfigError: not a Trainer, it has a MIRCallback already, or its processor cannot handle images.
-            UnsupportedModelError: no adapter knows its model.
+            ConfigError: not a Trainer, it has a MIRCallback already, or its processor can't handle images.
+            UnsupportedModelError: no adapter fits its model.
 
         Ranks: every rank.
         """
         others = [other for other in callbacks_of(trainer) if isinstance(other, MIRCallback) and other is not self]
         if others:
             raise ConfigError(
-                "this Trainer has a MIRCallback already, and two would write one history file; remove the other with "
-                "trainer.remove_callback"
+                "this Trainer has a MIRCallback already, and two would write the same history file; remove the other "
+                "with trainer.remove_callback"
             )
         if self._trainer not in (None, trainer):
-            raise ConfigError("this MIRCallback is attached to another Trainer already; give each Trainer its own")
+            raise ConfigError("this MIRCallback is attached to another Trainer; make one for each Trainer")
         if isinstance(getattr(trainer, "model", None), nn.Module):  # else it is made when training begins
             self._adapter_for(trainer.model, processor_of(trainer), trainer)
         if self not in callbacks_of(trainer):
@@ -113,11 +126,17 @@ class MIRCallback(TrainerCallback):
         trainer = self._trainer
         if trainer is None and self.config.keep_best:
             raise ConfigError(
-                "keep_best needs the Trainer, which knows how to save its model; use "
-                "MIRCallback(..., keep_best=True).attach(trainer)"
+                "keep_best needs the Trainer to save its model: use MIRCallback(..., keep_best=True).attach(trainer)"
             )
         if trainer is None:
-            log.info(UNATTACHED)
+            log.info(
+                "not attached to the Trainer: values go to the history file and an active wandb run; to send them to "
+                "every tracker use MIRCallback(...).attach(trainer)"
+            )
+        elif not _has_tracker(trainer):
+            log.info(
+                "the Trainer reports to no tracker (report_to): values go to the history file and the console only"
+            )
         _check_best_metric(args)
         with distributed.fail_together():
             processor = kwargs.get("processing_class") or kwargs.get("tokenizer")
@@ -127,6 +146,7 @@ class MIRCallback(TrainerCallback):
             self.probe,
             adapter=adapter,
             optimizer=kwargs.get("optimizer"),
+            lr_scheduler=kwargs.get("lr_scheduler"),
             output_dir=run_folder(trainer, args),
             total_steps=state.max_steps if state.max_steps > 0 else None,
             total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
@@ -153,10 +173,10 @@ class MIRCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Put `eval_mir` among the metrics of the Trainer's own evaluation, so that it can choose checkpoints by it.
+        """Add `eval_mir` to the metrics of the Trainer's own evaluation, so that it can choose checkpoints by it.
 
-        The weights are measured now, unless they have been at this step, if that was asked for or the Trainer is to
-        choose by MIR; where that fails `eval_mir` is NaN, which is never best.
+        Evaluates the weights, unless this step has a value, if that was asked for or the Trainer chooses by MIR. If the
+        evaluation fails `eval_mir` is NaN, which is never best.
         """
         if not self._is_training:
             return control
@@ -172,7 +192,7 @@ class MIRCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Evaluate the weights of a checkpoint, if asked to."""
+        """Evaluate at a checkpoint, if asked to."""
         if self._is_training and "save" in self.config.also_on:
             self._evaluate(control)
         return control
@@ -180,13 +200,13 @@ class MIRCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate the final weights if the last step has not been; not if other weights were loaded meanwhile."""
+        """Evaluate the final weights, unless this step has a value or other weights were loaded meanwhile."""
         if self._is_training:
             self._running().close(evaluate=not args.load_best_model_at_end)
         self._is_training = False
 
     def _adapter_for(self, model: nn.Module, processor: Any, trainer: Any) -> Adapter:
-        """What encodes the probe for a model: as given, or as registered for its family."""
+        """The adapter that encodes the probe for a model: as given, or as registered for its family."""
         if self._adapter is not None:
             return self._adapter
         processor, conversation = self._processor or processor, self.config.conversation
@@ -194,7 +214,7 @@ class MIRCallback(TrainerCallback):
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:
-            raise ConfigError("this MIRCallback was added in the middle of a run; add it before trainer.train()")
+            raise ConfigError("this MIRCallback was added during training; add it before trainer.train()")
         return self._monitor
 
     def _evaluate(self, control: TrainerControl) -> None:
@@ -206,7 +226,7 @@ class MIRCallback(TrainerCallback):
         trainer, options = self._trainer, self.config.for_trackers()
         if trainer is None:
             return Loggers(options=options, commit=True)
-        through = _log_through(trainer)
+        through = _log_through(trainer, self.config.log_layers)
         return Loggers(through=through, reporters=lambda: callbacks_of(trainer), options=options, commit=True)
 
 
@@ -225,33 +245,36 @@ def attach_mir(
     adapter: Adapter | None = None,
     **options: Any,
 ) -> MIRCallback:
-    """Watch MIR in a Trainer, whatever its model: LLaVA's code bases, Hugging Face's models, registered adapters.
+    """Add MIR to a Trainer, whatever its model: LLaVA's code bases, Hugging Face's models, registered adapters.
 
     Args:
         trainer: a transformers Trainer or one derived from it, before `train()`.
-        probe: a probe, or where one was saved; or else
-        images: folder of probe images, and
-        texts: folder of probe texts.
-        num_samples: image and text pairs drawn from the folders, 100 if not given.
-        seed: of the draw, 0 if not given.
+        probe: a probe, or the path of a saved one; or instead
+        images: a folder of probe images, and
+        texts: a folder of probe texts.
+        num_samples: image and text pairs drawn from the folders, 100 by default.
+        seed: of the draw, 0 by default.
         processor: the model's; by default the Trainer's own.
-        adapter: what encodes the probe; by default the one registered for the model.
+        adapter: encodes the probe; by default the one registered for the model.
         **options: of :class:`MIRConfig`.
 
     Returns:
         The attached callback.
 
     Raises:
-        ConfigError, ProbeError: something is missing or cannot be read.
-        UnsupportedModelError: no adapter knows the model.
+        ConfigError, ProbeError: something is missing or unreadable.
+        UnsupportedModelError: no adapter fits the model.
 
-    Ranks: collective, with the same arguments; an error on one rank is one on all.
+    Ranks: collective, with the same arguments; an error on one rank is raised on all.
 
     Example:
-        ``attach_mir(trainer, images="textvqa/val", texts="cnn/stories", every=50, stop="plateau")``
+        ```
+        attach_mir(trainer, images="textvqa/val", texts="cnn/stories", every=50, stop="plateau")
+        trainer.train()
+        ```
     """
     with distributed.fail_together():
-        callbacks_of(trainer)  # what is no Trainer, or no model that is known, is refused before anything is read
+        callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
         if adapter is None and isinstance(getattr(trainer, "model", None), nn.Module):
             conversation = MIRConfig.from_options(options).conversation
             found = processor or processor_of(trainer)
@@ -268,24 +291,26 @@ def callbacks_of(trainer: Any) -> list[Any]:
     """The callbacks of a Trainer; ConfigError if it is none."""
     handler = getattr(trainer, "callback_handler", None)
     if handler is None:
-        raise ConfigError(f"{type(trainer).__name__} is no transformers Trainer; for a loop of your own see MIRMonitor")
+        raise ConfigError(
+            f"{type(trainer).__name__} is not a transformers Trainer; in a loop of your own use MIRMonitor"
+        )
     callbacks: list[Any] = handler.callbacks
     return callbacks
 
 
 def processor_of(trainer: Any) -> Any:
-    """What a Trainer processes its data with: `processing_class`, before transformers 4.46 `tokenizer`."""
+    """The Trainer's processor: `processing_class`, before transformers 4.46 `tokenizer`."""
     return getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
 
 
 def run_folder(trainer: Any, args: TrainingArguments) -> str:
-    """Where the run that begins now keeps what it writes: its `output_dir`, or in a search the trial's folder."""
+    """Where the run that begins now writes: its `output_dir`, or in a hyperparameter search the trial's folder."""
     trial = getattr(trainer, "_trial", None)
     return str((args.output_dir if trial is None else trainer._get_output_dir(trial)) or ".")
 
 
 class TrainerSaver:
-    """What `Trainer.save_model` writes: whole weights, or DeepSpeed's shards where it may not consolidate them."""
+    """Saves with `Trainer.save_model`: whole weights, or DeepSpeed's shards if it may not consolidate them."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -293,9 +318,9 @@ class TrainerSaver:
         if engine is None or engine.zero_optimization_stage() != 3 or engine.zero_gather_16bit_weights_on_model_save():
             return
         log.info(
-            "%s will hold DeepSpeed's shards with the optimizer's state, as the Trainer's own checkpoints do; "
-            "zero_to_fp32.py in it makes weights of them. For whole weights set "
-            "stage3_gather_16bit_weights_on_model_save to true in the DeepSpeed configuration",
+            "%s will hold DeepSpeed shards with the optimizer's state, like the Trainer's own checkpoints; its "
+            "zero_to_fp32.py converts them. For whole weights set stage3_gather_16bit_weights_on_model_save to true in "
+            "the DeepSpeed configuration",
             FOLDER_NAME,
         )
 
@@ -310,27 +335,41 @@ def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
     return offered or TrainerSaver(trainer)
 
 
-def _log_through(trainer: Any) -> Callable[[dict[str, float], EvalRecord], None]:
-    """Log through `Trainer.log`, which reaches every reporter and `state.log_history`, on all ranks.
+def _has_tracker(trainer: Any) -> bool:
+    """Whether a callback takes what is logged anywhere but to the console."""
+    kinds = [type(each) for each in callbacks_of(trainer) if not isinstance(each, _PRINTERS)]
+    return any(kind.on_log is not TrainerCallback.on_log for kind in kinds)
 
-    Logging clears `control.should_log`, which would swallow the loss of the same step: it is put back.
+
+def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], EvalRecord], None]:
+    """Log through `Trainer.log`, which reaches every tracker and `state.log_history`, on all ranks.
+
+    Callbacks that print get the values without those of the layers, unless ``log_layers``. Logging clears
+    `control.should_log`, which would swallow the loss of the same step: it is restored.
     """
 
     def write(values: dict[str, float], record: EvalRecord) -> None:
-        is_due = trainer.control.should_log
+        handler, should_log = trainer.callback_handler, trainer.control.should_log
+        every = handler.callbacks
+        printers = [] if log_layers else [each for each in every if isinstance(each, _PRINTERS)]
         try:
+            handler.callbacks = [each for each in every if each not in printers]
             trainer.log(values)
+            handler.callbacks = printers
+            brief = {name: value for name, value in values.items() if not name.startswith("mir_layer/")}
+            handler.on_log(trainer.args, trainer.state, trainer.control, brief | {"epoch": trainer.state.epoch or 0})
         finally:
-            trainer.control.should_log = is_due
+            handler.callbacks = every
+            trainer.control.should_log = should_log
 
     return write
 
 
 def _status(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """How far a run has come, as :meth:`MIRMonitor.step` takes it.
+    """How far training has come, as keyword arguments of :meth:`MIRMonitor.step`.
 
-    The loss is the one logged last, as a rule before this step: the Trainer logs after its callbacks. Samples are steps
-    times the batch over all ranks, accumulation included; a batch that an epoch's end cuts short counts as a whole one.
+    The loss is the last one logged, usually of an earlier step, because the Trainer logs after its callbacks. Samples
+    are steps times the batch over all ranks, accumulation included; a short batch at an epoch's end counts in full.
     Tokens are known if the Trainer counts them (`include_num_input_tokens_seen`).
     """
     is_counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
@@ -354,7 +393,7 @@ def _epochs_of(max_steps: int, dataloader: Any, args: TrainingArguments) -> floa
 
 
 def _chooses_by_mir(args: TrainingArguments) -> bool:
-    """Whether the Trainer is to choose its best checkpoint by MIR."""
+    """Whether the Trainer chooses its best checkpoint by MIR."""
     return getattr(args, "metric_for_best_model", None) in (EVAL_METRIC, EVAL_METRIC.removeprefix("eval_"))
 
 
@@ -362,18 +401,18 @@ def _check_best_metric(args: TrainingArguments) -> None:
     """Refuse a Trainer that would keep the checkpoint with the highest MIR."""
     if _chooses_by_mir(args) and args.greater_is_better is not False:
         raise ConfigError(
-            f"greater_is_better is {args.greater_is_better} with metric_for_best_model={args.metric_for_best_model!r}, "
-            "as transformers sets it by itself; lower MIR is better: give TrainingArguments greater_is_better=False"
+            f"metric_for_best_model={args.metric_for_best_model!r} with greater_is_better={args.greater_is_better}, "
+            "the default of transformers, keeps the highest MIR; lower is better: pass greater_is_better=False"
         )
 
 
 def _claim(state: TrainerState, callback: MIRCallback) -> None:
-    """Refuse a second MIRCallback in one run: both are handed the same state, which is made anew for each run.
+    """Refuse a second MIRCallback in one run: both get the same state, a new one for each run.
 
-    What is put on a state beside its own fields is not saved with it.
+    An attribute that is not a field of the state is not saved with it.
     """
     if vars(state).setdefault("_mir_callback", id(callback)) != id(callback):
         raise ConfigError(
-            "this Trainer has a second MIRCallback, and both would write one history file; remove one of them with "
+            "this Trainer has two MIRCallbacks, which would write the same history file; remove one of them with "
             "trainer.remove_callback"
         )

@@ -78,7 +78,7 @@ def test_does_not_stop_on_a_broad_flat_top_between_rise_and_fall():
     values = 2.5 - 0.0004 * (steps - 25.0) ** 2  # a hump whose top is flat within min_delta over the window
     rule = PlateauRule(window=8, min_delta=0.02, warmup=0)
     found = [rule.verdict(history(values[:end])) for end in range(25, 36)]
-    assert any("flat, but" in verdict.reason for verdict in found)
+    assert any("above its recent lowest" in verdict.reason for verdict in found)
     assert stops_at(rule, values) is None
 
 
@@ -149,20 +149,20 @@ def test_verdict_depends_on_the_history_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 3}, "window must be an integer of at least 4 evaluations, got 3"),
-        ({"window": 8.0}, "window must be an integer"),
-        ({"warmup": -1}, "warmup must be an integer of at least 0 evaluations, got -1"),
-        ({"min_delta": 0}, "min_delta must be a positive number of MIR, got 0"),
-        ({"min_delta": math.nan}, "min_delta must be a positive number"),
-        ({"min_delta": 1e308}, "min_delta must be at most 1000, got 1e.308; MIR is a logarithm"),
-        ({"min_delta": "small"}, "min_delta must be a positive number of MIR, got 'small'"),
-        ({"patience": 0}, "patience must be an integer of at least 1 evaluations, got 0"),
-        ({"patience_steps": -1}, "patience_steps must be an integer of at least 0 steps, got -1"),
-        ({"horizon": 1.5}, "horizon must be a part of the run below 1, a whole number of steps, or None"),
-        ({"horizon": 0}, "horizon must be a part of the run below 1"),
-        ({"horizon": "far"}, "horizon must be a part of the run below 1.*, got 'far'"),
-        ({"log_steps": 1}, "log_steps must be True or False, got 1"),
-        ({"observe_only": "yes"}, "observe_only must be True or False, got 'yes'"),
+        ({"window": 3}, "window=3"),
+        ({"window": 8.0}, "window=8.0"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"min_delta": 0}, "min_delta=0"),
+        ({"min_delta": math.nan}, "min_delta=nan"),
+        ({"min_delta": 1e308}, "min_delta=1e.308 is above 1000"),
+        ({"min_delta": "small"}, "min_delta='small'"),
+        ({"patience": 0}, "patience=0"),
+        ({"patience_steps": -1}, "patience_steps=-1"),
+        ({"horizon": 1.5}, "horizon=1.5"),
+        ({"horizon": 0}, "horizon=0"),
+        ({"horizon": "far"}, "horizon='far'"),
+        ({"log_steps": 1}, "log_steps=1"),
+        ({"observe_only": "yes"}, "observe_only='yes'"),
     ],
 )
 def test_error_names_the_option_when_it_breaks_its_rule(options, message):
@@ -225,7 +225,7 @@ def test_patience_in_evaluations_waits_for_the_same_finding(patience):
     first = stops_at(RULE, values)
     patient = PlateauRule(window=8, patience=patience)
     assert stops_at(patient, values) == first + patience - 1
-    assert f"found by 1 of {patience} evaluations in a row" in patient.verdict(history(values[: first + 1])).reason
+    assert f"1 of {patience} evaluations" in patient.verdict(history(values[: first + 1])).reason
 
 
 def test_patience_in_steps_waits_for_that_many():
@@ -233,7 +233,7 @@ def test_patience_in_steps_waits_for_that_many():
     first = stops_at(RULE, values)
     patient = PlateauRule(window=8, patience_steps=120)
     assert stops_at(patient, values) == first + 3  # 150 steps: the first multiple of 50
-    assert "found for 100 of 120 steps" in patient.verdict(history(values[: first + 3])).reason
+    assert "100 of 120 steps" in patient.verdict(history(values[: first + 3])).reason
 
 
 def test_a_failed_evaluation_starts_patience_anew():

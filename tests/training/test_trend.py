@@ -24,7 +24,7 @@ def test_scatter_is_the_noise_whatever_the_smooth_curve(size):
     x = np.cumsum(rng.uniform(0.5, 1.5, 20_000))
     y = 100 * np.sin(x / 5000) + 0.01 * x + size * rng.standard_normal(len(x))
     assert trend.scatter(x, y) == pytest.approx(size, rel=0.03)
-    assert trend.lasting_scatter(x, y, 4) == pytest.approx(size, rel=0.1)
+    assert trend.autocorrelated_scatter(x, y, 4) == pytest.approx(size, rel=0.1)
     assert trend.residual_scatter(x, y - 100 * np.sin(x / 5000), 0.01) == pytest.approx(size, rel=0.03)
 
 
@@ -41,7 +41,7 @@ def test_noise_that_lingers_counts_for_more():
         values[k] = 0.6 * values[k - 1] + 0.8 * fresh[k]  # of variance 1
     x = np.arange(len(values), dtype=float)
     assert trend.scatter(x, values) < 0.7
-    assert trend.lasting_scatter(x, values, 4) > 1.15
+    assert trend.autocorrelated_scatter(x, values, 4) > 1.15
 
 
 def test_the_standard_error_of_a_slope_is_that_of_repeated_noise():
