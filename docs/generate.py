@@ -55,7 +55,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "TRL's `SFTTrainer`",
             "by hand",
-            "the same line; TRL averages its own metrics (`entropy`, ...) from one row of the log to the next, MIR's included",
+            "the same line; see [its metrics](#trainers-of-transformers-and-trl)",
             by_hand="TRL",
         ),
         Support(
@@ -182,7 +182,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "tensor, context, sequence and pipeline parallelism",
             "not supported",
-            "**nothing detects this**: each rank is taken for a data-parallel one, so a run may hang or give a wrong value",
+            "**not detected**: each rank is taken for a data-parallel one, so a run may hang or give a wrong value",
         ),
     ),
 }
