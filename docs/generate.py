@@ -168,7 +168,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "DDP, ZeRO-2 and ZeRO-3 on one GPU with NCCL",
             "tested",
-            "`make test-gpu`",
+            "`make test-gpu`; ZeRO-2 and ZeRO-3 also [at 7B size](performance.md#measured)",
             ("gpu/test_gpu.py::test_training_is_the_same_to_the_last_bit",),
         ),
         Support("several GPUs, several nodes", "not tested", "the code is that of several CPU ranks"),
