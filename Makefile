@@ -98,7 +98,7 @@ bench-gpu: $(STAMP) ## on a GPU: an evaluation of a 7B model, alone and while it
 	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
 	$(PY) benchmarks/quote.py
 
-docs: $(STAMP) ## write docs/reference.md from the code
+docs: $(STAMP) ## write docs/reference.md, and the table of what is supported into docs/integrations.md and README.md
 	$(PY) docs/generate.py
 
 clean: ## remove caches and build products; .venv/ and runs/ stay

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the tables of benchmarks/results/ where docs/performance.md quotes them.
+"""Put the tables of benchmarks/results/ where docs/performance.md and benchmarks/notes/performance.md quote them.
 
     python benchmarks/quote.py
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = (HERE.parent / "docs" / "performance.md", HERE / "notes" / "performance.md")
 _QUOTATION = re.compile(r"(?<=<!-- )([a-z_]+\.md)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -26,9 +27,15 @@ def quoting(page: str) -> str:
     return _QUOTATION.sub(quotation, page)
 
 
+def quoted(page: str) -> list[str]:
+    """The names of the files that a page quotes."""
+    return [found[1] for found in _QUOTATION.finditer(page)]
+
+
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(quoting(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the pages."""
+    for page in PAGES:
+        page.write_text(quoting(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

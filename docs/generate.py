@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/reference.md from the code: every option, every field of a history line. `make docs`."""
+"""Write docs/reference.md from the code, and the tables of what is supported from the list below. `make docs`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mir_callback.config import GROUPS, MIRArguments, MIRConfig
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.probe.probe import ProbeSource
 from mir_callback.record import FIELDS
 
-PAGE = Path(__file__).with_name("reference.md")
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reference.md"
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 HEAD = """\
 # Reference: options, flags, fields
 
@@ -22,6 +26,166 @@ holds. Every option is a flag too, for the launcher and for scripts that put `MI
 in `HfArgumentParser`. This page is written by `make docs` from `mir_callback/config.py`,
 `mir_callback/early_stopping.py` and `mir_callback/record.py`.
 """
+
+Status = Literal["tested", "by hand", "not tested", "refused", "not supported"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """A trainer, model family or kind of parallelism: how well it is known to work, and what shows it."""
+
+    name: str
+    status: Status
+    note: str
+    tests: tuple[str, ...] = ()  # a file below tests/, with ::name of a test in it
+    by_hand: str = ""  # heading of benchmarks/notes/integrations.md
+
+
+SUPPORT: dict[str, tuple[Support, ...]] = {
+    "Trainers and loops": (
+        Support(
+            "Hugging Face `Trainer`",
+            "tested",
+            "`attach_mir(trainer, probe)`; also a script that stays as it is, through the launcher",
+            (
+                "training/test_no_trace.py::test_training_is_the_same_to_the_last_bit",
+                "test_launch.py::test_a_trainer_of_the_script_is_measured_once",
+            ),
+        ),
+        Support(
+            "TRL's `SFTTrainer`",
+            "by hand",
+            "the same line; see [its metrics](#trainers-of-transformers-and-trl)",
+            by_hand="TRL",
+        ),
+        Support(
+            "Lightning",
+            "tested",
+            "`MIRLightningCallback(probe)`",
+            ("loops/test_loops.py::test_training_is_the_same_to_the_last_bit", "loops/test_lightning.py"),
+        ),
+        Support(
+            "Accelerate",
+            "tested",
+            "`MIRMonitor`, `examples/accelerate_loop.py`",
+            (
+                "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
+                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+            ),
+        ),
+        Support(
+            "plain PyTorch loop",
+            "tested",
+            "`MIRMonitor`, `examples/plain_loop.py`",
+            (
+                "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
+                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+            ),
+        ),
+        Support(
+            "LLaVA's `train.py`",
+            "tested",
+            "launcher, or `attach_mir`",
+            (
+                "llava/test_original.py::test_trained_projector_is_identical_bit_by_bit",
+                "llava/test_original.py::test_unmodified_script_runs_under_the_launcher",
+            ),
+        ),
+        Support(
+            "LLaVA-NeXT's `train.py`", "by hand", "launcher, or `attach_mir`", by_hand="LLaVA-NeXT and LLaVA-OneVision"
+        ),
+        Support(
+            "TinyLLaVA Factory's `train.py`",
+            "by hand",
+            "launcher, or `attach_mir`",
+            ("llava/test_tinyllava.py::test_training_is_bit_identical_with_the_line_added",),
+            by_hand="TinyLLaVA Factory",
+        ),
+    ),
+    "Models": (
+        Support(
+            "transformers: LLaVA, Qwen2.5-VL, Idefics3, PaliGemma",
+            "tested",
+            "against the hidden states that the model itself returns",
+            ("model/test_capture.py::test_rows_equal_the_hidden_states_hugging_face_returns",),
+        ),
+        Support(
+            "PEFT adapters on them",
+            "tested",
+            "LoRA",
+            (
+                "model/test_capture.py::test_wrapped_models_are_found_below_their_wrappers",
+                "training/test_no_trace.py::test_training_is_the_same_to_the_last_bit",
+            ),
+        ),
+        Support(
+            "original LLaVA: Llama, Mistral",
+            "tested",
+            "against the procedure of MIR's authors",
+            ("llava/test_original.py::test_value_equals_the_authors_procedure_at_every_batch_size",),
+        ),
+        Support(
+            "LLaVA-NeXT and LLaVA-OneVision: LlavaLlama, LlavaQwen, LlavaMixtral",
+            "by hand",
+            "against the procedure of MIR's authors; a stand-in in `make test`",
+            ("llava/test_next.py::test_value_equals_one_sample_at_a_time_at_every_batch_size",),
+            by_hand="LLaVA-NeXT and LLaVA-OneVision",
+        ),
+        Support(
+            "TinyLLaVA Factory: Llama, Phi",
+            "by hand",
+            "against its own data set, one sample at a time; a stand-in in `make test`",
+            ("llava/test_tinyllava.py::test_value_equals_single_steps_through_training_data_at_every_batch_size",),
+            by_hand="TinyLLaVA Factory",
+        ),
+        Support(
+            "other transformers models with image features in the token stream",
+            "not tested",
+            "every forward is checked, and a model that does not fit is refused",
+            ("model/test_capture.py::test_refused_when_a_layer_is_skipped_or_repeated",),
+        ),
+        Support(
+            "cross-attention to images, sequences of another length than `input_ids`",
+            "refused",
+            "there are no vision tokens to measure, or their places are not known",
+            (
+                "model/test_capture.py::test_refused_when_images_do_not_reach_the_stream",
+                "model/test_capture.py::test_refused_when_the_stream_has_another_shape_than_input_ids",
+            ),
+        ),
+    ),
+    "Parallelism": (
+        Support(
+            "DDP and DeepSpeed ZeRO 0 to 3 on two CPU ranks",
+            "tested",
+            "ZeRO-2 and ZeRO-3 with offloading too; evaluation alone on up to four ranks",
+            (
+                "distributed/test_training.py::test_training_is_the_same_to_the_last_bit",
+                "distributed/test_training.py::test_value_equals_that_of_one_process_with_the_same_weights",
+                "distributed/test_evaluation.py::test_value_is_that_of_one_process",
+            ),
+        ),
+        Support(
+            "DDP, ZeRO-2 and ZeRO-3 on one GPU with NCCL",
+            "tested",
+            "`make test-gpu`; ZeRO-2 and ZeRO-3 also [at 7B size](performance.md#measured)",
+            ("gpu/test_gpu.py::test_training_is_the_same_to_the_last_bit",),
+        ),
+        Support("several GPUs, several nodes", "not tested", "the code is that of several CPU ranks"),
+        Support("FSDP, FSDP2", "not tested", "watch memory and compare a value with `mir eval` before you rely on it"),
+        Support(
+            "Lightning's `FSDPStrategy`",
+            "refused",
+            "it shards the module as a whole",
+            ("loops/test_lightning.py::test_what_cannot_be_watched_is_refused_before_the_first_forward",),
+        ),
+        Support(
+            "tensor, context, sequence and pipeline parallelism",
+            "not supported",
+            "**not detected**: each rank is taken for a data-parallel one, so a run may hang or give a wrong value",
+        ),
+    ),
+}
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -61,5 +225,56 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def _cell_of_tests(entry: Support) -> str:
+    cells = [f"`tests/{test}`" for test in entry.tests]
+    if entry.by_hand:
+        anchor = entry.by_hand.lower().replace(" ", "-")
+        cells.append(f"[note](../benchmarks/notes/integrations.md#{anchor})")
+    return ", ".join(cells)
+
+
+def support_in_full() -> str:
+    """One table a group of SUPPORT, each row with its tests."""
+    parts = []
+    for group, entries in SUPPORT.items():
+        rows = [(each.name, each.status, each.note, _cell_of_tests(each)) for each in entries]
+        parts.append(f"### {group}\n\n{_table(('what', 'status', 'how', 'test'), rows)}\n")
+    return "\n".join(parts)
+
+
+def support_in_short() -> str:
+    """One table: a row a group of SUPPORT, a column a status."""
+    columns: dict[str, tuple[Status, ...]] = {
+        "tested": ("tested",),
+        "checked by hand": ("by hand",),
+        "not tested": ("not tested",),
+        "refused or not supported": ("refused", "not supported"),
+    }
+    rows = []
+    for group, entries in SUPPORT.items():
+        cells = ("; ".join(each.name for each in entries if each.status in column) for column in columns.values())
+        rows.append((group, *cells))
+    return _table(("", *columns), rows) + "\n"
+
+
+def between_markers(path: Path, content: str) -> str:
+    """The text of a page with ``content`` between its markers."""
+    text = path.read_text(encoding="utf-8")
+    if not text.count(BEGIN) == text.count(END) == 1 or text.index(END) < text.index(BEGIN):
+        raise SystemExit(f"{path.name} needs the lines {BEGIN} and {END}, once and in this order.")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+def pages() -> dict[Path, str]:
+    """What each page should hold."""
+    return {
+        PAGE: page(),
+        INTEGRATIONS: between_markers(INTEGRATIONS, support_in_full()),
+        README: between_markers(README, support_in_short()),
+    }
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real `tinyllava/train/train.py` on a machine without a GPU, otherwise untouched; see docs/integrations.md."""
+"""The real `tinyllava/train/train.py` on a CPU, otherwise untouched; see benchmarks/notes/integrations.md."""
 
 import importlib.util
 import runpy

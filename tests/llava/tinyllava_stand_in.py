@@ -4,7 +4,7 @@
 Written anew, with the behaviours of commit 53f12c7804102104d54064102b5d2139343e59c5 that the adapter meets: image
 processor and tokenizer inside the model, one feature block for each -200 in place of it, padding dropped and made anew,
 truncation after that, `language_model.forward` called directly, templates by name with an AssertionError for unknown
-ones, a collator that finds padding by its id. The real package is checked by hand, see docs/integrations.md.
+ones, a collator that finds padding by its id. The real package: benchmarks/notes/integrations.md.
 """
 
 from __future__ import annotations

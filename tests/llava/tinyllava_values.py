@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MIR of real TinyLLaVA models, ours beside a procedure of single steps: `tinyllava_values FOLDER`, by hand.
 
-Wants a TinyLLaVA Factory checkout on PYTHONPATH, see docs/integrations.md. The procedure: TinyLLaVA's own data set
-makes the inputs, one sample at a time goes through the model with all hidden states kept, the image stands where -200
-stood, everything after it is text; root in float64.
+Wants a TinyLLaVA Factory checkout on PYTHONPATH, see benchmarks/notes/integrations.md. The procedure: TinyLLaVA's own
+data set makes the inputs, one sample at a time goes through the model with all hidden states kept, the image stands
+where -200 stood, everything after it is text; root in float64.
 """
 
 from __future__ import annotations
