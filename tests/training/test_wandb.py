@@ -104,10 +104,11 @@ def test_panel_set_names_every_key_of_ours_when_a_run_has_logged_them(tmp_path, 
     MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
     trainer.train()
     wandb.finish()
-    page = (Path(__file__).parents[2] / "docs" / "wandb.md").read_text(encoding="utf-8")
-    table = "\n".join(line for line in page.splitlines() if line.startswith("|"))
-    named = {key.replace("/.*", "/01") for key in re.findall(r"`((?:train/|mir)[^` ]+)`", table)}
-    logged = {key for row in wandb_file.rows(wandb_folder) for key in row} | set(wandb_file.summary(wandb_folder))
-    assert named <= {re.sub("/(values|bins|_type)$|_table/.*$", "", key) for key in logged}
-    ours = {key for key in logged if key.startswith("train/mir") and not re.search("mir_layer/|_best", key)}
-    assert ours <= named
+    page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text(encoding="utf-8")
+    values, view = page.partition("## A wandb view")[::2]
+    keys = {key for row in wandb_file.rows(wandb_folder) for key in row} | set(wandb_file.summary(wandb_folder))
+    logged = {re.sub("/(values|bins|_type)$|_table/.*$", "", key) for key in keys}
+    panels = set(re.findall(r"`((?:train|mir)/[^` ]+)`", view))
+    assert panels <= logged
+    explained = set(re.findall(r"`(mir[^` .]*)`", values))
+    assert {key.removeprefix("train/") for key in logged if re.match("train/mir(?!_layer/0[2-9])", key)} <= explained
