@@ -189,8 +189,8 @@ class HiddenStateCapture:
         got = None if seen.first_input is None else tuple(seen.first_input.shape)
         if got != shape:
             raise UnsupportedModelError(
-                f"{name}: the first decoder layer got hidden states of shape {got}, but input_ids imply {shape}. A model "
-                "that inserts image features into its sequence itself needs an adapter."
+                f"{name}: the first decoder layer got hidden states of shape {got}, but input_ids imply {shape}. A "
+                "model that inserts image features into its sequence itself needs an adapter."
             )
         if self._verified:
             return

@@ -33,9 +33,9 @@ def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     found = tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no vision tokens: its config has none of {', '.join(_ID_FIELDS)}. MIR compares "
-            "vision tokens with text tokens, so it needs a vision-language model whose image features are part of the "
-            "language model's input sequence."
+            f"{type(model).__name__} has no vision tokens: its config has none of {', '.join(_ID_FIELDS)}. MIR "
+            "compares vision tokens with text tokens, so it needs a vision-language model whose image features are "
+            "part of the language model's input sequence."
         )
     return found
 

@@ -36,7 +36,7 @@ class AdaptedBatch:
     """B samples as inputs of a model, on the CPU.
 
     Attributes:
-        inputs: keyword arguments of the model's forward, without labels. Floating tensors are cast to the model's dtype.
+        inputs: keyword arguments of the model's forward, without labels; floating tensors are cast to its dtype.
         masks: vision and text positions, each (B, S) bool; None if only the forward itself knows where image features
             go (see :meth:`Adapter.live_masks`).
         token_ids: for each sample its token ids without padding, (n,) integers; they are fingerprinted, so that a
@@ -198,7 +198,7 @@ def _fits_transformers(model: Any, processor: Any) -> bool:
 
 
 def package_of(model: nn.Module) -> str:
-    """The package that defines a model's forward. (The first class may be FSDP2's, which defines none.)"""
+    """The package that defines a model's forward; not the class's own, which may be FSDP2's and have no forward."""
     kinds = type(unwrap(model)).__mro__
     return next(kind.__module__ for kind in kinds if "forward" in vars(kind)).partition(".")[0]
 
@@ -301,13 +301,10 @@ def require_processor(processor: Any) -> Any:
     """The tokenizer of a processor; ConfigError if it does not handle both images and text."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
-        problem = "No processor given." if processor is None else (
-            f"processor={type(processor).__name__} does not handle both images and text: it needs image_processor and "
-            "tokenizer."
-        )
+        lacking = f"{type(processor).__name__} is not a processor of images and text (image_processor and tokenizer)"
         raise ConfigError(
-            f"{problem} Pass processor=AutoProcessor.from_pretrained(...), or give the Trainer "
-            "processing_class=processor."
+            f"{'No processor given' if processor is None else lacking}. Pass "
+            "processor=AutoProcessor.from_pretrained(...), or give the Trainer processing_class=processor."
         )
     return tokenizer
 
@@ -320,8 +317,8 @@ def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
     token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if token is None:
         raise ConfigError(
-            f"The processor {type(processor).__name__} has no image_token, so it is not clear how a prompt refers to an "
-            "image. Write an adapter for this model and pass adapter=..."
+            f"The processor {type(processor).__name__} has no image_token to refer to an image in a prompt. Write an "
+            "adapter for this model and pass adapter=..."
         )
     start, end = getattr(config, "vision_start_token_id", None), getattr(config, "vision_end_token_id", None)
     if start is None or end is None:
@@ -349,6 +346,6 @@ def require_plain_text(tokenizer: Any, text: str, sample: str, more_special_ids:
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if token in special and token != unknown:
             raise ProbeError(
-                f"The text of {sample} contains the special token {tokenizer.convert_ids_to_tokens(token)!r}. Remove it "
-                "from the text, or take another text."
+                f"The text of {sample} contains the special token {tokenizer.convert_ids_to_tokens(token)!r}. Remove "
+                "it, or take another text."
             )

@@ -277,6 +277,7 @@ class Probe:
             (1, 'FINGERPRINT')
         """
         samples = []
+        pair: Any  # whatever the caller passed
         for index, pair in enumerate(pairs):
             name = f"pair {index}"
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:

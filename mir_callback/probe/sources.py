@@ -213,7 +213,7 @@ def _column(dataset: Any, column: str, field: str) -> Any:
     # A DatasetDict has a dict of column names, a streamed dataset has no length.
     if not isinstance(getattr(dataset, "column_names", None), list) or not hasattr(dataset, "__len__"):
         raise ProbeError(
-            f"dataset is a {type(dataset).__name__}; the probe needs one split of a Hugging Face dataset, not streamed: "
+            f"dataset is a {type(dataset).__name__}. Pass one split of a Hugging Face dataset, not streamed: "
             'datasets.load_dataset(name, split="validation").'
         )
     if column not in dataset.column_names:

@@ -41,9 +41,7 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
         if path.exists():
             read(path)
     except ProbeError as error:
-        raise ProbeError(
-            f"Will not overwrite {path}: it is not a probe. Choose another path or remove it."
-        ) from error
+        raise ProbeError(f"Will not overwrite {path}: it is not a probe. Choose another path or remove it.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as new:
@@ -52,7 +50,9 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
                 os.replace(path, new.with_name("replaced"))
             os.replace(new, path)
     except OSError as error:
-        raise ProbeError(f"Could not write the probe to {path}: {error.strerror or error}. Choose another path.") from error
+        raise ProbeError(
+            f"Could not write the probe to {path}: {error.strerror or error}. Choose another path."
+        ) from error
     return path
 
 
@@ -61,8 +61,8 @@ def read(path: Path) -> StoredProbe:
     if path.is_dir():
         if not (path / _MANIFEST).is_file():
             raise ProbeError(
-                f"The folder {path} is not a saved probe: it has no {_MANIFEST}. To draw a probe from a folder of images "
-                "and one of texts, use Probe.from_folders or mir probe --images DIR --texts DIR."
+                f"The folder {path} is not a saved probe: it has no {_MANIFEST}. To draw a probe from a folder of "
+                "images and one of texts, use Probe.from_folders or mir probe --images DIR --texts DIR."
             )
         return _parse(path, lambda name: (path / name).read_bytes())
     if not path.exists():
