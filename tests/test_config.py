@@ -92,8 +92,8 @@ def test_nothing_given_switches_mir_off():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mir_images", "i"], "images and texts go together, got images='i' and texts=None"),
-        (["--mir_texts", "t"], "images and texts go together"),
+        (["--mir_images", "i"], "images='i', texts=None"),
+        (["--mir_texts", "t"], "images=None, texts='t'"),
         (["--mir_images", "i", "--mir_texts", "t", "--mir_probe", "p"], "give either a probe or images and texts"),
         (["--mir_probe", "p", "--mir_seed", "1"], "num_samples and seed are of a draw from folders"),
         (["--mir_stop", "soon"], "mir_stop must be one of none, observe, plateau, got 'soon'"),

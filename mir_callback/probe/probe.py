@@ -273,8 +273,8 @@ class Probe:
             >>> from mir_callback import Probe
             >>> from PIL import Image
             >>> probe = Probe.from_pairs([(Image.new("RGB", (8, 6)), "a black rectangle")])
-            >>> len(probe), probe.fingerprint
-            (1, 'FINGERPRINT')
+            >>> len(probe), probe.samples[0].text
+            (1, 'a black rectangle')
         """
         samples = []
         pair: Any  # whatever the caller passed

@@ -193,7 +193,7 @@ def test_batches_are_halved_until_a_forward_fits(build, probe):
     model, processor = build()
     expected = evaluate_mir(model, probe, processor=processor, batch_size=1)
     hungry(model, 1)
-    with logged("memory ran out in a forward of the probe") as messages:
+    with logged("Out of memory in a forward of the probe") as messages:
         report = evaluate_mir(model, probe, processor=processor, batch_size=6)
     assert [message.split(" (")[0].split("batch_size=")[1] for message in messages] == [
         "6, now it is 3 on every rank",

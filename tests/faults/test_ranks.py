@@ -62,7 +62,7 @@ def test_every_rank_reports_where_it_is_and_the_job_ends_when_one_is_stuck(tmp_p
     said = reports(run.output)
     assert said[1].startswith("STUCK? evaluation at step 4: forward of batch 1 of 2, for 2 s")
     assert "in stall\n" in said[1]
-    assert said[0].startswith("STUCK? evaluation at step 4: waiting until every rank has done its forwards, for 2 s")
+    assert said[0].startswith("STUCK? evaluation at step 4: waiting for the other ranks' forwards, for 2 s")
     assert "in sync_errors\n" in said[0]
     assert f"exitcode  : {EXIT_CODE}" in run.output
 

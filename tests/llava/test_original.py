@@ -227,7 +227,7 @@ def test_launcher_refuses_half_given_flags_before_the_script_starts(assets, tmp_
     script.write_text("print('started')")
     done = run_process(["-m", "mir_callback.launch", "--mir_images", "x", "--", str(script)], python=PYTHON)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: images and texts go together")]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: Give both images and texts")]
     assert "Traceback" not in done.stderr
     assert "started" not in done.stdout
 
