@@ -293,7 +293,8 @@ class Evaluator:
         if distributed.is_main():
             messages = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(shortage.messages) if each)
             log.warning(
-                "Out of memory in a forward of the probe with batch_size=%d; going on with batch_size=%d on every rank (%s)",
+                "Out of memory in a forward of the probe with batch_size=%d; going on with batch_size=%d on every rank "
+                "(%s)",
                 *(before, before // 2, messages),
             )
 
