@@ -144,7 +144,7 @@ def test_a_diverged_checkpoint_is_recorded_as_failed_and_tried_again(run, tmp_pa
         assert "measured before" not in told
     (record,) = results()
     assert (record.mir, record.per_layer) == (None, None)
-    assert "hidden states are NaN or infinite" in record.error
+    assert "tokens are NaN or infinite" in record.error
 
 
 def test_a_finished_model_and_a_single_checkpoint_are_measured(run, tmp_path, capsys):

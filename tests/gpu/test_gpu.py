@@ -154,7 +154,7 @@ def test_batches_are_halved_when_the_gpu_runs_out_of_memory():
             torch.empty(1 << 45, device="cuda")
 
     model.register_forward_pre_hook(ask, with_kwargs=True)
-    with logged("now it is 1 on every rank"):
+    with logged("going on with batch_size=1"):
         report = evaluate_mir(model, probe, processor=processor, batch_size=2)
     assert report.batch_size == 1
     assert report.per_layer == expected.per_layer

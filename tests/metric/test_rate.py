@@ -43,7 +43,6 @@ def test_rate_equals_scipy_sqrtm_when_clouds_are_well_conditioned(case):
     assert modality_integration_rate(vision, text).mir == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore:layer .* clipped to 0")
 @pytest.mark.parametrize("case", CASES)
 def test_paper_fast_equals_its_analytic_value(case):
     vision, text = layers_of(case, seed=7, dtype=torch.float32)
