@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import Frechet, frechet_from_coupling
+from mir_callback.metric.frechet import FrechetResult, frechet_from_moments
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_scatter, moments_from_scatter, sum_rows
 from mir_callback.metric.tokens import compute_lower_medians, compute_row_norms, iterate_in_float64
 
@@ -57,13 +57,13 @@ def scatter_in_float64(cloud: Tensor, mean: Tensor) -> Tensor:
     return scatter
 
 
-def solve(covariances: Sequence[Tensor], means: Sequence[Tensor]) -> Frechet:
+def solve(covariances: Sequence[Tensor], means: Sequence[Tensor]) -> FrechetResult:
     """Our distance: factors, the polar factor of their product, its bound."""
     # A scatter of two rows is their covariance; it is overwritten.
     vision, text = (
         moments_from_scatter(2, *each) for each in zip(means, (c.clone() for c in covariances), strict=True)
     )
-    return frechet_from_coupling(Coupling(vision, text))
+    return frechet_from_moments(GaussianPair(vision, text))
 
 
 def solve_by_eigenvalues(covariances: Sequence[Tensor], means: Sequence[Tensor]) -> float:

@@ -27,8 +27,8 @@ from measuring import alternate, machine, options_of, publish, ratio, table
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.frechet import frechet_from_moments
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import moments_from_scatter
 
 Array = NDArray[np.floating]
@@ -81,7 +81,7 @@ def row(dim: int, spectrum: str, repeats: int) -> list[str]:
     def ours() -> None:
         # The scatter of two rows is their covariance; it is overwritten.
         parts = (moments_from_scatter(2, mean, each.clone()) for mean, each in zip(means, covariances, strict=True))
-        values["ours"] = frechet_from_coupling(Coupling(*parts)).distance
+        values["ours"] = frechet_from_moments(GaussianPair(*parts)).distance
 
     def by_trace(name: str, trace: Callable[[Array, Array], float]) -> Callable[[], None]:
         def call() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MIR for models of LLaVA's code bases: importing this registers their adapters, which mir_callback does by name."""
+"""Adapters for models of LLaVA's code bases. Importing this package registers them; mir_callback does so by itself."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ for _factory in (llava.make_adapter, tinyllava.make_adapter):
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported above: a model's adapter is found without anything that drives a training loop.
+    # Not imported above, because adapters are also used without a training loop.
     if name == "attach_mir":
         from mir_callback.integrations.huggingface import attach_mir
 

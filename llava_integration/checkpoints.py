@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the package `llava` for `mir eval`: the projector alone with its base model, or the whole model.
+"""Checkpoints of the package `llava` for `mir eval`: a projector and its base model, or the whole model.
 
-A model is put together as LLaVA's train.py does it, so that the value is the one the run measured itself; LLaVA's own
+The model is built as in LLaVA's train.py, so that MIR is the same as during the run; LLaVA's own
 `load_pretrained_model` casts everything to float16.
 """
 
@@ -35,7 +35,7 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 
 def opens(config: Mapping[str, Any]) -> bool:
-    """Models of the package `llava`, the original LLaVA and LLaVA-NeXT: only their configurations have these fields."""
+    """Whether a config.json is of a model of the package `llava`: only those have these fields."""
     return not config.keys().isdisjoint({"mm_vision_tower", "mm_hidden_size", "mm_projector_type"})
 
 
@@ -44,8 +44,8 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     folder, storage = checkpoint.folder, find_storage(checkpoint)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{folder} must hold whole weights or a projector of LLaVA, got a PEFT adapter, whose checkpoints lack "
-            "the projector; merge it with LLaVA's scripts/merge_lora_weights.py and name the merged model"
+            f"{folder} is a LoRA checkpoint of LLaVA, which lacks the projector. Merge it with LLaVA's "
+            "scripts/merge_lora_weights.py and evaluate the merged model."
         )
     config = _configuration(folder)
     places = [folder, checkpoint.run]
@@ -57,10 +57,10 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         model = _with_projector(checkpoint, config, options, places[-1], tokenizer)
     else:
         model = _whole(checkpoint, config, options, sharded=storage == SHARDS)
-    usual = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16  # what train.py casts the tower to
+    usual = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16  # train.py casts the tower to this
     model.get_vision_tower().to(dtype=DTYPES.get(options.vision_dtype, usual))
     require_observable(model)
-    # Projectors are of stage 1, and the code base's own default is a template of stage 2.
+    # A projector is of stage 1, but LLaVA's default is a template of stage 2.
     conversation = options.conversation or ("plain" if storage == PROJECTOR else None)
     adapter = LlavaNextAdapter if is_llava_next(model) else OriginalLlavaAdapter
     return Opened(model, adapter(model, tokenizer, conversation=conversation))
@@ -71,23 +71,23 @@ def _configuration(folder: Path) -> Any:
         import llava.model  # noqa: F401  # registers its configurations
     except ImportError as error:
         raise ConfigError(
-            f"the package llava must be installed to open {folder}, got {type(error).__name__}: {error}; run mir eval "
-            "in the environment the model was trained in"
+            f"Could not import the package llava, which is needed to open {folder}: {type(error).__name__}: {error}. "
+            "Run mir eval in the environment in which the model was trained."
         ) from error
     try:
         return transformers.AutoConfig.from_pretrained(str(folder))
     except ValueError as error:  # llava.model swallows its own import errors, and then nothing is registered
         kind = read_json(folder / "config.json").get("model_type")
         raise ConfigError(
-            f"model_type in {folder / 'config.json'} must be one that llava registers, got {kind!r}; {surroundings()}"
+            f"The package llava does not know model_type {kind!r} of {folder / 'config.json'}: {surroundings()}"
         ) from error
 
 
 def _with_projector(checkpoint: Checkpoint, config: Any, options: LoadOptions, base: Path, tokenizer: Any) -> Any:
-    """The base model with a trained projector, and with new tokens' embeddings where those were trained too."""
+    """The base model with a trained projector, and with embeddings of new tokens if those were trained too."""
     file = checkpoint.folder / PROJECTOR_FILE
     weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-    dtype = DTYPES.get(options.dtype) or next(iter(weights.values())).dtype  # config.json tells the base model's
+    dtype = DTYPES.get(options.dtype) or next(iter(weights.values())).dtype  # config.json has the base model's
     config.vocab_size = transformers.AutoConfig.from_pretrained(str(base)).vocab_size
     model, found = _class_of(config).from_pretrained(
         str(base), config=config, torch_dtype=dtype, output_loading_info=True
@@ -103,7 +103,7 @@ def _with_projector(checkpoint: Checkpoint, config: Any, options: LoadOptions, b
 
 
 def _whole(checkpoint: Checkpoint, config: Any, options: LoadOptions, *, sharded: bool) -> Any:
-    """All weights from the checkpoint, the tower's too, which LLaVA by itself takes from where it first had them."""
+    """The model with all weights from the checkpoint; LLaVA itself would load the tower's from its original model."""
     given: dict[str, Any] = {"torch_dtype": DTYPES.get(options.dtype, "auto")}
     if sharded:
         stored = read_shards(checkpoint)
@@ -129,7 +129,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:
-    """The tokenizer as train.py makes it, with the tokens it adds."""
+    """The tokenizer with the tokens that train.py adds."""
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
     if given is not None:
@@ -137,7 +137,7 @@ def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:
     folder = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
     if folder is None:
         listed = ", ".join(str(place) for place in dict.fromkeys(places))
-        raise ConfigError(f"a tokenizer must be found, got none in {listed}; give --processor a folder or hub name")
+        raise ConfigError(f"There is no tokenizer in {listed}. Name a folder or hub name with --processor.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False)
     if getattr(config, "mm_use_im_patch_token", False):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

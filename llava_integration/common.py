@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LLaVA's code bases have in common: what their models must fulfil, texts, and where image features end up.
+"""What LLaVA's code bases have in common: requirements on models, texts, and positions of image features.
 
-An image is one id of a text, its placeholder, which `prepare_inputs_labels_for_multimodal` replaces by the image's
-features inside the forward; it also drops padding, truncates and pads anew. It treats labels as it treats tokens, and
-gives image features the ignore label. So marks are passed in place of labels, and the labels that come out say what
-every position of the new sequence is. The ordinary forward does all this itself, no part of it is run twice.
+In the input ids an image is one placeholder id, which `prepare_inputs_labels_for_multimodal` replaces by the image's
+features inside the forward; it also drops padding, truncates and pads again. It moves labels along with the tokens, and
+gives image features the ignore label. So we pass marks as labels, and the labels that it returns show what every
+position of the new sequence is. All this happens in the ordinary forward, no part of it runs twice.
 """
 
 from __future__ import annotations
@@ -38,41 +38,40 @@ TESTED = "transformers==4.37.2 tokenizers==0.15.2 accelerate==0.21.0"
 
 
 def require_observable(model: nn.Module) -> None:
-    """Refuse an unwrapped model that places no images, has no tower or an unloaded one, or whose forward would fail."""
+    """Raise UnsupportedModelError for an unwrapped model that is not a LLaVA with a loaded vision tower."""
     top: Any = model
     name = type(top).__name__
     tower = getattr(top, "get_vision_tower", lambda: None)()
     if not hasattr(top, METHOD) or tower is None:
         raise UnsupportedModelError(
-            f"{name} must be a LLaVA model with a vision tower and {METHOD}; "
-            "load it with vision_tower set, or use the adapter of its family"
+            f"{name} is not a LLaVA model with a vision tower and {METHOD}. Set vision_tower when you load it, or use "
+            "another adapter."
         )
     if not getattr(tower, "is_loaded", True):
         raise UnsupportedModelError(
-            f"the vision tower of {name} must be loaded, got {getattr(tower, 'vision_tower_name', tower)} without "
-            "weights (delay_load); call model.get_vision_tower().load_model() first, as LLaVA's train.py does in "
-            "initialize_vision_modules"
+            f"The vision tower {getattr(tower, 'vision_tower_name', tower)} of {name} has no weights yet (delay_load). "
+            "Call model.get_vision_tower().load_model() first, as LLaVA's train.py does in initialize_vision_modules."
         )
     if "position_ids" not in inspect.signature(type(top).forward).parameters:
         raise UnsupportedModelError(
-            f"the forward of {name} must take position_ids and hand them to {METHOD}, got one without; "
-            "LlavaMptForCausalLM as published calls that method one argument short and fails on any input: "
-            "use LLaVA's Llama or Mistral model, or repair its forward"
+            f"The forward of {name} has no position_ids to pass to {METHOD}. LlavaMptForCausalLM as published calls "
+            "that method with one argument too few and fails on any input. Use LLaVA's Llama or Mistral model, or "
+            "repair the forward."
         )
 
 
 def is_llava_next(model: nn.Module) -> bool:
-    """Whether an unwrapped model with METHOD is LLaVA-NeXT's and not the original LLaVA's."""
+    """Whether an unwrapped model that has METHOD is of LLaVA-NeXT and not of the original LLaVA."""
     return "modalities" in inspect.signature(getattr(model, METHOD)).parameters
 
 
 @contextmanager
 def tower_states_checked(model: nn.Module) -> Iterator[None]:
-    """While open, refuse a forward whose vision tower returns more hidden states than it has layers.
+    """Inside, refuse a forward whose vision tower returns more hidden states than it has layers.
 
-    transformers 5 hooks a tower that LLaVA has loaded by itself a second time once somebody asks for the language
-    model's hidden states; from then on the tower returns every state twice, and LLaVA's `select_layer` counted from
-    the end takes another layer without a word.
+    With transformers 5, a tower that LLaVA loaded itself gets its hooks twice once the language model's hidden states
+    are requested. From then on the tower returns every state twice, and LLaVA's `select_layer`, which counts from the
+    end, silently takes another layer.
     """
     top: Any = model
     inner = getattr(top.get_vision_tower(), "vision_tower", None)
@@ -85,8 +84,8 @@ def tower_states_checked(model: nn.Module) -> Iterator[None]:
         states = getattr(output, "hidden_states", None)
         if states is not None and expected is not None and len(states) > expected + 1:
             raise UnsupportedModelError(
-                f"the vision tower of {type(top).__name__} must return {expected + 1} hidden states, got "
-                f"{len(states)}, so that mm_vision_select_layer takes another layer than before; {surroundings()}"
+                f"The vision tower of {type(top).__name__} returns {len(states)} hidden states, not {expected + 1}, so "
+                f"mm_vision_select_layer selects the wrong layer: {surroundings()}"
             )
 
     handle = inner.register_forward_hook(check)
@@ -97,42 +96,42 @@ def tower_states_checked(model: nn.Module) -> Iterator[None]:
 
 
 def surroundings() -> str:
-    """The versions that matter to llava here, the ones that work, and the remedy, as one clause."""
-    names = metadata.packages_distributions().get("llava", [])  # of the distribution that the package came in
+    """The installed versions of llava and transformers, and those that work together, for an error message."""
+    names = metadata.packages_distributions().get("llava", [])  # of the distribution that has the package
     version = f"{names[0]} {metadata.version(names[0])}" if names else "the package llava"
     return (
-        f"{version} runs here with transformers {transformers.__version__} and tokenizers {tokenizers.__version__}; "
-        f"it works with transformers 4.36 to 4.51, tested with: pip install {TESTED}"
+        f"{version} is installed with transformers {transformers.__version__} and tokenizers {tokenizers.__version__}, "
+        f"but works with transformers 4.36 to 4.51 only. Tested with: pip install {TESTED}"
     )
 
 
 def explain(error: BaseException) -> str | None:
-    """What to say beside a script's failure if llava met a transformers it does not work with, else None."""
+    """A hint for a script's error if it comes from llava with a transformers that it does not work with, else None."""
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     if WORKING_FROM <= (major, minor) < BROKEN_FROM:
         return None
     modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
     if any(name.partition(".")[0] == "llava" for name in modules):
-        return f"{type(error).__name__} while llava was at work: {surroundings()}"
+        return f"{type(error).__name__} in llava: {surroundings()}"
     return None
 
 
 def require_tokenizer(tokenizer: Any) -> None:
     """Raise ConfigError unless there is a tokenizer."""
     if tokenizer is None:
-        raise ConfigError("tokenizer must be given, got None; pass the run's tokenizer, or give it to the Trainer")
+        raise ConfigError("No tokenizer given. Pass the run's tokenizer, or give it to the Trainer.")
 
 
 def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:
     """A sample's text, cut to ``max_text_tokens``.
 
-    ProbeError if it holds a control token of the tokenizer, or one of the ``placeholders``, such as ``<image>``, that
-    the code base replaces in prompts by something else.
+    ProbeError if it contains a special token of the tokenizer, or one of the code base's ``placeholders`` in prompts,
+    such as ``<image>``.
     """
     for token in placeholders:
         if token in sample.text:
             raise ProbeError(
-                f"probe text of {sample.name} must be plain text, got {token!r} in it; remove or rewrite it"
+                f"The text of {sample.name} contains the placeholder {token!r}. Remove it, or take another text."
             )
     text = cut_text(tokenizer, sample.text, max_text_tokens)
     require_plain_text(tokenizer, text, sample.name)
@@ -140,10 +139,9 @@ def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholder
 
 
 def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of token ids, (n,) each, as one batch: ids (B, S) and their attention mask (B, S) bool.
+    """Rows of token ids, (n,) each, as one batch: ids (B, S) and attention mask (B, S) bool.
 
-    The fill is never read, as these models drop what the mask leaves out before they embed anything; so a tokenizer
-    without a pad token will do. The mask follows the lengths, as texts can hold any id.
+    These models drop masked positions before the embedding, so padding needs no pad token.
     """
     width = max(len(row) for row in ids)
     batch = torch.zeros(len(ids), width, dtype=torch.long)
@@ -155,16 +153,17 @@ def pad_right(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def after_image(ids: Sequence[Tensor]) -> list[Tensor]:
-    """Of each sample's token ids those after its last image, whose placeholder is negative."""
+    """The token ids after the last image of each sample; image placeholders are negative."""
     return [row[int((row < 0).nonzero()[-1]) + 1 :] for row in ids]
 
 
 @contextmanager
 def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = True) -> Iterator[LiveMasks]:
-    """While open, observe the expansion of image placeholders in every forward of ``model``, which is unwrapped.
+    """Inside, observe the expansion of image placeholders in every forward of ``model``, which is unwrapped.
 
-    Yields a function that gives the masks of the forward under way. UnsupportedModelError if that does not expand
-    images, or not as expected; ProbeError if one of ``every_sample`` has no vision or no text tokens left after it.
+    Yields a function that returns the masks of the current forward. Forwards raise UnsupportedModelError if the model
+    does not expand images as expected, and with ``every_sample`` ProbeError if a sample has no vision or no text tokens
+    after it.
     """
     original: Any = getattr(model, METHOD)
     seen: list[ModalityMasks] = []
@@ -172,8 +171,8 @@ def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = Tr
     def observed(*arguments: Any, **options: Any) -> Any:
         if len(arguments) <= _LABELS_ARGUMENT or arguments[_ATTENTION_ARGUMENT] is None:
             raise UnsupportedModelError(
-                f"{type(model).__name__}.{METHOD} must be called with ids, positions, attention mask, cache and labels "
-                "in this order and an attention mask given, as in the published code; this version needs an adapter"
+                f"{type(model).__name__} calls {METHOD} with other arguments than LLaVA's published code (ids, "
+                "positions, attention mask, cache, labels). Write an adapter for this version."
             )
         ids: Tensor = arguments[0]
         marks = torch.where(ids == placeholder, IGNORE_INDEX, _TEXT_MARK)
@@ -187,8 +186,8 @@ def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = Tr
     def current() -> ModalityMasks:
         if not seen:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: the forward reached its decoder layers without {METHOD}; "
-                "this version of the code needs an adapter of its own"
+                f"The forward of {type(model).__name__} did not call {METHOD} before its decoder layers. Write an "
+                "adapter for this version."
             )
         return seen.pop()
 
@@ -196,15 +195,15 @@ def spliced_masks(model: nn.Module, placeholder: int, *, every_sample: bool = Tr
     try:
         yield current
     finally:
-        delattr(model, METHOD)  # the class's own method shows again
+        delattr(model, METHOD)  # so that the class's method is used again
 
 
 def _masks(model: nn.Module, result: Any) -> ModalityMasks:
     attention, marks = result[_ATTENTION_RESULT], result[_LABELS_RESULT]
     if not isinstance(marks, Tensor) or not isinstance(attention, Tensor) or marks.shape != attention.shape:
         raise UnsupportedModelError(
-            f"{type(model).__name__}.{METHOD} must return an attention mask and labels of one shape, got "
-            f"{type(attention).__name__} and {type(marks).__name__}; this version of the code needs an adapter"
+            f"{type(model).__name__}.{METHOD} returned {type(attention).__name__} and {type(marks).__name__}, not an "
+            "attention mask and labels of the same shape. Write an adapter for this version."
         )
     return modality_masks(marks, attention, (IGNORE_INDEX,))
 
@@ -213,6 +212,6 @@ def _check_every_sample(masks: ModalityMasks) -> None:
     for name, mask in (("vision", masks.vision), ("text", masks.text)):
         if not bool(mask.any(dim=1).all()):
             raise ProbeError(
-                f"every probe sample must have {name} tokens after the model has placed its images, got none in a "
-                "sample; raise tokenizer_model_max_length (images come first and text is cut off), or check the images"
+                f"A probe sample has no {name} tokens left after the model has inserted its image. Raise "
+                "tokenizer_model_max_length, as the text after the image is cut off, or check the images."
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the package `llava`: haotian-liu/LLaVA, and LLaVA-VL/LLaVA-NeXT (LLaVA-NeXT, LLaVA-OneVision).
 
-LLaVA-NeXT's image expansion goes by what its own collator hands over, and that is what its adapter gives it: images as
-a list whatever their shapes (of a stacked batch the newline feature of `spatial_unpad` would be missing), the size of
-every image, and for every sample the word "image" (rows beyond the words given are dropped).
+LLaVA-NeXT's adapter passes what LLaVA-NeXT's own collator passes, as its image expansion depends on it: images as a
+list even if their shapes are equal (a stacked batch would miss the newline feature of `spatial_unpad`), the size of
+every image, and the modality "image" for every sample (samples without one are dropped).
 """
 
 from __future__ import annotations
@@ -56,14 +56,19 @@ class OriginalLlavaAdapter:
 
     Args:
         model: the model, bare or wrapped.
-        tokenizer: the run's tokenizer; a pad token is not needed, the model drops padding by the attention mask.
+        tokenizer: the run's tokenizer; it needs no pad token.
         conversation: name of a conversation template ("plain", "v1", "llama_2", ...); by default the run's own
-            (`llava.conversation.default_conversation`). "plain", LLaVA's pre-training form, is image, text, separator;
-            others put the image into the first turn and the text into the reply, as the authors of MIR do.
+            (`llava.conversation.default_conversation`). "plain", the template of pre-training, is image, text,
+            separator; others put the image into the first turn and the text into the reply, as the authors of MIR do.
 
     Raises:
         ConfigError: no tokenizer, an unknown template.
         UnsupportedModelError: see :func:`require_observable`.
+
+    Example::
+
+        adapter = OriginalLlavaAdapter(model, tokenizer, conversation="plain")
+        evaluate_mir(model, probe, adapter=adapter)
     """
 
     _for_llava_next = False
@@ -72,10 +77,8 @@ class OriginalLlavaAdapter:
         top: Any = unwrap(model)
         require_observable(top)
         if (is_next := is_llava_next(top)) != self._for_llava_next:
-            raise UnsupportedModelError(
-                f"{type(self).__name__} must be given a model of its own code base, got {type(top).__name__} of "
-                f"{'LLaVA-NeXT; use LlavaNextAdapter' if is_next else 'the original LLaVA; use OriginalLlavaAdapter'}"
-            )
+            own = "LLaVA-NeXT. Use LlavaNextAdapter." if is_next else "the original LLaVA. Use OriginalLlavaAdapter."
+            raise UnsupportedModelError(f"{type(self).__name__}: {type(top).__name__} is a model of {own}")
         require_tokenizer(tokenizer)
         self._config = top.config
         self._aspect_ratio: str | None = getattr(top.config, "image_aspect_ratio", None)
@@ -103,7 +106,7 @@ class OriginalLlavaAdapter:
     def weight_saver(self, trainer: Any) -> ProjectorSaver | None:
         """See :class:`mir_callback.integrations.huggingface.OffersSaver`.
 
-        There is one if the Trainer's own `save_model` writes no weights, because only the projector trains.
+        Not None if only the projector is trained, as the Trainer's `save_model` then writes no weights.
         """
         args = getattr(trainer, "args", None)
         parts = (getattr(args, "mm_tunable_parts", None) or "").split(",")  # LLaVA-NeXT's
@@ -139,16 +142,16 @@ class OriginalLlavaAdapter:
         return str(conversation.get_prompt())
 
     def _pixels(self, sample: Sample, picture: Any) -> Tensor:
-        """(3, H, W), or (tiles, 3, H, W) for anyres; one image at a time, as when LLaVA trains."""
+        """(3, H, W), or (tiles, 3, H, W) for anyres; one image at a time, as in LLaVA's training."""
         from llava.mm_utils import process_images
 
         try:
             pixels: Tensor = process_images([picture], self._image_processor, self._config)[0]
         except Exception as error:  # from Pillow, NumPy, transformers or LLaVA: any kind
             raise ProbeError(
-                f"probe image of {sample.name} must pass LLaVA's process_images with image_aspect_ratio="
-                f"{self._aspect_ratio!r}, got {type(error).__name__}: {error} for {picture.width} x {picture.height} "
-                "pixels; replace or remove that image, or see whether the model's configuration fits its processor"
+                f"LLaVA's process_images failed on the image of {sample.name} ({picture.width} x {picture.height} "
+                f"pixels, image_aspect_ratio={self._aspect_ratio!r}): {type(error).__name__}: {error}. Replace or "
+                "remove that image, or check that the model's configuration fits its processor."
             ) from error
         return pixels
 
@@ -159,7 +162,7 @@ class OriginalLlavaAdapter:
         return conversation
 
     def _image_inputs(self, pixels: list[Tensor], pictures: list[Any]) -> dict[str, Any]:
-        """What the forward is told of the images: one tensor, or a list where anyres gives them different tiles."""
+        """Arguments of the forward for the images: one tensor, or a list if anyres makes different numbers of tiles."""
         alike = len({image.shape for image in pixels}) == 1
         inputs: dict[str, Any] = {"images": torch.stack(pixels) if alike else pixels}
         if "anyres" in (self._aspect_ratio or ""):
@@ -174,7 +177,7 @@ def _template(name: str | None) -> Any:
         return conversation.default_conversation
     if name not in conversation.conv_templates:
         known = ", ".join(sorted(conversation.conv_templates))
-        raise ConfigError(f"conversation must be one of {known}, got {name!r}; leave it out for the run's own")
+        raise ConfigError(f"conversation={name!r} is not one of {known}. Leave it out to use the run's own.")
     return conversation.conv_templates[name]
 
 
@@ -199,12 +202,12 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
         kind = type(unwrap(model))
         if "modalities" not in inspect.signature(kind.forward).parameters:
             raise UnsupportedModelError(
-                f"{kind.__name__}.forward must take modalities, which LLaVA-NeXT's own collator gives it, got one "
-                "without; use LlavaQwen, LlavaLlama or LlavaMixtral, or write an adapter"
+                f"{kind.__name__}.forward has no argument modalities, which LLaVA-NeXT's collator passes. Use "
+                "LlavaQwen, LlavaLlama or LlavaMixtral, or write an adapter."
             )
 
     def _image_inputs(self, pixels: list[Tensor], pictures: list[Any]) -> dict[str, Any]:
-        """One image a sample: (3, H, W), or (T, 3, H, W) in tiles."""
+        """One image per sample: (3, H, W), or (T, 3, H, W) in tiles."""
         return {
             "images": pixels,
             "image_sizes": [picture.size for picture in pictures],
@@ -212,21 +215,21 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
         }
 
     def _conversation(self) -> Any:
-        """Llama 3's template asks a tokenizer for its words, and loses its own when copied."""
+        """The template with our tokenizer: Llama 3's needs one, and loses its own when copied."""
         conversation = super()._conversation()
         conversation.tokenizer = self._tokenizer
         return conversation
 
 
 class ProjectorSaver:
-    """`mm_projector.bin` and the configuration, as LLaVA's own stage-1 checkpoints hold them.
+    """Saves `mm_projector.bin` and the configuration, like LLaVA's own stage-1 checkpoints.
 
-    Weights are collected by LLaVA's own function, which gathers one at a time under ZeRO-3.
+    Weights are collected by LLaVA's own function, which gathers them one by one under ZeRO-3.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        log.info("only the projector trains, so only %s and the configuration are kept", PROJECTOR_FILE)
+        log.info("only the projector is trained, so keep_best saves only %s and the configuration", PROJECTOR_FILE)
 
     def __call__(self, folder: Path) -> None:
         """See :class:`mir_callback.best_model.WeightSaver`."""
@@ -240,7 +243,7 @@ class ProjectorSaver:
 
 
 def _gather_of(trainer: Any) -> Any:
-    """The function of LLaVA's trainer module, whichever subclass of its Trainer this is."""
+    """LLaVA's function that collects projector weights, from the module of the Trainer or one of its base classes."""
     for cls in type(trainer).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "get_mm_adapter_state_maybe_zero_3", None)
         if found is not None:

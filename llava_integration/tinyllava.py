@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the package `tinyllava`: TinyLLaVA Factory.
 
-They expand images as the original LLaVA does, but keep image processor and tokenizer in the model, call their language
-model's `forward` directly, and have templates and image preprocessing of their own.
+They expand images like the original LLaVA, but have image processor and tokenizer in the model, call their language
+model's `forward` directly, and have their own templates and image preprocessing.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def make_adapter(
     top = unwrap(model)
     if package_of(top) != "tinyllava" or not hasattr(top, METHOD):
         return None
-    # The template that a run of TinyLLaVA's training script encodes its data with.
+    # The template of TinyLLaVA's training script.
     data_arguments = getattr(getattr(trainer, "train_dataset", None), "data_args", None)
     conversation = conversation or getattr(data_arguments, "conv_version", None)
     return TinyLlavaAdapter(model, processor, conversation=conversation)
 
 
 class TinyLlavaAdapter:
-    """Encodes samples as TinyLLaVA's own training data is encoded, and observes its image expansion.
+    """Encodes samples like TinyLLaVA's training data, and observes the model's image expansion.
 
     Args:
         model: the model, bare or wrapped.
@@ -53,8 +53,8 @@ class TinyLlavaAdapter:
         image_processor = getattr(getattr(top, "vision_tower", None), "_image_processor", None)
         if not hasattr(top, METHOD) or image_processor is None:
             raise UnsupportedModelError(
-                f"{type(top).__name__} must be a TinyLLaVA model with vision_tower._image_processor and {METHOD}; "
-                "use the adapter of its family"
+                f"{type(top).__name__} is not a TinyLLaVA model with vision_tower._image_processor and {METHOD}. Use "
+                "another adapter."
             )
         self._tokenizer: Any = getattr(top, "tokenizer", None) if tokenizer is None else tokenizer
         require_tokenizer(self._tokenizer)
@@ -80,7 +80,7 @@ class TinyLlavaAdapter:
 
         text = plain_text(sample, self._tokenizer, max_text_tokens, (DEFAULT_IMAGE_TOKEN,))
         turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n"}, {"from": "gpt", "value": text}]
-        # In its mode for training it would make labels as well, and wait seconds over any it cannot make.
+        # Mode "train" would also make labels, and sleep for seconds if it cannot.
         ids: Tensor = self._preprocess_text(turns, mode="eval")["input_ids"]
         return ids
 
@@ -90,8 +90,8 @@ def _image_preprocess(image_processor: Any, config: Any) -> Any:
 
     if getattr(config, "image_aspect_ratio", None) == "anyres":
         raise ConfigError(
-            "model.config.image_aspect_ratio must be square or pad, got 'anyres'; "
-            "TinyLLaVA preprocesses such images in tiles but its models take one tile an image"
+            "image_aspect_ratio='anyres' does not work with TinyLLaVA: it splits images into tiles, but its models "
+            "take one tile per image. Set model.config.image_aspect_ratio to 'square' or 'pad'."
         )
     return ImagePreprocess(image_processor, config)
 
@@ -101,8 +101,8 @@ def _text_preprocess(tokenizer: Any, conversation: str) -> Any:
 
     try:
         return TextPreprocess(tokenizer, conversation)
-    except AssertionError as error:  # how TinyLLaVA reports an unknown name
+    except AssertionError as error:  # TinyLLaVA's error for an unknown name
         raise ConfigError(
-            f"conversation must be a template registered in tinyllava.data.template, got {conversation!r}; "
-            "use the --conv_version of a training script, such as pretrain, phi or llama"
+            f"conversation={conversation!r} is not a template of tinyllava.data.template. Use the --conv_version of a "
+            "training script, such as pretrain, phi or llama."
         ) from error

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet. Each message names the field, the rule, the value and the remedy."""
+"""The errors a user can meet. A message says what is wrong, with the offending value, and what to do."""
 
 from __future__ import annotations
 
 
 class MIRError(ValueError):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Example:
+        >>> from mir_callback import MIRError, Probe
+        >>> try:
+        ...     Probe.from_pairs([])
+        ... except MIRError as error:
+        ...     print(type(error).__name__)
+        ProbeError
+    """
 
 
 class ConfigError(MIRError):
-    """An option or argument breaks its rule."""
+    """An option or argument has an invalid value, or two of them contradict each other."""
 
 
 class ProbeError(MIRError):
@@ -17,11 +26,15 @@ class ProbeError(MIRError):
 
 
 class UnsupportedModelError(MIRError):
-    """The model's decoder or its vision tokens cannot be observed faithfully."""
+    """MIR cannot be measured on this model: its decoder layers or vision tokens cannot be found, or behave oddly."""
+
+
+class ForwardError(MIRError):
+    """The model's own forward failed on a batch of the probe; the original error is its ``__cause__``."""
 
 
 class NumericsError(MIRError):
-    """The hidden states do not define a MIR (NaN, infinity, too few tokens, zero text norm)."""
+    """MIR of these hidden states is undefined: NaN, infinity, too few tokens, or a mean text norm of zero."""
 
 
 class HistoryError(MIRError):
@@ -29,4 +42,4 @@ class HistoryError(MIRError):
 
 
 class RemoteError(MIRError):
-    """Another rank failed; this rank stops with it instead of waiting for ever."""
+    """Another rank failed with an error that is not one of these; this rank stops too instead of hanging."""

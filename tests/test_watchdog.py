@@ -37,4 +37,4 @@ def test_process_ends_with_a_code_of_its_own_when_asked_to():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == EXIT_CODE
-    assert "ends itself with exit code 86 (abort_on_hang)" in done.stderr
+    assert "exiting with code 86 (abort_on_hang)" in done.stderr

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One evaluation of MIR on a live model, on one process or on all ranks of a training run.
 
-The recipe, in :meth:`Evaluator.evaluate`: forward this rank's batches -> share norms -> decide scale and outliers ->
-every layer's moments to its owner (layer mod world size), who solves -> its transport maps to all -> every rank's
-samples' influences -> K distances and their sums to all.
+The steps, in :meth:`Evaluator.evaluate`: forward this rank's batches -> gather row norms -> scale and outliers ->
+reduce every layer's moments to its owner (layer mod world size), which computes the distance -> broadcast its transport
+maps -> influences of every rank's samples -> gather K distances and sum the influences.
 """
 
 from __future__ import annotations
@@ -49,11 +49,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MIRReport:
-    """One evaluation and how it was made. The same on every rank.
+    """The result of one evaluation. The same on every rank.
 
-    Every field is the one of :class:`mir_callback.record.EvalRecord` with this name, which tells its meaning and unit.
-    ``mir`` is -inf if every distance is zero. ``mir_se``, ``per_layer_se`` and ``influences`` are None where they were
-    not asked for or cannot be told (one sample, root "paper_fast").
+    Fields have the meaning and unit of the fields of :class:`mir_callback.record.EvalRecord` with the same name.
+    ``mir`` is -inf if every distance is zero. ``mir_se``, ``per_layer_se`` and ``influences`` are None with
+    ``standard_error=False``, for one sample, and with root "paper_fast".
+
+    Example::
+
+        report = evaluate_mir(model, probe, processor=processor)
+        print(f"MIR {report.mir:.3f} +- {report.mir_se:.3f} in {report.seconds:.1f} s")
     """
 
     mir: float
@@ -81,15 +86,15 @@ class MIRReport:
     peak_memory_bytes: int
 
     def to_fields(self) -> dict[str, Any]:
-        """Fields of a record; without a finite value ``mir`` is None and ``error`` says why."""
+        """As fields of an EvalRecord, where ``mir`` is None and ``error`` says why if it is not finite."""
         fields = asdict(self)
         if not math.isfinite(self.mir):
-            fields |= {"mir": None, "error": "every distance is zero: vision and text tokens cannot be told apart"}
+            fields |= {"mir": None, "error": "the distance of every layer is zero, so MIR is -inf"}
         return fields
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # its types are not looked at
-    """A full disk or a closed pipe behind stderr costs the bar, and not the evaluation."""
+    """A progress bar that does not end the evaluation if stderr is a full disk or a closed pipe."""
 
     def update(self, n: float | None = 1) -> None:
         """See tqdm."""
@@ -113,34 +118,43 @@ def evaluate_mir(
     progress: bool = True,
     **options: Any,
 ) -> MIRReport:
-    """Compute MIR of a model as it stands, and leave it as it stood.
+    """Compute MIR of a model with its current weights. Mode, weights and random states are restored afterwards.
 
     Args:
         model: a vision-language model, bare or wrapped (DDP, DeepSpeed engine, PEFT).
         probe: the samples; the same on every rank.
-        processor: the model's processor (image processor and tokenizer); not needed with an adapter.
-        adapter: for models of a family that is not known, see :class:`mir_callback.probe.adapters.Adapter`.
-        batch_size: samples per forward on each rank; halved on all if memory does not suffice.
-        optimizer: the run's optimizer, while a model trains: weights that ZeRO-3 has gathered for a bare model are
-            released through it (or the engine), and schedule-free ones evaluate other weights than they train.
+        processor: the model's processor (with image processor and tokenizer); not needed with an adapter.
+        adapter: for a family of models without one, see :class:`mir_callback.probe.adapters.Adapter`.
+        batch_size: samples per forward on each rank; halved on all ranks when one runs out of memory.
+        optimizer: the optimizer of a model in training. With ZeRO-3 and a bare model, gathered weights are released
+            through it (or the engine); with a schedule-free optimizer, its evaluation weights are used.
         progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
-        **options: of :class:`MIRConfig`, those of what is measured (``root``, ``standard_error``, ``probe_loss``,
-            ``conversation``) and of memory (``capture_budget_gb``). Token rows beyond the budget wait in pinned host
-            memory, and what does not fit there either is left to a further pass over the probe.
+        **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``conversation``, and
+            ``capture_budget_gb``, the device memory for token rows. Rows beyond it are kept in pinned host memory, and
+            layers that do not fit there either are measured in a further pass over the probe.
 
     Returns:
         The report, the same on every rank.
 
     Raises:
-        ConfigError, ProbeError, UnsupportedModelError: before any forward; on every rank if on one.
-        NumericsError: hidden states that are not finite or too few tokens; on every rank.
+        ConfigError, ProbeError: an invalid argument or sample; before any forward.
+        UnsupportedModelError: MIR cannot be measured on this model; before any forward, or after the first.
+        ForwardError: the model's own forward failed on the probe.
+        NumericsError: hidden states that are not finite, or too few tokens.
+        Every rank raises if one does.
 
     Ranks: collective. Every rank must call it with the same probe and options.
     Source: arXiv:2410.07167, section 3.
+
+    Example::
+
+        probe = Probe.from_folders(images="textvqa/val", texts="cnn/stories", num_samples=100)
+        report = evaluate_mir(model, probe, processor=AutoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf"))
+        print(report.mir, report.per_layer)
     """
     with distributed.fail_together():
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model must be a torch module, got {type(model).__name__}; pass trainer.model")
+            raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
         config = MIRConfig.from_options({"batch_size": batch_size, **options}, _OPTION_GROUPS)
         if adapter is None:
             adapter = find_adapter(model, processor, conversation=config.conversation)
@@ -151,16 +165,16 @@ with_options(evaluate_mir, _OPTION_GROUPS)
 
 
 class Evaluator:
-    """Evaluates one model on one probe, again and again while it trains.
+    """Evaluates one model on one probe, repeatedly while it trains.
 
-    The probe is encoded on construction, which fails, on all ranks alike, with all that can be found without a forward.
-    What evaluations learn is remembered: batches that memory suffices for, and what the rows take.
+    The constructor encodes the probe and raises, on all ranks, every error that can be found without a forward. The
+    batch size that fits in memory, and the memory that token rows need, are kept from one evaluation to the next.
 
     Args:
-        model: as for :func:`evaluate_mir`, which has the errors too.
+        model: as for :func:`evaluate_mir`; errors are the same too.
         probe: the samples.
-        adapter: of the model's family.
-        config: what is measured, and with how much memory.
+        adapter: the adapter of the model's family.
+        config: the options.
 
     Ranks: collective, the constructor and :meth:`evaluate`.
     """
@@ -168,14 +182,16 @@ class Evaluator:
     def __init__(self, model: nn.Module, probe: Probe, adapter: Adapter, config: MIRConfig) -> None:
         with distributed.fail_together():
             if not isinstance(probe, Probe):
-                raise ConfigError(f"probe must be a Probe, got {type(probe).__name__}; see Probe.from_folders")
+                raise ConfigError(
+                    f"probe must be a Probe, got {type(probe).__name__}. Probe.load(path) reads a saved one."
+                )
             decoder = find_decoder(model)
             rank, world = distributed.rank(), distributed.world_size()
             encoded = encode_probe(probe, adapter, rank=rank, world_size=world, batch_size=config.batch_size)
             if config.probe_loss and any(batch.text_ids is None for batch in encoded.batches):
                 raise ConfigError(
-                    f"probe_loss needs the ids of texts, which {type(adapter).__name__} does not tell "
-                    "(AdaptedBatch.text_ids); switch it off"
+                    f"probe_loss needs the token ids of the texts (AdaptedBatch.text_ids), which "
+                    f"{type(adapter).__name__} does not return. Set probe_loss=False."
                 )
             counts = encoded.shard.row_counts
             expected = ExpectedRows(counts, exact=counts is not None)
@@ -194,17 +210,17 @@ class Evaluator:
 
     @property
     def batches(self) -> Sequence[ProbeBatch]:
-        """This rank's batches, as they are cut now."""
+        """This rank's batches, of the current batch size."""
         return self._encoded.batches
 
     @property
     def definition(self) -> dict[str, Any]:
-        """What makes values comparable: the DEFINITION_FIELDS of a record."""
+        """The DEFINITION_FIELDS of a record, which are equal for comparable values."""
         values = (self._encoded.fingerprint, self._encoded.tokens_fingerprint, self._config.root)
         return dict(zip(DEFINITION_FIELDS, values, strict=True))
 
     def evaluate(self, model: nn.Module, *, optimizer: Any = None, progress: bool = True) -> MIRReport:
-        """One evaluation of the model as it stands; arguments and errors as of :func:`evaluate_mir`. Collective."""
+        """Evaluate the current weights; arguments and errors as of :func:`evaluate_mir`. Ranks: collective."""
         started, config, device = time.perf_counter(), self._config, find_device(model)
         peak = PeakMemory(device)
         results: list[LayerResult] = []
@@ -221,14 +237,14 @@ class Evaluator:
                     continue
                 self._expected = passed.expected
                 if not passed.layers:
-                    continue  # now that it is known what they need, host memory may do
+                    continue  # again: now their size is known, and they may fit in host memory
                 passes += 1
                 on_host = on_host or passed.on_host
                 text_loss = passed.text_loss or text_loss
                 samples = samples or SampleRows.gather(passed.sample_rows)
                 errors = config.standard_error and config.root == "exact" and samples.num_samples > 1
                 for group in passed.groups():
-                    with torch.autocast(device.type, enabled=False):  # the loop's, which is for forwards
+                    with torch.autocast(device.type, enabled=False):  # the training loop's is meant for forwards
                         layers = clean_rows(passed.take(group), group.start)
                         results += solve_layers(layers, samples, group.start, config.root, errors, bar, peak)
                     del layers  # before the next rows come
@@ -262,7 +278,7 @@ class Evaluator:
         )
 
     def _halve_batches(self, shortage: OutOfMemory, device: torch.device) -> None:
-        """Cut the batches of all ranks in half from now on, or raise if they are single samples."""
+        """Halve the batch size on all ranks, or raise if it is 1."""
         shard = self._encoded.shard
         before = min(shard.batch_size, len(shard.samples))
         if before == 1:
@@ -271,25 +287,26 @@ class Evaluator:
             if shortage.error is not None:
                 free_memory(shortage.error, device)
                 gc.collect()
-            enter_phase(f"encoding the probe anew for batches of {before // 2}")
+            enter_phase(f"encoding the probe in batches of {before // 2}")
             shard = encode_shard(self._probe, self._adapter, shard.samples, before // 2)
         self._encoded = replace(self._encoded, shard=shard)
         if distributed.is_main():
             messages = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(shortage.messages) if each)
             log.warning(
-                "memory ran out in a forward of the probe with batch_size=%d, now it is %d on every rank (%s)",
+                "Out of memory in a forward of the probe with batch_size=%d; going on with batch_size=%d on every rank "
+                "(%s)",
                 *(before, before // 2, messages),
             )
 
 
 def _find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The fields of a report that come from the samples' influences."""
+    """The fields of a report that follow from the samples' influences."""
     fields: dict[str, Any] = {"mir_se": None, "per_layer_se": None, "influences": None}
     on_layers = [result.influences for result in results if result.influences is not None]
     distances = [result.distance for result in results]
     if on_layers:
         fields["per_layer_se"] = compute_standard_error(torch.stack(on_layers)).tolist()
-    if on_layers and math.fsum(distances) > 0.0:  # else there is no logarithm to have an error
+    if on_layers and math.fsum(distances) > 0.0:  # else MIR is -inf
         on_mir = compute_mir_influences(torch.stack(on_layers), distances)
         fields["mir_se"] = compute_standard_error(on_mir).item()
         fields["influences"] = [float(f"{value:.6g}") for value in on_mir.tolist()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over the probe: this rank's forwards, on a model that is left as it stood."""
+"""One pass over the probe: this rank's forwards, after which the model is in its old state."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
+from mir_callback.errors import ForwardError, MIRError
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
 from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
@@ -26,45 +27,45 @@ from mir_callback.watchdog import enter_phase
 
 @dataclass(frozen=True)
 class ProbePass:
-    """What one pass over the probe showed this rank."""
+    """The result of one pass over the probe on this rank."""
 
-    layers: range  # those whose rows every rank has kept
-    at_once: int  # how many of them every rank can have on its device at a time
-    on_host: bool  # whether rows of any rank wait in host memory
+    layers: range  # layers whose rows every rank has kept
+    at_once: int  # how many of them fit on every rank's device at a time
+    on_host: bool  # whether any rank keeps rows in host memory
     store: HiddenStateStore  # this rank's rows
-    sample_rows: Tensor  # (n, 2) int64 on the CPU, vision and text rows of each of its samples, in their order
-    text_loss: TextLoss | None  # this rank's, of the first pass if asked for
-    expected: ExpectedRows  # what is known of the rows of a further pass
+    sample_rows: Tensor  # (n, 2) int64 on the CPU, number of vision and text rows of each of this rank's samples
+    text_loss: TextLoss | None  # this rank's, in the first pass with probe_loss
+    expected: ExpectedRows  # sizes for a further pass
 
     def groups(self) -> Iterator[range]:
-        """The layers, as many as the device can hold at a time."""
+        """The layers in groups that fit on the device."""
         for start in range(self.layers.start, self.layers.stop, max(1, self.at_once)):
             yield range(start, min(start + self.at_once, self.layers.stop))
 
     def take(self, group: range) -> list[tuple[Tensor, Tensor]]:
-        """Vision rows (r, d) and text rows (s, d) of layers, on the device; they are let go of. Ranks: collective."""
+        """Vision rows (r, d) and text rows (s, d) of layers, on the device; the store frees them. Ranks: collective."""
         with distributed.fail_together() if self.on_host else nullcontext():
             return [self.store.take(layer) for layer in group]
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What became of a pass in which memory ran out."""
+    """The result of a pass in which a rank ran out of memory."""
 
-    error: Exception | None  # this rank's, if it ran out here
+    error: Exception | None  # this rank's, if it ran out
     messages: list[str | None]  # of each rank
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What every rank tells of its pass."""
+    """What the ranks exchange after a pass."""
 
-    out_of_memory: str | None = None  # the error
-    stop: int = 0  # index behind the last layer kept
+    out_of_memory: str | None = None  # the error's message
+    stop: int = 0  # index after the last layer kept
     at_once: int = 0
     on_host: bool = False
     need: int = 0  # bytes of one layer
-    planned: bool = True  # whether that was known before
+    planned: bool = True  # whether that was known before the pass
 
 
 def forward_probe(
@@ -81,19 +82,19 @@ def forward_probe(
 ) -> ProbePass | OutOfMemory:
     """Forward this rank's batches, and keep the rows of as many layers from ``first`` on as fit on every rank.
 
-    A pass without layers says that they did not fit as it was not known what they need, which it is then. Raises on
-    every rank: ConfigError for a budget too small for one layer, and what a forward failed with, if not for want of
-    memory. Keeping rows never fails in a forward. Ranks: collective.
+    A ProbePass without layers means that not even one fitted because its size was not known before; now it is.
+    Raises on every rank: ConfigError for a budget too small for one layer, ForwardError if the model's forward failed
+    on any rank for another reason than memory. Keeping rows never fails inside a forward. Ranks: collective.
 
-    Under ZeRO-3 the forwards wait for other ranks themselves: there the others hear of a failure of this one's forward
-    only when they get out of theirs, which may be never, and the watchdog says so.
+    Under ZeRO-3 the forwards themselves wait for other ranks. If one rank's forward fails there, the others only
+    notice when theirs return, which may be never; then the watchdog reports it.
     """
     error: Exception | None = None
     outcome = _Outcome()
     try:
-        enter_phase("looking at the model")
+        enter_phase("finding the decoder layers")
         decoder = find_decoder(model)
-        release_leftovers(model, model, optimizer)  # before looking at what is free
+        release_leftovers(model, model, optimizer)  # before free memory is measured
         bar.total = bar.n + len(batches) + len(decoder.layers) - first
         store, at_once = open_store(decoder, first, expected, config.capture_budget_gb, ranks_here)
 
@@ -112,7 +113,7 @@ def forward_probe(
         need = (1 + expected.spare_layers) * expected.layer_bytes(decoder)[0]
         outcome = _Outcome(None, first + len(store.kept), at_once, store.on_host, need, planned)
     except Exception as caught:
-        enter_phase(f"telling the other ranks of its failure, {distributed.describe(caught)}")
+        enter_phase(f"reporting its failure to the other ranks: {distributed.describe(caught)}")
         error = caught
     short = is_out_of_memory(error)
     if error is not None and short:
@@ -142,6 +143,12 @@ def _forward_batches(
                 capture.forward(model, placed.inputs, masks, placed.keep, placed.text_ids or ())
             except Exception as error:
                 enter_phase(f"leaving its forward of batch {number} after {distributed.describe(error)}")
-                raise
+                if isinstance(error, MIRError) or is_out_of_memory(error):
+                    raise
+                raise ForwardError(
+                    f"MIR could not be evaluated: the model's own forward failed on probe samples "
+                    f"{', '.join(batch.names)}: {distributed.describe(error)}. If the model works in training, check "
+                    "that the processor belongs to it."
+                ) from error
             bar.update()
-    enter_phase("waiting until every rank has done its forwards")
+    enter_phase("waiting for the other ranks' forwards")

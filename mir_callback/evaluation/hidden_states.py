@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the token rows of this rank wait between forwards and maths: on the device, in host memory, or in parts."""
+"""Storage of token rows from the forwards to the solves: on the device, in host memory, or in several passes."""
 
 from __future__ import annotations
 
@@ -17,60 +17,63 @@ from mir_callback.evaluation.memory import find_device, free_memory, free_on_dev
 from mir_callback.model.decoder import Decoder
 
 GB = 10**9
-_FREE_SHARE = 0.5  # of what is free: the forwards and the solves need room too
+_FREE_SHARE = 0.5  # of the free memory: forwards and solves need some too
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that this rank's rows may take."""
+    """Memory for this rank's rows, in bytes."""
 
-    device: float  # where the model is
-    host: float  # in host memory besides; 0 where that is the device itself
-    given: bool  # whether the user named the device's; if so not even one layer may go beyond it
+    device: float  # on the model's device
+    host: float  # in host memory in addition; 0 if that is the model's device
+    given: bool  # whether the user set capture_budget_gb, which not even one layer may exceed
 
 
 @dataclass(frozen=True)
 class StoragePlan:
-    """What one pass over the probe keeps."""
+    """How many layers one pass over the probe keeps, and where."""
 
-    on_host: bool  # whether rows lie in host memory between the forwards and the maths, else on the device
-    count: int  # layers kept, at most as many as are left; 0 if not even one fits
-    at_once: int  # layers on the device at a time for the maths
+    on_host: bool  # whether rows are kept in host memory between forwards and solves, else on the device
+    count: int  # layers kept; 0 if not even one fits
+    at_once: int  # layers on the device at a time in the solves
 
 
 @dataclass(frozen=True)
 class ExpectedRows:
-    """What a rank knows of the rows that its samples bring to each layer."""
+    """Number and size of the rows that a rank's samples have in each layer, as far as known."""
 
-    counts: tuple[int, int] | None  # vision and text rows, or None as long as only a forward can tell
-    exact: bool  # whether the batches themselves tell, so that the place of all rows can be taken at once
-    dtype: torch.dtype | None = None  # of the hidden states, once seen
-    pinned_bytes: int = 0  # host memory that torch holds since an earlier evaluation
+    counts: tuple[int, int] | None  # vision and text rows, or None if only a forward shows them
+    exact: bool  # whether the batches show them, so that memory for all rows can be allocated at once
+    dtype: torch.dtype | None = None  # of the hidden states, after the first forward
+    pinned_bytes: int = 0  # host memory that torch's allocator keeps from an earlier evaluation
 
     @property
     def spare_layers(self) -> int:
-        """Layers for which room is needed while rows are joined, which they are where their number was not known."""
+        """Layers for which extra memory is needed to concatenate rows: none if their number was known before."""
         return 0 if self.exact else 1
 
     def layer_bytes(self, decoder: Decoder) -> tuple[int, int]:
-        """Bytes of one layer on the device and in host memory; (0, 0) as long as only a forward can tell."""
+        """Bytes of one layer on the device and in host memory; (0, 0) before a forward if only that shows them."""
         if self.counts is None:
             return 0, 0
         dtype = self.dtype or _embedding_dtype(decoder.model)
         sizes = [rows_bytes(count, decoder.hidden_size, dtype) for count in self.counts]
-        # Parts of unknown size are rounded up one by one, to less than twice their size.
+        # Each part is rounded up to a power of two, so to less than twice its size.
         pinned = sum(map(pinned_bytes, sizes)) if self.exact else 2 * sum(sizes)
         return sum(sizes), pinned
 
     def after_pass(self, store: HiddenStateStore, sample_rows: Tensor) -> ExpectedRows:
-        """What is known after a pass that has filled a store with rows of samples, (n, 2)."""
+        """The values known after a pass, from its store and the number of rows of its samples, (n, 2)."""
         vision, text = (int(count) for count in sample_rows.sum(dim=0))
         pinned = max(self.pinned_bytes, store.held_bytes if store.on_host else 0)
         return ExpectedRows((vision, text), self.exact, store.dtype, pinned)
 
 
 def find_budgets(device: torch.device, capture_budget_gb: float | None, ranks_here: int, pinned: int = 0) -> Budgets:
-    """What this rank may use, one of ``ranks_here`` who share the machine, if torch has ``pinned`` bytes already."""
+    """Memory for this rank's rows.
+
+    Host memory is shared by the ``ranks_here`` ranks on this machine; ``pinned`` bytes of it torch has already.
+    """
     host = _FREE_SHARE * free_on_host() / ranks_here
     given = capture_budget_gb is not None
     limit = capture_budget_gb * GB if capture_budget_gb is not None else None
@@ -82,24 +85,24 @@ def find_budgets(device: torch.device, capture_budget_gb: float | None, ranks_he
 def plan_pass(
     layers: int, need: float, host_need: float, budgets: Budgets, *, spare: int = 0, world: int = 1
 ) -> StoragePlan:
-    """Where to keep rows, and of how many of the layers that are left.
+    """Where to keep rows, and of how many of the remaining layers.
 
-    All on the device if they fit there; else in host memory; else as many as fit, evenly over several passes. Plans of
-    ranks differ, and the smallest counts. Ranks: pure.
+    All on the device if they fit there; else in host memory; else as many as fit, evenly over several passes. Plans
+    differ between ranks; the caller takes the smallest. Ranks: pure.
 
     Args:
-        layers: number of layers left, at least 1.
+        layers: number of remaining layers, at least 1.
         need: bytes of one layer's rows on the device.
         host_need: bytes of one layer's rows in host memory.
-        budgets: of this rank.
-        spare: layers for which room on the device is needed besides while rows are joined.
-        world: number of ranks; they solve one layer each side by side, so multiples of it are preferred.
+        budgets: memory of this rank.
+        spare: layers for which extra memory on the device is needed while rows are concatenated.
+        world: number of ranks. They solve one layer each in parallel, so multiples of it are preferred.
     """
     least = 0 if budgets.given else 1
     fitting = max(_how_many(budgets.device, need, layers + spare) - spare, least)
     if fitting >= layers:
         return StoragePlan(False, layers, layers)
-    at_once = max(_how_many(budgets.device, need, layers), least)  # rows from the host are joined on arrival
+    at_once = max(_how_many(budgets.device, need, layers), least)  # rows from the host need no extra memory
     on_host = _how_many(budgets.host, host_need, layers) if at_once else 0
     kept = max(on_host, fitting)
     if kept == 0:
@@ -115,7 +118,7 @@ def plan_pass(
 def open_store(
     decoder: Decoder, first: int, expected: ExpectedRows, capture_budget_gb: float | None, ranks_here: int
 ) -> tuple[HiddenStateStore, int]:
-    """What will keep this rank's rows of layers from ``first`` on, and for how many layers the device has room then."""
+    """A store for this rank's rows of layers from ``first`` on, and how many layers fit on the device afterwards."""
     layers = range(first, len(decoder.layers))
     budgets = find_budgets(find_device(decoder.model), capture_budget_gb, ranks_here, expected.pinned_bytes)
     plan = StoragePlan(False, len(layers), len(layers))
@@ -133,12 +136,12 @@ def open_store(
 
 
 def budget_error(capture_budget_gb: float, need: float) -> ConfigError:
-    """The error for a budget that not even one layer fits into; ``need`` in bytes."""
+    """The error for a budget smaller than one layer; ``need`` in bytes."""
     unit = 10.0 ** (math.floor(math.log10(need / GB)) - 1)
     enough = math.ceil(need / GB / unit * (1 - 1e-12)) * unit  # two digits, never below it
     return ConfigError(
-        f"capture_budget_gb={capture_budget_gb:g} does not hold the rows of one decoder layer, {need / GB:.3g} GB on "
-        f"the rank with the most; allow at least {enough:.2g}, or use fewer samples or more ranks"
+        f"capture_budget_gb={capture_budget_gb:g} is too small: the token rows of one decoder layer take "
+        f"{need / GB:.3g} GB on the rank with the most. Set at least {enough:.2g}, or use fewer samples or more ranks."
     )
 
 
@@ -148,13 +151,13 @@ def rows_bytes(count: int, dim: int, dtype: torch.dtype) -> int:
 
 
 def pinned_bytes(size: int) -> int:
-    """What torch takes for ``size`` bytes of pinned host memory: the next power of two. Ranks: pure."""
+    """What torch allocates for ``size`` bytes of pinned host memory: the next power of two. Ranks: pure."""
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 @dataclass
 class _Rows:
-    """One modality of one layer: the parts so far, which are views of a block where the number of rows was known."""
+    """Rows of one modality of one layer so far; parts are views of ``block`` if the number of rows was known before."""
 
     parts: list[Tensor] = field(default_factory=list)
     block: Tensor | None = None
@@ -165,14 +168,14 @@ class _Rows:
 
 
 class HiddenStateStore:
-    """Rows of a range of layers; what is kept is always complete. Ranks: pure.
+    """Keeps all rows of a range of layers; if memory does not suffice, it drops the last layers. Ranks: pure.
 
     Args:
-        layers: which to keep; ``kept`` are those that are complete so far, it ends earlier if memory did not suffice.
-        limit: bytes that may be held, what is needed to join parts included.
-        keep_first: hold the first layer even beyond the limit.
-        capacity: vision and text rows that will come to each layer, for which place is then taken once; or None if
-            that is not known, and they have to be joined.
+        layers: the layers to keep. ``kept`` are those that were not dropped.
+        limit: maximum bytes, including those needed to concatenate parts.
+        keep_first: keep the first layer even if it exceeds the limit.
+        capacity: number of vision and text rows that each layer will have, to allocate memory once; None if unknown,
+            then parts are concatenated in the end.
         on_host: keep rows in host memory, pinned if they come from a GPU.
     """
 
@@ -186,8 +189,8 @@ class HiddenStateStore:
         on_host: bool = False,
     ) -> None:
         self.kept, self.on_host = layers, on_host
-        self.dtype: torch.dtype | None = None  # of the rows, once some were offered
-        self._failure: Exception | None = None  # to allocate even the first layer
+        self.dtype: torch.dtype | None = None  # of the rows, after the first append
+        self._failure: Exception | None = None  # out of memory for even the first layer
         self._limit, self._keep_first, self._capacity = limit, keep_first, capacity
         self._device = torch.device("cpu")
         self._rows = {layer: (_Rows(), _Rows()) for layer in layers}
@@ -195,11 +198,11 @@ class HiddenStateStore:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all rows, or of their place where that is taken already."""
+        """Bytes of all rows, allocated memory for further rows included."""
         return sum(self._bytes.values())
 
     def append(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
-        """Copy vision and text rows of a state (n, d), here and now; for want of memory the last layers are dropped."""
+        """Copy the vision and text rows of hidden states (n, d); drops the last layers if memory does not suffice."""
         self.dtype, self._device = state.dtype, state.device
         if layer not in self.kept:
             return
@@ -210,9 +213,9 @@ class HiddenStateStore:
             self._bytes[layer] += more
 
     def finish(self) -> None:
-        """After the last forward: join what has to be joined, and wait for rows on their way to the host.
+        """After the last forward: concatenate parts, and wait for copies to the host.
 
-        Only here raises the failure to keep even the first layer, as other ranks may wait in forwards.
+        Raises if even the first layer did not fit. Not earlier, as other ranks may wait in forwards.
         """
         for layer in self.kept if not self.on_host else ():
             self._done_or_dropped(layer, partial(self._join, layer))
@@ -222,18 +225,18 @@ class HiddenStateStore:
             getattr(torch, self._device.type).current_stream(self._device).synchronize()
 
     def drop_from(self, stop: int) -> None:
-        """Let go of the layers from ``stop`` on."""
+        """Drop the layers from ``stop`` on."""
         while self.kept and self.kept[-1] >= stop:
             self._drop_last()
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Hand over the rows of one layer on the model's device, vision (r, d) and text (s, d), and let go of them."""
+        """Remove the rows of one layer and return them on the model's device, vision (r, d) and text (s, d)."""
         vision, text = self._rows.pop(layer)
-        del self._bytes[layer]  # `kept` stays: it says what came to be complete
+        del self._bytes[layer]  # not from `kept`, the layers that were captured
         return self._whole(vision), self._whole(text)
 
     def _done_or_dropped(self, layer: int, action: Callable[[], None]) -> bool:
-        """Do it, or while memory runs out drop layer after layer, in the end this one; whether it was done."""
+        """Run ``action``, dropping layers as long as it runs out of memory, in the end this one; True if it was run."""
         while layer in self.kept:
             try:
                 action()
@@ -272,7 +275,7 @@ class HiddenStateStore:
         del self._rows[last], self._bytes[last]
 
     def _add(self, layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
-        """All of it or, where memory runs out, nothing."""
+        """Add rows of both modalities, or of none if memory runs out."""
         rows, parts = self._rows[layer], []
         if self._capacity is not None and rows[0].block is None:
             rows[0].block, rows[1].block = [self._empty(count, state) for count in self._capacity]
@@ -280,7 +283,7 @@ class HiddenStateStore:
             start, count = kept.filled, len(where)
             part = self._empty(count, state) if kept.block is None else kept.block[start : start + count]
             if self.on_host:
-                # On the current stream, behind what computes the rows; whoever reads them waits, see `finish`.
+                # On the current stream, after the kernels that compute the rows; `finish` waits for it.
                 part.copy_(state.index_select(0, where), non_blocking=True)
             else:
                 torch.index_select(state, 0, where, out=part)
@@ -299,10 +302,10 @@ class HiddenStateStore:
                 rows.parts = [rows.block]
 
     def _whole(self, rows: _Rows) -> Tensor:
-        """On the model's device; from there itself without a copy."""
+        """All rows on the model's device, without a copy if they are there."""
         if rows.block is not None:
             if rows.filled != len(rows.block):
-                raise RuntimeError(f"a layer must come to {len(rows.block)} rows, as announced, got {rows.filled}")
+                raise RuntimeError(f"A layer has {rows.filled} rows, but the adapter's masks have {len(rows.block)}.")
             return rows.block.to(self._device, non_blocking=True)
         whole = torch.empty(rows.filled, rows.parts[0].shape[1], dtype=rows.parts[0].dtype, device=self._device)
         for part, place in zip(rows.parts, whole.split([len(part) for part in rows.parts]), strict=True):
@@ -315,7 +318,7 @@ def _how_many(budget: float, need: float, most: int) -> int:
 
 
 def _embedding_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype hidden states begin with, that of the embeddings; a wider one is noticed in the first forward."""
+    """The dtype of the embeddings, which hidden states usually have; the first forward shows a wider one."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory is free, what an evaluation took of it, and what to do when it runs out."""
+"""Free memory, peak memory of an evaluation, and recovery from running out of it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ _SHORTAGES = ("can't allocate memory", "out of memory", "cannot allocate memory"
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """Where a model is. Ranks: pure."""
+    """The device of a model. Ranks: pure."""
     return next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
 
 
 def free_on_device(device: torch.device) -> int:
-    """Bytes of an accelerator that torch can still hand out: the driver's, and those it holds and does not use."""
+    """Bytes that torch can still allocate on an accelerator: free in the driver, or cached by torch and unused."""
     module = getattr(torch, device.type)
-    if not hasattr(module, "mem_get_info"):  # shares the machine's memory, or does not tell
+    if not hasattr(module, "mem_get_info"):  # shares the machine's memory, or does not say
         return free_on_host()
     free, _ = module.mem_get_info(device)
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
 def free_on_host() -> int:
-    """Bytes of host memory that can still be used on this machine, or in the container this process is in."""
-    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+    """Bytes of host memory that are available on this machine, or in this process's container."""
+    return min([int(psutil.virtual_memory().available), *_available_in_cgroups()])
 
 
 def find_machine() -> str:
-    """The same for all processes that share this machine's memory, containers on it included."""
+    """An identifier of the machine whose memory this process uses, the same in all containers on it."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
-def _left_in_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes that the control groups this process is in leave; of both versions, unlimited ones left out."""
+def _available_in_cgroups(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Available bytes in each cgroup (v1 or v2) of this process that has a limit."""
     if not membership.exists():
         return []
     left = []
@@ -56,7 +58,7 @@ def _left_in_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = P
             files = "total_inactive_file"
         else:
             continue
-        # In a container the group's own folder may be shown as the root, so parents are looked at too.
+        # In a container the cgroup's own folder may be mounted as the root, so parents are searched too.
         for folder in (base / path.lstrip("/"), *(base / path.lstrip("/")).parents):
             if folder.is_relative_to(base) and (folder / limit).exists():
                 most = (folder / limit).read_text().strip()
@@ -67,14 +69,14 @@ def _left_in_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = P
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, on a device or the host. Ranks: pure."""
+    """Whether an error means out of memory, on a device or the host. Ranks: pure."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORTAGES)
 
 
 def free_memory(error: Exception, device: torch.device) -> None:
-    """Free what the frames of a failure still hold, and what the allocator keeps cached."""
+    """Free what the frames of an error's traceback refer to, and the allocator's cache."""
     seen: Any = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
@@ -84,10 +86,10 @@ def free_memory(error: Exception, device: torch.device) -> None:
 
 
 class PeakMemory:
-    """The most memory used since construction beyond what was used then: of a GPU, else of this process.
+    """Peak memory since construction beyond what was used then: of a GPU, else of this process.
 
-    Sampled where :meth:`sample` is called; exact where use goes above the process's own high-water mark, which is only
-    read, as resetting it would spoil the user's own measurement.
+    Sampled where :meth:`sample` is called, and exact if it exceeds the process's high-water mark. That is only read,
+    because resetting it would spoil the user's own measurements.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,7 +99,7 @@ class PeakMemory:
         self._mark_before = self._read_mark()
 
     def sample(self) -> int:
-        """Take a sample, and return the most bytes so far."""
+        """Take a sample, and return the peak so far in bytes."""
         mark = self._read_mark()
         self._highest = max(self._highest, self._read(), mark if mark > self._mark_before else 0)
         return self._highest - self._before
@@ -109,10 +111,10 @@ class PeakMemory:
         return int(module.memory_allocated(self._device)) if hasattr(module, "memory_allocated") else 0
 
     def _read_mark(self) -> int:
-        """The highest use since the process began, or since somebody reset that."""
+        """The high-water mark of the process in bytes."""
         if self._device.type == "cpu":
             status = Path("/proc/self/status")
-            if status.exists():  # getrusage would count what the process that started this one held
+            if status.exists():  # getrusage would include memory of the parent process
                 lines = status.read_text().splitlines()
                 return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

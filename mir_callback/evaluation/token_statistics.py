@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of token rows that are spread over ranks: text scale, outliers, medians, means, scatters.
 
-Every rank holds some rows of each layer and modality, maybe none. What is decided here is decided from the rows of all
-ranks, so that it does not depend on how samples were spread.
+Every rank has some rows of each layer and modality, possibly none. All statistics are of the rows of all ranks, so that
+they do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from mir_callback.metric.tokens import (
 )
 from mir_callback.watchdog import enter_phase
 
-VISION, TEXT = 0, 1  # columns of the counts
+VISION, TEXT = 0, 1  # indices of modalities, e.g. columns of SampleRows.counts
 
 
 @dataclass(frozen=True)
 class SampleRows:
-    """How many rows each sample has, and so which rows are whose. The same on every rank.
+    """The number of rows of each sample, hence the sample of each row. The same on every rank.
 
-    Sample i is rank (i mod W)'s; a rank's rows lie in the order of its samples.
+    Sample i belongs to rank i mod world_size; a rank's rows are in the order of its samples.
     """
 
-    counts: list[Tensor]  # for each rank (n_r, 2) int64 on the CPU, the vision and text rows of each of its samples
+    counts: list[Tensor]  # for each rank (n_r, 2) int64 on the CPU, number of vision and text rows of its samples
 
     @classmethod
     def gather(cls, own: Tensor) -> SampleRows:
@@ -49,7 +49,7 @@ class SampleRows:
         return sum(len(part) for part in self.counts)
 
     def totals(self, modality: int) -> Tensor:
-        """Rows of each sample, (num_samples,) int64, in the probe's own order."""
+        """Number of rows of each sample, (num_samples,) int64, in the order of the probe."""
         found = torch.zeros(self.num_samples, dtype=torch.int64)
         for rank, part in enumerate(self.counts):
             found[self._samples_of(rank)] = part[:, modality]
@@ -72,9 +72,9 @@ class ModalityRows:
     """One modality of one layer."""
 
     rows: Tensor  # this rank's, (n, d), n may be 0
-    outliers: Tensor  # (n,) bool, which of them the 3-sigma rule replaces
-    count: int  # rows on all ranks
-    replaced: int  # outliers on all ranks
+    outliers: Tensor  # (n,) bool, rows that the 3-sigma rule replaces
+    count: int  # number of rows on all ranks
+    replaced: int  # number of outliers on all ranks
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class LayerRows:
 
     vision: ModalityRows
     text: ModalityRows
-    scale: float  # the factor that makes the mean text norm one
+    scale: float  # one over the mean text norm
     vision_norm: float  # mean norm of the vision rows of all ranks, outliers included
     text_norms: Tensor  # (s,) float64, norms of this rank's text rows, outliers included
 
 
 def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerRows]:
-    """Decide text scale and outliers of every layer from the norms of all ranks, and replace the outliers.
+    """Compute text scale and outliers of every layer from the norms of all ranks, and replace the outliers in place.
 
-    ``rows`` are this rank's of each layer, vision (r, d) and text (s, d), and overwritten where they are outliers;
-    ``first`` is the index of the first layer in the model. Raises NumericsError, alike on every rank, for fewer than
-    two rows of a modality, or norms that are not finite. Ranks: collective.
+    ``rows`` are this rank's for each layer, vision (r, d) and text (s, d); ``first`` is the index of the first layer in
+    the model. Raises NumericsError, on every rank, if a modality has fewer than two rows or norms that are not finite.
+    Ranks: collective.
     """
     enter_phase("norms of all tokens")
     with distributed.fail_together():
@@ -107,7 +107,7 @@ def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerR
         lengths = vision_norms.mean(dim=1).tolist()
     layers = [LayerRows(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
     enter_phase("outlier medians")
-    # All ranks know all norms, and so which modalities have outliers at all.
+    # The same on every rank, because all ranks have all norms.
     affected = [part for layer in layers for part in (layer.vision, layer.text) if part.replaced]
     if affected:
         medians = _find_medians(affected)
@@ -119,15 +119,15 @@ def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerR
 
 @dataclass
 class MomentShard:
-    """What the moments of one modality are made of: the scatter about the mean, or where rows are few, centred rows."""
+    """Sums for the moments of one modality: the scatter about the mean or, for fewer than d rows, the centred rows."""
 
-    count: int  # rows on all ranks
-    mean: Tensor  # (d,) float64 of them
-    scatter: Tensor | None  # (d, d) float64, complete on the layer's owner until it is taken; None for n < d rows
-    columns: list[Tensor]  # then every rank's centred rows, as columns (d, n_r)
+    count: int  # number of rows on all ranks
+    mean: Tensor  # (d,) float64, over all ranks
+    scatter: Tensor | None  # (d, d) float64, complete on the layer's owner; None for fewer than d rows, or once taken
+    columns: list[Tensor]  # for fewer than d rows the centred rows of every rank, as columns (d, n_r)
 
     def take_moments(self, scale: float) -> Moments:
-        """The moments of the scaled rows; the scatter becomes theirs, so that it is there once. Ranks: the owner."""
+        """The moments of the scaled rows. Overwrites the scatter, to save memory. Ranks: the owner."""
         if self.scatter is not None:
             scatter, self.scatter = self.scatter, None
             return moments_from_scatter(self.count, self.mean, scatter, scale)
@@ -135,15 +135,15 @@ class MomentShard:
 
 
 def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentShard]:
-    """What the moments of vision and text over all ranks are made of; complete on rank ``owner``.
+    """The sums for the moments of vision and text over all ranks, complete on rank ``owner``. Ranks: collective.
 
-    Local work behind the last sum is left to the owner, who does it where its failure becomes one of all. Collective.
+    The owner does the remaining local work, inside its own `fail_together`.
     """
     modalities = (layer.vision, layer.text)
     with distributed.fail_together():
         sums = torch.stack([sum_rows(part.rows) for part in modalities])
     distributed.sum_over_ranks(sums)
-    with distributed.fail_together():  # the largest allocations of an evaluation after its forwards
+    with distributed.fail_together():  # may run out of memory: the largest allocations after the forwards
         means = [total / part.count for part, total in zip(modalities, sums, strict=True)]
         own = [_centred_or_scatter(part, mean) for part, mean in zip(modalities, means, strict=True)]
     shards = []
@@ -156,17 +156,17 @@ def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentSha
 
 
 def _find_outliers(rows: list[Tensor], own: Tensor, everyone: Tensor, first: int, name: str) -> list[ModalityRows]:
-    """Per layer one modality, from this rank's rows, its norms (L, n) and those of all ranks (L, N). Ranks: pure."""
+    """One modality of each layer, from this rank's rows, their norms (L, n) and all norms (L, N). Ranks: pure."""
     if everyone.shape[1] < 2:
         raise NumericsError(
-            f"the whole probe has {everyone.shape[1]} {name} tokens, too few for a covariance; use more samples"
+            f"The probe has {everyone.shape[1]} {name} tokens in total, too few for a covariance. Use more samples."
         )
     bad = (~torch.isfinite(everyone)).sum(dim=1)
     if bool(bad.any()):
         layer = int(bad.nonzero()[0])
         raise NumericsError(
-            f"layer {first + layer + 1}, {name}: hidden states are NaN or infinite in {int(bad[layer])} of "
-            f"{everyone.shape[1]} tokens; the run may have diverged or overflowed its dtype"
+            f"layer {first + layer + 1}: hidden states of {int(bad[layer])} of {everyone.shape[1]} {name} tokens are "
+            "NaN or infinite. The model may have diverged, or its dtype overflowed."
         )
     found = []
     for layer_rows, norms, all_norms in zip(rows, own, everyone, strict=True):
@@ -177,7 +177,7 @@ def _find_outliers(rows: list[Tensor], own: Tensor, everyone: Tensor, first: int
 
 
 def _find_medians(modalities: list[ModalityRows]) -> list[Tensor]:
-    """Lower medians over all ranks. Ranks: collective."""
+    """Lower medians of the rows of all ranks. Ranks: collective."""
     rows = [part.rows for part in modalities]
     if distributed.world_size() == 1:
         return [compute_lower_medians(each) for each in rows]
@@ -191,7 +191,7 @@ def _find_medians(modalities: list[ModalityRows]) -> list[Tensor]:
 
 
 def _centred_or_scatter(part: ModalityRows, mean: Tensor) -> Tensor:
-    """This rank's scatter (d, d), or its centred rows as columns (d, n) where there are fewer rows than dimensions."""
+    """This rank's scatter (d, d), or its centred rows as columns (d, n) if all ranks have fewer than d rows."""
     if part.count < part.rows.shape[1]:
         return (part.rows.double() - mean).T.contiguous()
     return compute_scatter(part.rows, mean)

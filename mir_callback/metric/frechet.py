@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frechet distance of two clouds of token rows, and what else their moments tell of it."""
+"""Frechet distance between the Gaussians fitted to two sets of token rows, and its components."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mir_callback.errors import ConfigError, NumericsError
-from mir_callback.metric.coupling import Coupling, compute_covariance_part
+from mir_callback.metric.matrix_sqrt import GaussianPair, compute_covariance_part
 from mir_callback.metric.moments import Moments, compute_moments, require_finite
 
 Root = Literal["exact", "paper_fast"]
 ROOTS: tuple[str, ...] = get_args(Root)
-# Names of the values of compute_companions, as reports and logs have them.
+# Names of the values of compute_companions in reports and logs.
 COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
 
 _EPS = torch.finfo(torch.float64).eps
@@ -25,80 +25,84 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Frechet:
-    """A Frechet distance and how far to trust it."""
+class FrechetResult:
+    """A squared Frechet distance and an estimate of its rounding error."""
 
-    distance: float  # FD >= 0; rounding below zero, and anything smaller than `rounding`, is 0
+    distance: float  # FD >= 0; 0 if `raw` is negative or smaller than `rounding`
     raw: float  # the value before clipping
-    rounding: float  # generous estimate of the rounding error of `raw`, from the sizes of means and covariances
+    rounding: float  # upper estimate of the rounding error of `raw`
 
     @property
     def clipped(self) -> bool:
-        """Whether more than rounding was clipped away: never with the exact root, possible with ``paper_fast``."""
+        """Whether `raw` was negative by more than rounding: never with root "exact", possible with "paper_fast"."""
         return self.raw < -self.rounding
 
 
 def frechet_distance(vision: Tensor, text: Tensor) -> float:
-    """Squared Frechet distance between the Gaussians fitted to two row matrices, as they are.
+    """Squared Frechet distance between the Gaussians fitted to two matrices of rows.
 
-    No scaling and no outlier rule; for the rate built on it see :func:`modality_integration_rate`.
+    Rows are neither scaled nor checked for outliers; :func:`modality_integration_rate` does both.
 
     Args:
         vision: (N_v, d), any floating dtype, N_v >= 2.
-        text: (N_t, d), any floating dtype, N_t >= 2, same device.
+        text: (N_t, d), any floating dtype, N_t >= 2, on the same device.
 
     Returns:
         Float >= 0, in squared units of the rows.
 
     Raises:
-        NumericsError: wrong shape or dtype, fewer than two rows, or values that are not finite.
+        NumericsError: wrong shape or dtype, different widths, fewer than two rows, or values that are not finite.
 
     Ranks: pure.
-    Source: arXiv:2410.07167, section 3; sample covariances, square root in float64.
+    Source: arXiv:2410.07167, section 3; sample covariances, computed in float64.
 
     Example:
+        >>> import torch
+        >>> from mir_callback import frechet_distance
         >>> rows = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 0.0]])
-        >>> frechet_distance(rows + 3.0, rows)  # a move of 3 in each of two dimensions
+        >>> frechet_distance(rows + 3.0, rows)  # means differ by 3 in each of two dimensions
         18.0
     """
     check_rows(vision, text)
-    return frechet_from_coupling(Coupling(compute_moments(vision), compute_moments(text))).distance
+    return frechet_from_moments(GaussianPair(compute_moments(vision), compute_moments(text))).distance
 
 
-def frechet_from_coupling(coupling: Coupling, root: str = "exact") -> Frechet:
-    """Frechet distance of two clouds given by their moments, unitless for a mean text norm of one. Ranks: pure.
+def frechet_from_moments(pair: GaussianPair, root: str = "exact") -> FrechetResult:
+    """Squared Frechet distance of two Gaussians given by their moments. Ranks: pure.
 
-    Raises ConfigError for an unknown root, and NumericsError if the means are too far apart for float64.
+    Raises ConfigError for an unknown root, and NumericsError if the distance of the means overflows float64.
     Source: arXiv:2410.07167, equation of FD in section 3.
     """
     check_root(root)
-    vision, text = coupling.vision, coupling.text
-    gap = (vision.mean - text.mean).square().sum().item()
-    require_finite(gap)
+    vision, text = pair.vision, pair.text
+    mean_part = (vision.mean - text.mean).square().sum().item()
+    require_finite(mean_part)
     if root == "exact":
-        part, error = compute_covariance_part(coupling, gap)
+        part, error = compute_covariance_part(pair, mean_part)
     else:
-        traces, sizes = (vision.trace + text.trace).item(), (vision.size * text.size).item()
-        part = traces - 2.0 * coupling.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
-        error = 16.0 * _EPS * (gap + traces + len(coupling.first.factor) * sizes)
-    # The means themselves are rounded, which counts where large ones are all but equal.
+        traces, sizes = (vision.trace + text.trace).item(), (vision.frobenius_norm * text.frobenius_norm).item()
+        part = traces - 2.0 * pair.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
+        error = 16.0 * _EPS * (mean_part + traces + len(pair.first.factor) * sizes)
+    # The means themselves are rounded, which matters if they are large and nearly equal.
     off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
-    raw, rounding = gap + part, error + 2.0 * gap**0.5 * off + off**2
-    return Frechet(distance=raw if raw > rounding else 0.0, raw=raw, rounding=rounding)
+    raw, rounding = mean_part + part, error + 2.0 * mean_part**0.5 * off + off**2
+    return FrechetResult(distance=raw if raw > rounding else 0.0, raw=raw, rounding=rounding)
 
 
 def compute_companions(
     vision: Moments, text: Moments, distance: float, vision_norm: float, text_norm: float
 ) -> dict[str, float]:
-    """What else the moments of a layer tell, at next to no cost: why its distance is what it is. Ranks: pure.
+    """What explains the distance of a layer, from its moments and at almost no cost. Ranks: pure.
 
-    By the names in COMPANIONS: the part of FD that the means' gap makes, and the rest, which the covariances make; the
-    ratio of the mean norms, of raw rows with their outliers; the cosine between the two means; the effective rank
-    (tr S)^2 / tr S^2 of each covariance, between 1 and d, 0 for rows that are all alike.
+    By the names in COMPANIONS: the squared distance of the means, and the rest of FD, which is due to the covariances;
+    the ratio of the mean norms, vision over text, of the raw rows including outliers; the cosine between the two means;
+    the effective rank (tr S)^2 / tr S^2 of each covariance, between 1 and d, or 0 if all rows are equal.
     """
     mean_part = (vision.mean - text.mean).square().sum().item()
     lengths = (vision.mean.norm() * text.mean.norm()).item()
-    ranks = [(each.trace / each.size).item() ** 2 if each.size > 0.0 else 0.0 for each in (vision, text)]
+    ranks = [
+        (each.trace / each.frobenius_norm).item() ** 2 if each.frobenius_norm > 0.0 else 0.0 for each in (vision, text)
+    ]
     cosine = (vision.mean @ text.mean).item() / lengths if lengths > 0.0 else 0.0
     values = (mean_part, distance - mean_part, vision_norm / text_norm, cosine, *ranks)
     return dict(zip(COMPANIONS, values, strict=True))
@@ -107,37 +111,37 @@ def compute_companions(
 def check_root(root: str) -> None:
     """Raise ConfigError unless ``root`` is one of ROOTS. Ranks: pure."""
     if root not in ROOTS:
-        raise ConfigError(f"root must be one of {', '.join(ROOTS)}, got {root!r}; use root='exact' for the paper's MIR")
+        raise ConfigError(f"root must be one of {', '.join(ROOTS)}, got {root!r}.")
 
 
 def check_rows(vision: Tensor, text: Tensor, where: str = "") -> None:
-    """Raise NumericsError unless both are finite floating (N >= 2, d) matrices of one d. Ranks: pure."""
+    """Raise NumericsError unless both are finite floating (N >= 2, d) matrices with the same d. Ranks: pure."""
     for name, rows in ((f"{where}vision", vision), (f"{where}text", text)):
         if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
             given = f"{rows.dtype} tensor {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise NumericsError(f"{name} is a {given}; token rows come stacked, as one floating (N, d) tensor")
+            raise NumericsError(f"{name} is a {given}. Pass the token rows as one floating (N, d) tensor.")
         if len(rows) < 2:
             raise NumericsError(
-                f"{name} has {len(rows)} rows, too few for a sample covariance; use more samples or longer texts"
+                f"{name} has {len(rows)} rows, too few for a covariance. Use more samples or longer texts."
             )
         bad = int((~torch.isfinite(rows)).any(dim=1).sum())
         if bad:
             raise NumericsError(
-                f"{name} holds NaN or infinity in {bad} of {len(rows)} rows; "
-                "look for divergence or an overflow of the training dtype"
+                f"{name} has NaN or infinity in {bad} of {len(rows)} rows. The model may have diverged, or its dtype "
+                "overflowed."
             )
     if vision.shape[1] != text.shape[1]:
         raise NumericsError(
-            f"{where}vision rows are {vision.shape[1]} wide and text rows {text.shape[1]}; "
-            "take both from the same decoder layer"
+            f"{where}vision rows have width {vision.shape[1]} and text rows {text.shape[1]}. Take both from the same "
+            "decoder layer."
         )
 
 
-def warn_if_clipped(result: Frechet, layer: int, root: str) -> None:
-    """Say aloud that a layer's distance was clipped at zero by more than rounding. Ranks: pure."""
+def warn_if_clipped(result: FrechetResult, layer: int, root: str) -> None:
+    """Warn if a layer's distance was negative by more than rounding and was set to zero. Ranks: pure."""
     if result.clipped:
         log.warning(
-            "layer %d: root=%r gave a distance of %.3e, clipped to 0; it lies below zero by more than rounding (%.1e), "
-            "as 'paper_fast' can for strongly correlated clouds",
+            "layer %d: root=%r gave a negative distance, %.3e, which is more than rounding (%.1e) and counts as 0. "
+            "'paper_fast' is an approximation that can become negative; root='exact' does not.",
             *(layer, root, result.raw, result.rounding),
         )

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count, mean and covariance of token rows, the covariance by a factor of it, and the linear algebra behind both.
+"""Count, mean and covariance of token rows, the covariance as a factor, and the linear algebra for both.
 
-Rows are centred before they are multiplied: that keeps large common means and massive dimensions from cancelling digits
-away. On a CPU, and for float32 rows, products are float64. On a GPU half-precision rows go to its integer matrix units,
-in fixed point: each dimension as three digits below the largest value it takes. Products of digits are summed in 32-bit
-integers, which round nothing however many rows there are, so that the result is that of values rounded to 2^-23 of the
-largest. On an H200 that is 1.8 times as fast as float64, with MIR off by less than 5e-9; float32 sums of matrix units,
-which are cut off and not rounded, were off by up to 2e-4.
+Rows are centred before they are multiplied, so that large common means and massive dimensions do not cancel digits. On
+a CPU, and for float32 rows, products are float64. On a GPU half-precision rows are multiplied in fixed point by its
+integer matrix units: each value becomes three digits, relative to the largest value of its dimension. Products of
+digits are summed in 32-bit integers without rounding, however many rows there are, so the result is that of values
+rounded to 2^-23 of the largest. On an H200 this is 1.8 times as fast as float64, and MIR changes by less than 5e-9;
+with the float32 sums of matrix units, which truncate, it changed by up to 2e-4.
 
 Source of the fixed point: Ootomo, Ozaki and Yokota, "DGEMM on integer matrix multiplication unit", Int. J. High
-Perform. Comput. Appl. 38 (2024), here with one scale for each dimension.
+Perform. Comput. Appl. 38 (2024), here with one scale per dimension.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mir_callback.metric.tokens import iterate_in_float64
 _EPS = torch.finfo(torch.float64).eps
 _PRODUCT_ROWS = 2048  # enough for float64 products at full speed
 
-# Of the fixed point.
-_LARGEST = 127.0  # digits lie in [-127, 127]
+# Fixed point.
+_LARGEST = 127.0  # digits are in [-127, 127]
 _BASE = 2.0 * _LARGEST  # a remainder of at most one half becomes a digit again
 _DIGITS = 3
 _PAIRS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # digits that are multiplied; the rest is below 2^-30 of the first
-_BLOCK_ROWS = 2**17  # times 127^2 stays below 2^31
+_BLOCK_ROWS = 2**17  # times 127^2 is below 2^31
 _BLOCK_ELEMENTS = 2**28  # 1 GiB in float32
-_MULTIPLE = 8  # what integer products need of all sizes
-_LEAST = 32  # rows and dimensions that are worth it
+_MULTIPLE = 8  # integer products need sizes that are multiples of this
+_LEAST = 32  # fewer rows or dimensions are not worth it
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Moments:
         count: number of rows n >= 2.
         mean: (d,) float64.
         factor: A (m, d) float64 with covariance = A^T A, divisor n - 1.
-        kind: what A is: the centred "rows" over the root of n - 1, for n < d; Cholesky's upper "triangle"; or, where
-            the covariance is singular, its "eigenvectors" times the roots of their eigenvalues.
+        kind: what A is: the centred "rows" divided by sqrt(n - 1), for n < d; the upper "triangle" of a Cholesky
+            factorisation; or, for a singular covariance, "eigenvectors" times the square roots of their eigenvalues.
         trace: of the covariance, 0-d float64.
-        size: Frobenius norm of the covariance, 0-d float64; no eigenvalue is larger.
+        frobenius_norm: of the covariance, 0-d float64.
     """
 
     count: int
@@ -58,11 +58,11 @@ class Moments:
     factor: Tensor
     kind: Literal["rows", "triangle", "eigenvectors"]
     trace: Tensor
-    size: Tensor
+    frobenius_norm: Tensor
 
 
 def compute_moments(rows: Tensor, scale: float = 1.0) -> Moments:
-    """Moments of ``scale`` times rows held in memory, (n, d) of any floating dtype, n >= 2. Ranks: pure."""
+    """Moments of ``scale`` times rows (n, d) of any floating dtype, n >= 2. Ranks: pure."""
     count, dim = rows.shape
     mean = sum_rows(rows) / count
     if count < dim:
@@ -73,19 +73,19 @@ def compute_moments(rows: Tensor, scale: float = 1.0) -> Moments:
 def moments_from_scatter(count: int, mean: Tensor, scatter: Tensor, scale: float = 1.0) -> Moments:
     """Moments of ``scale`` times ``count`` rows from their mean (d,) and their scatter (d, d) about it, in float64.
 
-    The scatter is overwritten, as it may be large. Directions whose variance is below the rounding of the covariance
-    itself carry no information and are dropped. Raises NumericsError if it is not finite. Ranks: pure.
+    The scatter is overwritten to save memory. Directions whose variance is below the rounding of the covariance are
+    dropped. Raises NumericsError if the scatter is not finite. Ranks: pure.
     """
     covariance = scatter.mul_(scale**2 / (count - 1))
-    trace, size = covariance.trace(), torch.linalg.matrix_norm(covariance)
+    trace, norm = covariance.trace(), torch.linalg.matrix_norm(covariance)
     require_finite(trace.item())
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.item():
-        return Moments(count, mean * scale, lower.T, "triangle", trace, size)
+        return Moments(count, mean * scale, lower.T, "triangle", trace, norm)
     values, vectors = eigh(covariance)
     kept = values > len(values) * _EPS * values[-1].clamp_min(0.0)
     factor = vectors[:, kept].T
-    return Moments(count, mean * scale, factor.mul_(values[kept].sqrt()[:, None]), "eigenvectors", trace, size)
+    return Moments(count, mean * scale, factor.mul_(values[kept].sqrt()[:, None]), "eigenvectors", trace, norm)
 
 
 def moments_from_centred(mean: Tensor, centred: Tensor, scale: float = 1.0) -> Moments:
@@ -101,9 +101,11 @@ def moments_from_centred(mean: Tensor, centred: Tensor, scale: float = 1.0) -> M
 
 
 def require_finite(value: float) -> None:
-    """Raise NumericsError unless a trace or a squared gap of means is finite. Ranks: pure."""
+    """Raise NumericsError unless a trace or a squared distance of means is finite. Ranks: pure."""
     if not math.isfinite(value):
-        raise NumericsError(f"the moments of the token rows are not finite ({value}); look for NaN or infinity in them")
+        raise NumericsError(
+            f"The mean or covariance of the token rows is not finite ({value}): values are NaN, infinite or too large."
+        )
 
 
 def sum_rows(rows: Tensor) -> Tensor:
@@ -115,9 +117,9 @@ def sum_rows(rows: Tensor) -> Tensor:
 
 
 def compute_scatter(rows: Tensor, mean: Tensor) -> Tensor:
-    """Sum of outer products (d, d) of rows (N, d) minus a mean (d,), that of all ranks, whose results add up. Pure.
+    """Sum of outer products (d, d) of rows (N, d) minus a mean (d,), as accurate as in float64. Ranks: pure.
 
-    To the accuracy of float64 sums; zeros for no rows.
+    With the mean over all ranks, add the results of the ranks. Zeros for no rows.
     """
     rows = rows.detach()
     if suits_fixed_point(rows):
@@ -130,13 +132,13 @@ def compute_scatter(rows: Tensor, mean: Tensor) -> Tensor:
 
 
 def suits_fixed_point(rows: Tensor) -> bool:
-    """Whether :func:`compute_scatter_in_fixed_point` takes these rows and is worth it. Ranks: pure."""
+    """Whether :func:`compute_scatter_in_fixed_point` supports these rows and is faster. Ranks: pure."""
     half = rows.dtype in (torch.bfloat16, torch.float16)
     return rows.is_cuda and half and rows.shape[1] % _MULTIPLE == 0 and min(rows.shape) >= _LEAST
 
 
 def compute_scatter_in_fixed_point(rows: Tensor, mean: Tensor) -> Tensor:
-    """:func:`compute_scatter` of half-precision rows, d a multiple of 8, by products of integers. Ranks: pure."""
+    """:func:`compute_scatter` of half-precision rows on a GPU, d a multiple of 8, by integer products. Ranks: pure."""
     scatter = mean.new_zeros(len(mean), len(mean))
     for block in rows.split(min(_BLOCK_ROWS, max(_LEAST, _BLOCK_ELEMENTS // len(mean)))):
         digits, unit = _split_into_digits(block, mean)
@@ -151,9 +153,9 @@ def compute_scatter_in_fixed_point(rows: Tensor, mean: Tensor) -> Tensor:
 
 
 def _split_into_digits(rows: Tensor, mean: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Digits (d, n) int8 of ``rows - mean``, the first first, and what one of the first stands for, (d,) float64.
+    """Digits of ``rows - mean``, most significant first, each (d, n) int8, and the unit of the first, (d,) float64.
 
-    Dimensions come first, as integer products want what they sum over side by side; zeros fill n up to a multiple of 8.
+    Transposed, because integer products need the summed dimension contiguous; n is padded to a multiple of 8.
     """
     count, dim = rows.shape
     values = torch.zeros(dim, count + -count % _MULTIPLE, dtype=torch.float32, device=rows.device)
@@ -171,9 +173,9 @@ def _split_into_digits(rows: Tensor, mean: Tensor) -> tuple[list[Tensor], Tensor
     return digits, unit.double()
 
 
-# On a CPU the following is left to NumPy, which notices that X^T X is symmetric and does half the work: 1.9 times as
-# fast as PyTorch. On AMD processors its eigenvalues are 1.0 to 1.6 times as fast, PyTorch's Cholesky factors 1.3 times.
-# Its threads follow OMP_NUM_THREADS, not `torch.set_num_threads`.
+# On a CPU these use NumPy, which computes only half of the symmetric X^T X and is 1.9 times as fast as PyTorch. On AMD
+# processors its eigenvalues are 1.0 to 1.6 times as fast; PyTorch's Cholesky factorisations are 1.3 times as fast. The
+# number of NumPy's threads follows OMP_NUM_THREADS, not `torch.set_num_threads`.
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Modality Integration Rate: its definition, in memory, in one page.
+"""The definition of the Modality Integration Rate, for hidden states in memory.
 
 The evaluation of a live model (mir_callback/evaluation/evaluate.py) computes the same number from rows that are spread
-over ranks; tests hold the two together.
+over ranks; tests compare the two.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mir_callback.errors import NumericsError
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import check_root, check_rows, frechet_from_coupling, warn_if_clipped
+from mir_callback.metric.frechet import check_root, check_rows, frechet_from_moments, warn_if_clipped
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments
 from mir_callback.metric.tokens import OutlierRule, compute_lower_medians, compute_row_norms, compute_text_scale
 
@@ -25,9 +25,16 @@ class MIRResult:
     """A Modality Integration Rate.
 
     Attributes:
-        mir: log10 of the summed per-layer distances; -inf when they are all zero.
-        per_layer: FD_k of decoder layers 1..K, text-normalised, >= 0.
-        root: how the trace of the matrix square root was found, "exact" or "paper_fast".
+        mir: log10 of the sum of the per-layer distances; lower is better aligned; -inf if all are zero.
+        per_layer: squared Frechet distance of each decoder layer 1..K, >= 0, in units of the squared mean text norm.
+        root: how the trace of the matrix square root was computed, "exact" or "paper_fast".
+
+    Example:
+        >>> import torch
+        >>> from mir_callback import modality_integration_rate
+        >>> rows = torch.tensor([[3.0, 4.0], [0.0, 5.0], [5.0, 0.0]])  # mean norm 5
+        >>> modality_integration_rate([rows + 5.0], [rows])
+        MIRResult(mir=0.3010299956639812, per_layer=[2.0], root='exact')
     """
 
     mir: float
@@ -36,23 +43,24 @@ class MIRResult:
 
 
 def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], *, root: str = "exact") -> MIRResult:
-    """MIR of hidden states held in memory.
+    """MIR of hidden states in memory.
 
-    Per layer: scale both modalities by the inverse mean text norm, replace 3-sigma outliers by the per-dimension
-    median of their modality, take the Frechet distance; then log10 of the sum over layers.
+    For each layer: scale both modalities by the inverse mean text norm, replace 3-sigma outliers by the per-dimension
+    median of their modality, take the squared Frechet distance. MIR is log10 of the sum over layers.
 
     Args:
-        vision: for each decoder layer the rows of all vision tokens, (r, d), any floating dtype; the last layer's
-            after the model's final norm.
-        text: for each decoder layer the rows of the text tokens after the image, (s, d), same d and device.
-        root: "exact", or "paper_fast" for the analytic value of the authors' fast mode; never compare the two.
+        vision: for each decoder layer the hidden states of all vision tokens, (r, d), any floating dtype, r >= 2;
+            those of the last layer after the model's final norm.
+        text: for each decoder layer the hidden states of the text tokens after the image, (s, d), s >= 2, same d and
+            device.
+        root: "exact", or "paper_fast" for the approximation of the authors' fast mode. Their values cannot be compared.
 
     Returns:
         The rate, its per-layer distances and the root.
 
     Raises:
         ConfigError: unknown root.
-        NumericsError: no layers, layer counts that differ, fewer than two rows, widths that differ, values that are
+        NumericsError: no layers, different numbers of layers, fewer than two rows, different widths, values that are
             not finite, or a zero mean text norm. The message names layer (counted from 1) and modality.
 
     Ranks: pure.
@@ -60,6 +68,7 @@ def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], 
 
     Example:
         >>> import torch
+        >>> from mir_callback import modality_integration_rate
         >>> rng = torch.Generator().manual_seed(0)
         >>> text = [torch.randn(300, 16, generator=rng) for layer in range(2)]
         >>> vision = [5.0 * torch.randn(400, 16, generator=rng) for layer in range(2)]  # five times as long
@@ -70,19 +79,20 @@ def modality_integration_rate(vision: Sequence[Tensor], text: Sequence[Tensor], 
     for name, layers in (("vision", vision), ("text", text)):
         if not isinstance(layers, Sequence):
             raise NumericsError(
-                f"{name} is a {type(layers).__name__}; pass a list with one (N, d) tensor of rows per decoder layer, "
-                "for a single layer a list of one"
+                f"{name} is a {type(layers).__name__}. Pass a list with one (N, d) tensor per decoder layer, even for "
+                "one layer."
             )
     if len(vision) != len(text) or not len(vision):
         raise NumericsError(
-            f"vision has {len(vision)} decoder layers and text {len(text)}; pass the same layers of both, at least one"
+            f"vision has {len(vision)} decoder layers and text has {len(text)}. Pass the same layers of both, at least "
+            "one."
         )
     per_layer = []
     for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True), start=1):
         check_rows(vision_rows, text_rows, where=f"layer {layer}, ")
         scale = compute_text_scale(compute_row_norms(text_rows))
         moments = [compute_moments(replace_outliers(rows), scale) for rows in (vision_rows, text_rows)]
-        result = frechet_from_coupling(Coupling(*moments), root)
+        result = frechet_from_moments(GaussianPair(*moments), root)
         warn_if_clipped(result, layer, root)
         per_layer.append(result.distance)
     return MIRResult(mir=mir_from_distances(per_layer), per_layer=per_layer, root=root)
@@ -95,9 +105,10 @@ def mir_from_distances(per_layer: Sequence[float]) -> float:
 
 
 def replace_outliers(rows: Tensor) -> Tensor:
-    """Rows with every 3-sigma outlier replaced by the per-dimension lower median; themselves if none is. Ranks: pure.
+    """Rows (N, d) with every 3-sigma outlier replaced by the per-dimension lower median. Ranks: pure.
 
-    Source: the authors' code (the paper speaks of removal); see docs/metric.md.
+    Returns the rows themselves if there are no outliers.
+    Source: the authors' code (the paper removes outliers); see docs/metric.md.
     """
     norms = compute_row_norms(rows)
     outliers = OutlierRule.from_norms(norms).outliers(norms)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live model: where its decoder is, which positions are vision, and how to look without leaving a trace."""
+"""The live model: its decoder layers, its vision positions, capturing hidden states, restoring its state."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes with hooks that hand on only the vision and text rows of each decoder layer, and the loss on texts.
+"""Forward passes with hooks that capture the vision and text rows of each decoder layer; the loss on the texts.
 
-Handed on is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
-model's final norm. Which module that norm is, is observed and not guessed: it is the sibling of the layer list that
-is called on the last layer's output.
+Captured is what Hugging Face calls `hidden_states[1:]`: the output of every decoder layer, the last one after the
+model's final norm. The norm is found by observation: it is the sibling of the layer list that is called on the last
+layer's output.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
 
-_CHUNK_TOKENS = 512  # whose logits are held in float32 at a time
+_CHUNK_TOKENS = 512  # whose logits are converted to float32 at a time
 
-# Takes the index of a layer, its hidden states (n, d) and the positions among them of vision rows and of text rows.
+# Called with the index of a layer, its hidden states (n, d) and the indices of the vision rows and of the text rows.
 # Must copy what it keeps: models overwrite their hidden states.
 KeepRows = Callable[[int, Tensor, tuple[Tensor, ...]], None]
 
 
 @dataclass
 class _Forward:
-    """What the hooks see of the forward under way; ``keep`` (B,) and ``find_masks`` are given."""
+    """State of the current forward, filled in by the hooks."""
 
     find_masks: Callable[[], ModalityMasks]
-    keep: Tensor
+    keep: Tensor  # (B,) bool
     text_ids: Sequence[Tensor]
-    vision: Tensor | None = None  # (B, S) of all samples
-    masks: ModalityMasks | None = None  # of those that are kept
+    vision: Tensor | None = None  # (B, S), of all samples
+    masks: ModalityMasks | None = None  # of the kept samples
     positions: tuple[Tensor, ...] = ()
     calls: list[int] = field(default_factory=list)
     embeddings: Tensor | None = None
@@ -47,15 +47,15 @@ class _Forward:
 
 
 class HiddenStateCapture:
-    """Hands on token rows layer by layer over several forward passes.
+    """Passes token rows to ``keep_rows``, layer by layer, over several forward passes.
 
-    Use as a context manager: hooks exist only inside it. After every forward the call pattern is checked, so that a
-    model this recipe does not fit is refused instead of measured wrongly. Without a ``text_loss`` logits are computed
-    of one position only.
+    Use it as a context manager, which registers and removes the hooks. After every forward it checks how the layers
+    were called, so that an unsupported model is refused and not measured wrongly. Without a ``text_loss`` logits are
+    computed for one position only.
     """
 
     def __init__(self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None) -> None:
-        # For each batch (n, 2) int64 on the CPU, the vision and text rows of each kept sample; rows lie in that order.
+        # For each batch (n, 2) int64 on the CPU, the number of vision and text rows of each kept sample, in order.
         self.sample_rows: list[Tensor] = []
         self._decoder = decoder
         self._last = len(decoder.layers) - 1
@@ -83,7 +83,7 @@ class HiddenStateCapture:
             if not isinstance(head, nn.Module):
                 self._hooks.close()
                 raise UnsupportedModelError(
-                    f"probe_loss needs output embeddings, and {type(model).__name__} has none; switch it off"
+                    f"{type(model).__name__} has no output embeddings, which probe_loss needs. Set probe_loss=False."
                 )
             self._hooks.callback(head.register_forward_pre_hook(self._text_loss.select).remove)
         elif isinstance(head, nn.Module) and _logits_argument(model) is None:
@@ -103,17 +103,18 @@ class HiddenStateCapture:
         keep: Tensor,
         text_ids: Sequence[Tensor] = (),
     ) -> None:
-        """One ordinary top-level forward; the rows of its kept samples are handed on.
+        """One ordinary top-level forward, in which the rows of the kept samples are captured.
 
-        The caller sees to evaluation mode and no_grad. Raises UnsupportedModelError if the model did not call its
-        layers as expected. Collective under ZeRO-3 (it gathers weights): every rank must call it equally often.
+        The caller sets evaluation mode and no_grad. Raises UnsupportedModelError if the model did not call its layers
+        as expected. Collective under ZeRO-3, which gathers weights: every rank must call it equally often.
 
         Args:
             model: the model to call, bare or wrapped.
             inputs: keyword arguments of its forward, on its device, without labels.
-            masks: those of the sequence the decoder layers see, on the same device; or what tells them once the first
-                layer is reached, for models that place image features themselves.
-            keep: (B,) bool; False for padding repeats, whose rows are discarded.
+            masks: vision and text positions of the sequence that the decoder layers get, on the same device; or a
+                function that returns them once the first layer is reached, for models that place image features
+                themselves.
+            keep: (B,) bool; rows of the others are discarded.
             text_ids: token ids of each sample's text, for the loss on them.
         """
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
@@ -140,8 +141,8 @@ class HiddenStateCapture:
             if index == self._last:
                 seen.last_output = state
             elif seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
-                # Handed on here and now: some families add features in place after the layer has returned. Another
-                # shape is left to the check after the forward, which refuses it with a reason.
+                # At once, because some families add features in place after the layer has returned. A different shape
+                # is refused after the forward, with a reason.
                 self._keep_rows(index, state.flatten(0, 1), seen.positions)
 
         return hook
@@ -161,7 +162,7 @@ class HiddenStateCapture:
         masks, keep = seen.find_masks(), seen.keep[:, None]
         seen.vision = masks.vision
         seen.masks = ModalityMasks(masks.vision & keep, masks.text & keep)
-        # Found once a batch: on a GPU, looking for them waits for all work under way.
+        # Once per batch: on a GPU, nonzero waits for all queued work.
         seen.positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (seen.masks.vision, seen.masks.text))
         if self._text_loss is not None:
             self._text_loss.expect(seen.masks.text, seen.text_ids)
@@ -175,21 +176,21 @@ class HiddenStateCapture:
             seen.embeddings = output.clone()
 
     def _check_calls(self, seen: _Forward) -> None:
-        """Refuse a model whose forward does not look like one pass of (batch, sequence, d) through the layers."""
+        """Refuse a model whose forward is not one pass of (batch, sequence, d) through the layers."""
         name = type(self._decoder.model).__name__
         expected = list(range(len(self._decoder.layers)))
         if seen.calls != expected:
             raise UnsupportedModelError(
-                f"{name}: every decoder layer in {self._decoder.path} must run exactly once and in order, "
-                f"got {seen.calls} for {len(expected)} layers; this architecture is not supported"
+                f"{name} is not supported: its forward called the {len(expected)} decoder layers in "
+                f"{self._decoder.path} in the order {seen.calls}, not each of them once and in order."
             )
         assert seen.vision is not None  # the first layer ran
         shape = (*seen.vision.shape, self._decoder.hidden_size)
         got = None if seen.first_input is None else tuple(seen.first_input.shape)
         if got != shape:
             raise UnsupportedModelError(
-                f"{name}: the first decoder layer must read (batch, sequence, hidden) = {shape} as input_ids has it, "
-                f"got {got}; models that splice or prepend image features themselves need an adapter"
+                f"{name}: the first decoder layer got hidden states of shape {got}, but input_ids imply {shape}. A "
+                "model that inserts image features into its sequence itself needs an adapter."
             )
         if self._verified:
             return
@@ -198,31 +199,30 @@ class HiddenStateCapture:
             plain = (seen.first_input[seen.vision] == seen.embeddings[seen.vision]).all(dim=-1)
             if bool(plain.any()):
                 raise UnsupportedModelError(
-                    f"{name}: {int(plain.sum())} of {len(plain)} vision positions hold plain token embeddings, no "
-                    "image features; either the model mixes vision in by cross-attention, which MIR does not cover, "
-                    "or the images did not reach it"
+                    f"{name}: {int(plain.sum())} of {len(plain)} vision positions have plain token embeddings and no "
+                    "image features. Either the images did not reach the model, or it mixes them in by "
+                    "cross-attention, which MIR does not cover."
                 )
         self._verified = True
 
 
 class TextLoss:
-    """Sums the negative log-likelihood of text tokens given the image and the text before them.
+    """Sums the negative log-likelihood of text tokens, given the image and the text before them.
 
-    Predicted are all text tokens of a sample but its first, from the positions before each; only at those are logits
-    computed.
+    All text tokens of a sample but the first are predicted. Logits are only computed at the positions before them.
     """
 
     def __init__(self) -> None:
-        self.total = 0.0  # in nats, of the samples kept so far
-        self.count = 0  # tokens predicted
+        self.total = 0.0  # in nats, over the kept samples so far
+        self.count = 0  # number of predicted tokens
         self._before = torch.zeros(0, dtype=torch.int64)
         self._targets = torch.zeros(0, dtype=torch.int64)
         self._shape: tuple[int, ...] = ()
 
     def expect(self, text: Tensor, text_ids: Sequence[Tensor]) -> None:
-        """Note what the next logits predict, from text positions (B, S) bool of the samples that are kept.
+        """Set the targets of the next logits, from text positions (B, S) bool of the kept samples.
 
-        The token ids of each sample's text are more than its positions where those were cut.
+        A sample may have more token ids than positions: the model may have cut its text.
         """
         before, targets = [], []
         self._shape = tuple(text.shape)
@@ -230,30 +230,30 @@ class TextLoss:
             positions = mask.nonzero()[:, 0]
             if len(positions) > len(ids):
                 raise UnsupportedModelError(
-                    f"probe_loss needs a token id for each text position, got {len(ids)} for {len(positions)}; "
-                    "switch probe_loss off for this model"
+                    f"probe_loss does not support this model: a sample has {len(positions)} text positions but only "
+                    f"{len(ids)} token ids. Set probe_loss=False."
                 )
             before.append(row * text.shape[1] + positions[:-1])
             targets.append(ids.to(text.device)[1 : len(positions)])
         self._before, self._targets = torch.cat(before), torch.cat(targets)
 
     def select(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pre-hook of the output embeddings: of hidden states (B, S, d) keep those to predict from, (1, n, d)."""
+        """Pre-hook of the output embeddings: select from hidden states (B, S, d) those to predict from, (1, n, d)."""
         hidden = args[0]
         if tuple(hidden.shape[:-1]) != self._shape:
             raise UnsupportedModelError(
-                f"probe_loss needs hidden states of all positions {self._shape} at the output embeddings, got "
-                f"{tuple(hidden.shape[:-1])}; switch probe_loss off for this model"
+                f"probe_loss does not support this model: its output embeddings get hidden states of "
+                f"{tuple(hidden.shape[:-1])} positions, not of all {self._shape}. Set probe_loss=False."
             )
         return (hidden.flatten(0, 1).index_select(0, self._before)[None], *args[1:])
 
     def add(self, outputs: Any) -> None:
-        """Add what a model's outputs say, whose logits are (1, n, vocabulary)."""
+        """Add the loss of a model's outputs, with logits (1, n, vocabulary)."""
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if tuple(logits.shape[:-1]) != (1, len(self._targets)):
             raise UnsupportedModelError(
-                f"probe_loss needs logits of {len(self._targets)} positions, got {tuple(logits.shape[:-1])}; switch "
-                "probe_loss off for this model"
+                f"probe_loss does not support this model: its logits are of {tuple(logits.shape[:-1])} positions, not "
+                f"of the {len(self._targets)} asked for. Set probe_loss=False."
             )
         for start in range(0, len(self._targets), _CHUNK_TOKENS):
             part = slice(start, start + _CHUNK_TOKENS)
@@ -263,11 +263,11 @@ class TextLoss:
 
 
 def _nothing() -> None:
-    """Stands for what is not there to be called."""
+    """Default of a method that a model may lack."""
 
 
 def _lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
-    """Keyword arguments that keep the forward lean: no cache, and unless asked for, logits of one position only."""
+    """Keyword arguments that save memory in the forward: no cache, and logits of one position unless all are needed."""
     lean: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
     logits = _logits_argument(model)
     if logits is not None and not all_logits:
@@ -276,7 +276,7 @@ def _lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
 
 
 def _logits_argument(model: nn.Module) -> str | None:
-    """The argument that limits logits to the last positions, by this model's name for it, or None."""
+    """The name of the forward's argument that limits logits to the last positions, or None."""
     parameters = inspect.signature(type(model).forward).parameters
     if "num_logits_to_keep" in parameters:
         return "num_logits_to_keep"
@@ -289,5 +289,5 @@ def _accepts(model: nn.Module, name: str) -> bool:
 
 
 def _last_position(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Logits of one position, for models that have no argument for it: the rest would be B x S x vocabulary floats."""
+    """For models without such an argument: logits of one position, as all would be B x S x vocabulary floats."""
     return (args[0][:, -1:], *args[1:])

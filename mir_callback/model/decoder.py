@@ -2,8 +2,8 @@
 """Find the language model's decoder layers inside a Hugging Face vision-language model.
 
 No path is hard-coded: families put the decoder under `model.language_model`, `model.text_model`,
-`language_model.model` and others. The rule is `get_decoder()` followed to its fixed point, then the module list
-called `layers` that has as many members as the text configuration has hidden layers.
+`language_model.model` and others. The rule: call `get_decoder()` until it returns the module itself, then take the
+ModuleList, preferably named `layers`, with as many members as the text configuration has hidden layers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ _NOT_TEXT = ("vision", "visual", "audio", "image", "qformer", "perceiver", "vq")
 
 @dataclass(frozen=True)
 class Decoder:
-    """The part of a model whose hidden states are read."""
+    """The decoder layers of a model, whose hidden states are captured."""
 
-    model: nn.Module  # the unwrapped top-level model, the one to call
-    path: str  # name of the layer list below `model`, for messages
+    model: nn.Module  # the unwrapped top-level model
+    path: str  # name of the layer list in `model`, for messages
     layers: nn.ModuleList  # the decoder layers, in order
-    siblings: tuple[nn.Module, ...]  # direct children of the module that owns the layers, the final norm among them
+    siblings: tuple[nn.Module, ...]  # the other children of the layer list's parent, the final norm among them
     hidden_size: int  # width d of the hidden states
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model below DDP, a DeepSpeed engine or PEFT.
+    """The Hugging Face model inside DDP, a DeepSpeed engine or PEFT. Ranks: pure.
 
-    Only for finding things: PEFT's adapters live inside the modules of the model returned, so its forward is the
-    adapted one. Ranks: pure.
+    PEFT's adapters are inside the modules of the model returned, so its forward includes them.
     """
     current: Any = model
     while True:
@@ -51,19 +50,18 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(
-            f"model must carry a Hugging Face config, got {type(model).__name__} without one; "
-            "pass a transformers vision-language model"
+            f"{type(model).__name__} has no Hugging Face config. Pass a transformers vision-language model."
         )
     if not hasattr(config, "get_text_config"):  # older transformers
         return getattr(config, "text_config", config)
     try:
         return config.get_text_config(decoder=True)
-    except TypeError:  # older transformers know no `decoder` argument
+    except TypeError:  # older transformers have no `decoder` argument
         return config.get_text_config()
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """Locate the decoder layers of a Hugging Face vision-language model, bare or wrapped. Ranks: pure.
+    """Find the decoder layers of a Hugging Face vision-language model, bare or wrapped. Ranks: pure.
 
     Raises UnsupportedModelError if there is no such layer list, or the model has no configuration.
     """
@@ -79,8 +77,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(top).__name__}: no list of {wanted} decoder layers found below {type(root).__name__}; "
-            "MIR needs a decoder-only language model whose layers form one ModuleList"
+            f"{type(root).__name__} in {type(top).__name__} has no ModuleList of {wanted} decoder layers. MIR needs a "
+            "decoder-only language model with all its layers in one ModuleList."
         )
     # `layers` first, then nearest the top.
     name, layers = min(found, key=lambda item: (item[0].split(".")[-1] != "layers", item[0].count("."), item[0]))
@@ -91,7 +89,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _decoder_root(top: nn.Module) -> nn.Module:
-    """`get_decoder()` repeated until it returns itself."""
+    """`get_decoder()`, repeated until it returns the module itself."""
     module: Any = top
     while callable(getattr(module, "get_decoder", None)):
         below = module.get_decoder()

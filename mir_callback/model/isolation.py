@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation leaves no trace: modes, buffers, random streams, gathered and schedule-free weights are put back."""
+"""Restore the training state after an evaluation: modes, buffers, random states, ZeRO-3 and schedule-free weights."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _KINDS = (Tensor, int, float, type(None))
 
 @contextmanager
 def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
-    """Evaluation mode without gradients inside; afterwards the model and every random stream are as they were.
+    """Evaluation mode and no_grad inside; on exit the model and all random states are restored, also after an error.
 
-    Restored, also after an exception: the train/eval flag of every single module (a frozen tower kept in evaluation
-    mode stays so); tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers
-    that it replaces (RoPE that follows the length); the random states of Python, NumPy, torch and the accelerator; the
-    dtype that a weight shows while it is in its shards. ZeRO-3's gathered or in-flight weights are released.
+    Restored are: the train/eval flag of every single module (a frozen tower that is kept in evaluation mode stays so);
+    tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers that a forward
+    replaces (RoPE that depends on the length); the random states of Python, NumPy, torch and the accelerator; the
+    dtype of partitioned ZeRO-3 weights. Weights that ZeRO-3 has gathered, or is gathering, are released.
 
-    `no_grad` is used and not `inference_mode`: weights gathered by ZeRO-3 under the latter could not be used in the
-    next backward pass.
+    `no_grad` and not `inference_mode`, because weights that ZeRO-3 gathers under the latter cannot be used in the next
+    backward pass.
 
     Args:
-        model: any module; its own flags and those of all modules below it are handled.
+        model: any module.
         *zero_owners: objects that may own ZeRO-3 partitioned weights: the DeepSpeed engine, its optimizer, or a
             wrapper around one of them. Others, and None, are ignored.
 
-    Ranks: each for itself, but every rank must enter it (releasing weights waits for gathers in flight).
+    Ranks: every rank must enter it, because releasing weights waits for gathers in flight.
     """
     flags = [(module, module.training) for module in model.modules()]
     kept = [(module, *_kept_values(module)) for module in model.modules()]
-    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _in_shards(parameter)]
+    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _is_partitioned(parameter)]
     states = _random_states()
     try:
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
@@ -50,33 +50,33 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         for module, attributes, buffers in kept:
             _restore_values(module, attributes, buffers)
         release_gathered_weights(*zero_owners)
-        # A cast of the model casts only the empty tensor, and the first gathering shows the shards' own dtype again.
-        # LLaVA casts its vision tower, and then its images to the dtype that the tower shows.
+        # Casting a model casts only the empty tensors of partitioned weights, and gathering them brings the dtype of
+        # the partitions back. LLaVA casts its vision tower, and later casts images to the dtype of the tower.
         for parameter, dtype in shown:
-            if _in_shards(parameter) and parameter.dtype != dtype:
+            if _is_partitioned(parameter) and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         for state, restore in states:
             restore(state)
 
 
 def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
-    """Before a forward, release weights that somebody else's forward-only pass, as the Trainer's own, left gathered.
+    """Before a forward, release ZeRO-3 weights that another forward-only pass, such as Trainer.evaluate, left gathered.
 
-    After a training step only small weights are, which DeepSpeed keeps gathered on purpose; then nothing is done.
+    After a training step only small weights are gathered, which DeepSpeed does on purpose; then nothing is done.
     Ranks: every rank.
     """
     for parameter in model.parameters():
-        gathered = getattr(parameter, "ds_status", None) is not None and not _in_shards(parameter)
+        gathered = getattr(parameter, "ds_status", None) is not None and not _is_partitioned(parameter)
         if gathered and not getattr(parameter, "ds_persist", False):
             release_gathered_weights(*zero_owners)
             return
 
 
 def release_gathered_weights(*zero_owners: Any) -> None:
-    """Give ZeRO-3 weights that a forward-only pass left gathered back to their shards.
+    """Partition ZeRO-3 weights again that a forward-only pass left gathered.
 
-    A pass without a backward leaves up to `stage3_max_live_parameters` gathered, and some in flight for a backward
-    that never comes. A no-op without DeepSpeed and for stages 0 to 2. Ranks: every rank that took part in the forward.
+    Without a backward pass up to `stage3_max_live_parameters` stay gathered, and some are being prefetched. Does
+    nothing without DeepSpeed and for stages 0 to 2. Ranks: every rank that took part in the forward.
     """
     for owner in zero_owners:
         for candidate in (owner, getattr(owner, "optimizer", None)):  # an engine, its optimizer, a wrapper around it
@@ -86,13 +86,13 @@ def release_gathered_weights(*zero_owners: Any) -> None:
                 return
 
 
-def _in_shards(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has left an empty tensor in the place of this weight."""
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has partitioned this weight, which is then an empty tensor."""
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
 
 def _kept_values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
-    """What a forward may leave behind in a module: plain attributes that are tensors, numbers or None; its buffers."""
+    """What a forward may change in a module: attributes that are tensors, numbers or None; its buffers."""
     return {name: value for name, value in vars(module).items() if isinstance(value, _KINDS)}, dict(module._buffers)
 
 
@@ -107,7 +107,7 @@ def _restore_values(module: nn.Module, attributes: dict[str, Any], buffers: dict
 
 
 def _random_states() -> list[tuple[Any, Callable[[Any], None]]]:
-    """Every random stream's state and what puts it back."""
+    """The state of every random generator, and the function that restores it."""
     states: list[tuple[Any, Callable[[Any], None]]] = [
         (random.getstate(), random.setstate),
         (np.random.get_state(), np.random.set_state),
@@ -122,15 +122,15 @@ def _random_states() -> list[tuple[Any, Callable[[Any], None]]]:
 
 @contextmanager
 def evaluation_weights(model: nn.Module, optimizer: Any) -> Iterator[None]:
-    """While open, the model holds the weights its optimizer means to be evaluated, as in `Trainer.evaluate`.
+    """Inside, the model has the weights that a schedule-free optimizer evaluates, as in `Trainer.evaluate`.
 
-    Such an optimizer moves the weights there and back in place (`eval()`, `train()`), which rounds; so the weights
-    themselves are kept meanwhile, in host memory, and put back to the last bit.
+    Such an optimizer changes the weights in place (`eval()`, `train()`), with rounding. So a copy of the training
+    weights is kept in host memory and restored, to the last bit.
 
-    None, an ordinary optimizer, and one that works on weights of its own, as DeepSpeed's do, are left alone: the model
-    then shows the weights that are trained. Ranks: each for itself.
+    Without such an optimizer, or with one that works on weights of its own as DeepSpeed's do, nothing is done.
+    Ranks: any; no communication.
     """
-    inner = _switchable(optimizer)
+    inner = _schedule_free(optimizer)
     parameters = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
     own = {id(parameter) for parameter in model.parameters()}
     if inner is None or not all(id(parameter) in own for parameter in parameters):
@@ -151,8 +151,8 @@ def evaluation_weights(model: nn.Module, optimizer: Any) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _switchable(optimizer: Any) -> Any:
-    """The innermost optimizer, if it has two modes; wrappers of accelerate and DeepSpeed hold theirs as `optimizer`."""
+def _schedule_free(optimizer: Any) -> Any:
+    """The innermost optimizer, if it is schedule-free; accelerate's and DeepSpeed's wrappers have it as `optimizer`."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     both = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))

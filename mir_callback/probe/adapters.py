@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How samples become inputs of one family of models, and which adapter a model gets.
+"""Adapters: how probe samples become inputs of a family of models, and which adapter a model gets.
 
-There is one here for transformers' own models and those built like them. Other families register a factory:
-`llava_integration` does for LLaVA's code bases, anybody else with :func:`register_adapter` or an entry point of the
-group "mir_callback.adapters".
+The one here is for transformers' own models and those built like them. Other families register a factory:
+`llava_integration` does so for LLaVA's code bases, a third party calls :func:`register_adapter` or declares an entry
+point in the group "mir_callback.adapters".
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from mir_callback.probe.probe import Sample
 
 log = logging.getLogger(__name__)
 
-# Called at the first decoder layer of a forward: the masks of the sequence that the layers see in it.
+# Called when a forward reaches the first decoder layer; returns the masks of the sequence that the layers get.
 LiveMasks = Callable[[], ModalityMasks]
 
 
 @dataclass(frozen=True)
 class AdaptedBatch:
-    """Samples as inputs of a model, on the CPU.
+    """B samples as inputs of a model, on the CPU.
 
     Attributes:
-        inputs: keyword arguments of the model's forward, without labels.
-        masks: modality masks (B, S), or None if only the forward itself shows where image features end up.
-        token_ids: the real token ids of each sample, (n,) integers; what makes encodings comparable.
-        text_ids: those of them after the last image, for the loss on the probe's texts; None if that is not offered.
+        inputs: keyword arguments of the model's forward, without labels; floating tensors are cast to its dtype.
+        masks: vision and text positions, each (B, S) bool; None if only the forward itself knows where image features
+            go (see :meth:`Adapter.live_masks`).
+        token_ids: for each sample its token ids without padding, (n,) integers; they are fingerprinted, so that a
+            changed tokenizer or template is noticed.
+        text_ids: for each sample the token ids after its image, (t,) integers, which ``probe_loss`` predicts; None if
+            the adapter does not support that option.
     """
 
     inputs: dict[str, Any]
@@ -50,20 +53,58 @@ class AdaptedBatch:
 
 @runtime_checkable
 class Adapter(Protocol):
-    """Between a probe and one family of models. Stateless between calls; the same on every rank."""
+    """What a family of models needs so that MIR can be measured on it.
+
+    An adapter keeps no state between calls and is the same on every rank. Pass one as ``adapter=``, or register a
+    factory with :func:`register_adapter`.
+
+    Example::
+
+        class MyAdapter:
+            def __init__(self, tokenizer, image_processor, image_token_id):
+                self.tokenizer, self.image_processor, self.image_token_id = tokenizer, image_processor, image_token_id
+
+            def encode(self, samples, max_text_tokens):
+                texts = [cut_text(self.tokenizer, sample.text, max_text_tokens) for sample in samples]
+                batch = self.tokenizer(["<image>" + text for text in texts], padding=True, return_tensors="pt")
+                pixels = self.image_processor([sample.open_image() for sample in samples], return_tensors="pt")
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                masks = modality_masks(ids, mask, (self.image_token_id,))
+                real = [row[keep != 0] for row, keep in zip(ids, mask)]
+                return AdaptedBatch({**batch, **pixels}, masks, real)
+
+            def live_masks(self, model):
+                return nullcontext()  # the masks are known before the forward
+    """
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
-        """Turn samples into one batch, image first, text after, cut to ``max_text_tokens``.
+        """Turn samples into one batch: of each its image, then its text, cut to ``max_text_tokens`` tokens.
+
+        Args:
+            samples: B samples, at least 1.
+            max_text_tokens: longer texts are cut, see :func:`cut_text`.
+
+        Returns:
+            The batch, on the CPU.
 
         Raises:
-            ProbeError: a sample does not fit the model; the message names it.
+            ProbeError: a sample does not fit the model; the message names it (``sample.name``).
+
+        Ranks: any. Ranks encode different samples, equally many batches each.
         """
         ...
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
-        """While open, observe where the model puts image features; None if `encode` knows already.
+        """A context manager around all forwards of an evaluation, for models that place image features themselves.
 
-        Must leave the model as it was.
+        Args:
+            model: the unwrapped model. On exit it must be as it was.
+
+        Returns:
+            A context manager that yields a function, which is called when a forward reaches the first decoder layer
+            and returns the masks (B, S) of that forward; or that yields None if :meth:`encode` returned the masks.
+
+        Ranks: every rank enters it.
         """
         ...
 
@@ -76,62 +117,73 @@ _fallbacks: list[AdapterFactory] = []
 
 
 def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None:
-    """Have a factory asked for the adapters of models from now on, before those registered earlier.
+    """Register a factory of adapters for a family of models. The last one registered is asked first.
 
     Args:
-        factory: called with the arguments of :func:`find_adapter`; returns an adapter, or None if the model is not of
-            its family.
-        fallback: ask it after those registered without this and after installed entry points.
+        factory: called as ``factory(model, processor, conversation=..., trainer=...)``, see :func:`find_adapter`;
+            returns an :class:`Adapter`, or None for a model that is not of its family.
+        fallback: ask it only after those registered without this, and after installed entry points.
 
-    Ranks: every rank.
+    Ranks: call it on every rank.
+
+    Example::
+
+        def make_adapter(model, processor, *, conversation=None, trainer=None):
+            if type(unwrap(model)).__name__ != "MyVLM":
+                return None
+            return MyAdapter(processor.tokenizer, processor.image_processor, model.config.image_token_id)
+
+        register_adapter(make_adapter)
     """
     (_fallbacks if fallback else _registered).insert(0, factory)
 
 
 def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None) -> Adapter:
-    """The adapter of a model: the first that a factory makes, else that of transformers' models.
+    """The adapter of a model: from the first factory that knows the model, else the one for transformers' models.
 
     Args:
         model: the model, bare or wrapped.
-        processor: its processor, or what its family needs instead: a tokenizer, or None.
-        conversation: name of a template of the family; None for the run's own.
-        trainer: the Trainer, which may know how the run encodes its data.
+        processor: its processor, or what its family needs instead (a tokenizer, or None).
+        conversation: name of a conversation template of the family; None for the run's own.
+        trainer: the Trainer, from which a factory may read how the run encodes its data.
 
     Raises:
-        ConfigError: no model, a processor that cannot handle images, a template where there are none.
-        UnsupportedModelError: nobody knows the model, or its family's adapter cannot take it.
+        ConfigError: not a model, a processor that cannot handle images, a template for a family without templates.
+        UnsupportedModelError: no factory knows the model, it has no vision tokens, or its family's adapter refuses it.
 
-    Ranks: each for itself.
+    Ranks: any; no communication.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch module, got {type(model).__name__}; pass trainer.model")
+        raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
     kind, ours, missing = type(unwrap(model)), package_of(model) == "transformers", ""
     if not ours:
         try:
             importlib.import_module("llava_integration")  # registers its factories
         except ImportError as error:
-            missing = f"; not llava_integration: {error}"
+            missing = f"; llava_integration could not be imported: {error}"
     factories = [*_registered, *_load_entry_points(), *_fallbacks]
     for factory in factories:
         adapter = factory(model, processor, conversation=conversation, trainer=trainer)
         if adapter is not None:
             return adapter
     if not ours and not _fits_transformers(unwrap(model), processor):
-        asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "nobody"
+        asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "none"
         raise UnsupportedModelError(
-            f"{kind.__module__}.{kind.__name__} is of no kind known here: not one of transformers' own models, and "
-            f"no factory of adapters takes it (asked: {asked}{missing}); write an adapter "
-            "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register its factory with register_adapter"
+            f"There is no adapter for {kind.__module__}.{kind.__name__}: it is not one of transformers' models, and no "
+            f"registered factory knows it (asked: {asked}{missing}). Write an adapter "
+            "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
     if conversation is not None:
-        raise ConfigError(f"{kind.__name__} has no conversation templates, got {conversation!r}; leave it out")
+        raise ConfigError(
+            f"conversation={conversation!r}, but {kind.__name__} has no conversation templates. Leave it out."
+        )
     return HuggingFaceAdapter(model, processor)
 
 
 def _fits_transformers(model: Any, processor: Any) -> bool:
-    """Whether a model that somebody else has built looks like transformers' own; self-checks refuse what does not fit.
+    """Whether a third party's model is built like transformers' own, so that the adapter for those will do.
 
-    Not one that splices images into its inputs by itself, as LLaVA's code bases do.
+    Models that place image features in their inputs themselves, as LLaVA's code bases do, are not.
     """
     from transformers import PreTrainedModel
 
@@ -146,7 +198,7 @@ def _fits_transformers(model: Any, processor: Any) -> bool:
 
 
 def package_of(model: nn.Module) -> str:
-    """The package whose forward a model runs: FSDP2 puts classes of its own, without one, before the model's."""
+    """The package that defines a model's forward; not the class's own, which may be FSDP2's and have no forward."""
     kinds = type(unwrap(model)).__mro__
     return next(kind.__module__ for kind in kinds if "forward" in vars(kind)).partition(".")[0]
 
@@ -157,47 +209,53 @@ def _load_entry_points() -> tuple[AdapterFactory, ...]:
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         try:
             found.append(entry.load())
-        except Exception as error:  # somebody else's package, which is no reason to leave other models alone
-            log.warning("the adapters of %s cannot be loaded: %s: %s", entry.value, type(error).__name__, error)
+        except Exception as error:  # a broken third-party package must not break other models
+            log.warning("Could not load the adapters of %s: %s: %s", entry.value, type(error).__name__, error)
     return tuple(found)
 
 
 class HuggingFaceAdapter:
-    """Encodes samples through a transformers processor: the image, then the text, as in LLaVA's pre-training.
+    """Encodes samples with a transformers processor: the image, then the text, as in LLaVA's pre-training.
 
     Args:
         model: a vision-language model of transformers, bare or wrapped; only its configuration is read.
         processor: its processor, with `image_processor` and `tokenizer`.
 
     Raises:
-        ConfigError: the processor cannot handle images and text, or names no image token.
-        UnsupportedModelError: the configuration names no image token.
+        UnsupportedModelError: the model's configuration names no image token, so the model has no vision tokens.
+        ConfigError: the processor does not handle both images and text, or names no image token.
+
+    Example::
+
+        adapter = HuggingFaceAdapter(model, AutoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf"))
+        batch = adapter.encode(probe.samples[:4], probe.max_text_tokens)
+        batch.masks.vision.sum(dim=1)  # vision tokens of each sample
     """
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         top: Any = unwrap(model)
-        self._longest = getattr(text_config(top), "max_position_embeddings", None)
+        self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
+        self._vision_ids = vision_token_ids(top)  # first: a text-only model has no processor that could be missing
         self._processor = processor
         self._tokenizer = require_processor(processor)
-        self._vision_ids = vision_token_ids(top)
         self._placeholder = image_placeholder(processor, self._tokenizer, top.config)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`Adapter`."""
         if len(samples) > 1 and getattr(self._tokenizer, "pad_token_id", None) is None:
             raise ConfigError(
-                "processor.tokenizer must have a pad token to batch samples, got none; "
-                "set tokenizer.pad_token or use batch_size=1"
+                "The processor's tokenizer has no pad token, so samples cannot be batched. Set tokenizer.pad_token or "
+                "use batch_size=1."
             )
         inputs = self._process(samples, max_text_tokens)
         masks = modality_masks(inputs["input_ids"], inputs["attention_mask"], self._vision_ids)
-        self._check(samples, inputs, masks)
+        self._check(samples, inputs, masks, max_text_tokens)
         real = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         texts = [ids[mask] for ids, mask in zip(inputs["input_ids"], masks.text, strict=True)]
         return AdaptedBatch(inputs, masks, real, texts)
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
-        """Image features stand where their ids stand; nothing to observe."""
+        """Nothing to observe: :meth:`encode` returns the masks."""
         return nullcontext()
 
     def _process(self, samples: Sequence[Sample], max_text_tokens: int) -> dict[str, Any]:
@@ -213,51 +271,54 @@ class HuggingFaceAdapter:
         except Exception as error:
             names = ", ".join(sample.name for sample in samples)
             raise ProbeError(
-                f"probe samples must pass the model's processor {type(self._processor).__name__}, got "
-                f"{type(error).__name__}: {error}; the samples were {names}"
+                f"The processor {type(self._processor).__name__} failed on the probe samples {names}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         inputs = {name: value for name, value in encoded.items() if name not in ("labels", "label", "label_ids")}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return inputs
 
-    def _check(self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks) -> None:
+    def _check(
+        self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks, max_text_tokens: int
+    ) -> None:
         for modality, mask in (("vision", masks.vision), ("text", masks.text)):
             for sample, found in zip(samples, mask.any(dim=1).tolist(), strict=True):
                 if not found:
                     raise ProbeError(
-                        f"probe sample {sample.name} must give {modality} tokens, got none among {mask.shape[1]} "
-                        "positions; check that the processor belongs to this model"
+                        f"Probe sample {sample.name} has no {modality} tokens among its {mask.shape[1]} positions. "
+                        "Check that the processor belongs to this model."
                     )
-        longest = int(inputs["attention_mask"].sum(dim=1).max())
-        if isinstance(self._longest, int) and longest > self._longest:
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        length, sample = max(zip(lengths, samples, strict=True), key=lambda pair: pair[0])
+        if isinstance(self._max_positions, int) and length > self._max_positions:
             raise ProbeError(
-                f"max_text_tokens must keep samples within the model's {self._longest} positions, got a sample of "
-                f"{longest} tokens; build the probe with a smaller max_text_tokens"
+                f"Probe sample {sample.name} has {length} tokens, and the model takes at most {self._max_positions}. "
+                f"Build the probe with max_text_tokens below the {max_text_tokens} it has now."
             )
 
 
 def require_processor(processor: Any) -> Any:
-    """The tokenizer of a processor; ConfigError if it cannot handle images and text."""
+    """The tokenizer of a processor; ConfigError if it does not handle both images and text."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        lacking = f"{type(processor).__name__} is not a processor of images and text (image_processor and tokenizer)"
         raise ConfigError(
-            "processor must handle images and text (have image_processor and tokenizer), got "
-            f"{type(processor).__name__}; pass processor=AutoProcessor.from_pretrained(...), or give the Trainer "
-            "processing_class=processor"
+            f"{'No processor given' if processor is None else lacking}. Pass "
+            "processor=AutoProcessor.from_pretrained(...), or give the Trainer processing_class=processor."
         )
     return tokenizer
 
 
 def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
-    """What stands for one image in a prompt, as the processor expects it before it expands it.
+    """The placeholder of one image in a prompt, which the processor expands to the image's tokens.
 
-    Qwen-VL's processors do not add the start and end tokens of an image themselves, so they get them around it.
+    Qwen-VL's processors do not add the start and end tokens of an image themselves, so they are added here.
     """
     token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if token is None:
         raise ConfigError(
-            f"processor {type(processor).__name__} must name its image token (image_token), got none; "
-            "this family needs an adapter"
+            f"The processor {type(processor).__name__} has no image_token to refer to an image in a prompt. Write an "
+            "adapter for this model and pass adapter=..."
         )
     start, end = getattr(config, "vision_start_token_id", None), getattr(config, "vision_end_token_id", None)
     if start is None or end is None:
@@ -275,13 +336,16 @@ def cut_text(tokenizer: Any, text: str, max_tokens: int) -> str:
     return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
 
 
-def require_plain_text(tokenizer: Any, text: str, sample: str, more_control_ids: Iterable[int] = ()) -> None:
-    """Refuse a text in which the tokenizer reads a control token or one of these; an unknown character is none."""
-    control = {*more_control_ids, *getattr(tokenizer, "all_special_ids", ())}
+def require_plain_text(tokenizer: Any, text: str, sample: str, more_special_ids: Iterable[int] = ()) -> None:
+    """Raise ProbeError for a text that contains a special token of the tokenizer, or one of ``more_special_ids``.
+
+    The unknown token is allowed.
+    """
+    special = {*more_special_ids, *getattr(tokenizer, "all_special_ids", ())}
     unknown = getattr(tokenizer, "unk_token_id", None)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if token in control and token != unknown:
+        if token in special and token != unknown:
             raise ProbeError(
-                f"probe text of {sample} must be plain text, got the control token "
-                f"{tokenizer.convert_ids_to_tokens(token)!r} in it; remove or rewrite it"
+                f"The text of {sample} contains the special token {tokenizer.convert_ids_to_tokens(token)!r}. Remove "
+                "it, or take another text."
             )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A probe as model inputs: the batches that one rank forwards, and fingerprints of what the samples became."""
+"""A probe as model inputs: the batches that one rank forwards, and fingerprints of the encoded samples."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,17 +15,18 @@ from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapters import Adapter, cut_text
 from mir_callback.probe.probe import Probe, Sample
 
-# A changed setting of the image processor shows in any image, so a few of them, encoded one by one, will do.
+# A changed setting of the image processor shows in any image, so it is enough to encode a few, one by one.
 _PIXEL_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """One forward's worth of samples, on the CPU; see :class:`AdaptedBatch`."""
+    """The samples of one forward, on the CPU; see :class:`AdaptedBatch`."""
 
     inputs: dict[str, Any]
     masks: ModalityMasks | None
-    keep: Tensor  # (B,) bool, False for repeats that only fill up the batch count of a rank
+    keep: Tensor  # (B,) bool, False for repeated samples that give every rank equally many batches
+    names: tuple[str, ...]  # (B,), of the samples
     text_ids: list[Tensor] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype | None) -> ProbeBatch:
@@ -42,7 +43,7 @@ class ProbeBatch:
         masks = self.masks
         if masks is not None:
             masks = ModalityMasks(masks.vision.to(device), masks.text.to(device))
-        return ProbeBatch(inputs, masks, self.keep.to(device), self.text_ids)
+        return replace(self, inputs=inputs, masks=masks, keep=self.keep.to(device))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RankShard:
 
     @property
     def row_counts(self) -> tuple[int, int] | None:
-        """Vision and text rows that a layer gets of the kept samples, or None if only a forward can tell."""
+        """Vision and text tokens of the kept samples, or None if only a forward shows them."""
         masks = [(batch.masks, batch.keep) for batch in self.batches]
         vision = [int(mask.vision[keep].sum()) for mask, keep in masks if mask is not None]
         text = [int(mask.text[keep].sum()) for mask, keep in masks if mask is not None]
@@ -65,7 +66,10 @@ class RankShard:
 
 @dataclass(frozen=True)
 class EncodedProbe:
-    """A probe, encoded for one model and processor; digests are of this rank's samples until all ranks' are joined."""
+    """A probe, encoded for one model and processor.
+
+    Digests are of this rank's samples; the Evaluator replaces them by those of all ranks.
+    """
 
     shard: RankShard
     num_samples: int  # of the whole probe
@@ -80,23 +84,23 @@ class EncodedProbe:
 
     @property
     def tokens_fingerprint(self) -> str:
-        """16 hexadecimal digits over the token ids of the samples in ``digests``."""
+        """Hash of the token ids of the samples in ``digests``; 16 hexadecimal digits."""
         return _fingerprint(self.digests)
 
     @property
     def pixels_fingerprint(self) -> str:
-        """16 hexadecimal digits over the floating inputs of the samples in ``pixel_digests``.
+        """Hash of the floating inputs of the samples in ``pixel_digests``; 16 hexadecimal digits.
 
-        Changes with the settings of the image processor, and possibly in the last bit with the version of an image
-        library: a reason to look, not to refuse.
+        It changes with the settings of the image processor, but may also change with the version of an image library:
+        a reason for a warning, not for an error.
         """
         return _fingerprint(self.pixel_digests)
 
 
 def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
-    """Which samples a rank encodes: (sample index, keep), equally many on every rank.
+    """The samples that a rank encodes: (sample index, keep), equally many on every rank.
 
-    Sample i belongs to rank i mod W. Ranks that come out short repeat a sample with keep False.
+    Sample i belongs to rank i mod world_size. A rank that has fewer repeats sample 0, with keep False.
     """
     length = -(-num_samples // world_size)
     mine = list(range(rank, num_samples, world_size))
@@ -106,16 +110,17 @@ def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[in
 def encode_shard(probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bool]], batch_size: int) -> RankShard:
     """Encode a rank's samples in batches of ``batch_size``.
 
-    For other batches they are encoded anew and not sliced: what of a batch's inputs belongs to which sample, only its
-    processor knows. Errors and ranks as of :func:`encode_probe`.
+    For another batch size they are encoded again, as only the processor knows which part of its output belongs to
+    which sample. Errors and ranks as of :func:`encode_probe`.
     """
     batches: list[ProbeBatch] = []
     token_ids: list[Tensor] = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        adapted = adapter.encode([probe.samples[index] for index, _ in part], probe.max_text_tokens)
-        keep = torch.tensor([kept for _, kept in part])
-        batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, adapted.text_ids))
+        chosen = [probe.samples[index] for index, _ in part]
+        adapted = adapter.encode(chosen, probe.max_text_tokens)
+        keep, names = torch.tensor([kept for _, kept in part]), tuple(sample.name for sample in chosen)
+        batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, names, adapted.text_ids))
         token_ids += adapted.token_ids
     return RankShard(samples, batch_size, tuple(batches), tuple(token_ids))
 
@@ -123,7 +128,8 @@ def encode_shard(probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bo
 def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int) -> EncodedProbe:
     """Encode one rank's part of a probe, in equally many batches on every rank.
 
-    ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: each for itself.
+    ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: any; no
+    communication.
     """
     shard = encode_shard(probe, adapter, share_of_rank(len(probe), rank, world_size), batch_size)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
@@ -138,12 +144,12 @@ def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, 
 
 
 def _digest(token_ids: Tensor) -> str:
-    """Digest of one sample's real token ids; equal whatever batch, padding side or rank it was encoded in."""
+    """Hash of one sample's token ids without padding; the same in any batch, with any padding side, on any rank."""
     return hashlib.sha256(token_ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _pixel_digest(adapter: Adapter, sample: Sample, max_text_tokens: int) -> str:
-    """Digest of one sample's floating inputs: encoded alone, so that no neighbour's size or padding is in it."""
+    """Hash of one sample's floating inputs, encoded alone, so that it does not depend on the rest of a batch."""
     joined = hashlib.sha256()
     inputs = adapter.encode([sample], max_text_tokens).inputs
     for name in sorted(inputs):
@@ -166,15 +172,15 @@ def _fingerprint(digests: tuple[tuple[int, str], ...]) -> str:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of every sample."""
+    """Token counts of every sample."""
 
-    vision: list[int] | None  # None of a tokenizer alone
-    text: list[int]  # those after the image; of a tokenizer alone those of the text itself
-    fingerprint: str | None  # the tokens fingerprint that evaluations with this model and processor carry
+    vision: list[int] | None  # None if there is only a tokenizer
+    text: list[int]  # after the image; with a tokenizer only, of the text itself
+    fingerprint: str | None  # tokens_fingerprint of evaluations with this model and processor
 
 
 def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
-    """Tokens as an evaluation has them, with an adapter that knows its masks before the forward."""
+    """Tokens of every sample in an evaluation, with an adapter that knows its masks before the forward."""
     encoded = encode_probe(probe, adapter, rank=0, world_size=1, batch_size=1)
     masks = [batch.masks for batch in encoded.batches if batch.masks is not None]
     vision, text = ([int(getattr(mask, name).sum()) for mask in masks] for name in ("vision", "text"))
@@ -182,6 +188,6 @@ def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
 
 
 def counts_of_tokenizer(probe: Probe, tokenizer: Any) -> TokenCounts:
-    """Tokens of the texts alone, after the probe's cut."""
+    """Tokens of the texts alone, cut to max_text_tokens."""
     texts = (cut_text(tokenizer, sample.text, probe.max_text_tokens) for sample in probe.samples)
     return TokenCounts(None, [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A probe: a fixed list of image + text pairs with a fingerprint, which never changes while values are compared."""
+"""A probe: a fixed list of image + text pairs. Only MIR values with the same probe fingerprint can be compared."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.probe import sources, storage
 from mir_callback.probe.sources import as_path
 
-# Enters the fingerprint: a change of how samples are encoded makes values that cannot be compared with older ones.
+# Part of the fingerprint: values of samples that are encoded differently cannot be compared.
 ENCODING = "image, text; plain prompt; version 1"
 DEFAULT_MAX_TEXT_TOKENS = 1024
+MAX_PIXELS = 178_956_970  # of one image; where Pillow refuses to decode by default, in this process or a later one
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and one text; they need not belong together.
+    """One image and one text. The text need not describe the image.
 
     Attributes:
         name: where it came from, for messages only; not part of the fingerprint.
-        image: the bytes of an image file, as found.
+        image: bytes of an encoded image file (PNG, JPEG, ...).
         text: the text that follows the image.
+
+    Example:
+        >>> from mir_callback import Probe
+        >>> from PIL import Image
+        >>> sample = Probe.from_pairs([(Image.new("RGB", (8, 6)), "a black rectangle")]).samples[0]
+        >>> sample.name, sample.text, sample.open_image().size
+        ('pair 0', 'a black rectangle', (8, 6))
     """
 
     name: str
@@ -37,56 +45,66 @@ class Sample:
     text: str = field(repr=False)
 
     def open_image(self) -> Image.Image:
-        """Decode the image, completely, as RGB.
+        """Decode the whole image, as RGB.
 
         Raises:
-            ProbeError: the bytes are not a whole image.
+            ProbeError: the bytes are not a whole image, it has more than MAX_PIXELS pixels, or more than 8 bits per
+                channel.
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
+                    raise Image.DecompressionBombError(f"Image size ({size}) exceeds limit of {MAX_PIXELS} pixels.")
                 return _to_rgb(image)
+        except Image.DecompressionBombError as error:
+            raise ProbeError(f"The image of {self.name} is too large: {error} Scale it down or remove it.") from error
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
-            # An UnidentifiedImageError only names an object in memory.
+            # The message of an UnidentifiedImageError only names an object in memory.
             unknown = isinstance(error, UnidentifiedImageError)
-            told = f"{len(self.image)} bytes of no known format" if unknown else f"{type(error).__name__}: {error}"
+            reason = "not a known image format" if unknown else f"{type(error).__name__}: {error}"
             raise ProbeError(
-                f"probe image of {self.name} must be a readable image, got {told}; replace or remove that file"
+                f"Could not decode the image of {self.name} ({len(self.image)} bytes): {reason}. Replace or remove it."
             ) from error
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fixed set of samples.
+    """A fixed set of samples to measure MIR on. Usually made by one of the ``from_...`` methods, or :meth:`load`.
 
     Attributes:
-        samples: the pairs, in order.
+        samples: the image + text pairs, in order.
         max_text_tokens: texts are cut to this many tokens of the model's tokenizer.
 
     Raises:
-        ProbeError: no samples, an unreadable image or an empty text; all are checked at construction.
+        ProbeError: no samples, an unreadable or too large image, or an empty text. Every sample is checked here, so
+            that no evaluation fails on it later.
+        ConfigError: ``max_text_tokens`` is not a positive integer.
+
+    Example::
+
+        probe = Probe.from_folders(images="textvqa/val", texts="cnn/stories", num_samples=100, seed=0)
+        probe.save("probe.zip")
+        assert Probe.load("probe.zip").fingerprint == probe.fingerprint
     """
 
     samples: tuple[Sample, ...]
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
 
     def __post_init__(self) -> None:
-        """Check every sample, so that nothing can fail later that could have failed now."""
+        """Check every sample."""
         object.__setattr__(self, "samples", tuple(self.samples))
         if not self.samples:
-            raise ProbeError("samples must hold at least one image + text pair, got none; see Probe.from_folders")
+            raise ProbeError("The probe has no samples. Give it at least one image + text pair.")
         _require_positive_int("max_text_tokens", self.max_text_tokens)
         for sample in self.samples:
             sample.open_image()
             if not sample.text.strip():
-                raise ProbeError(
-                    f"probe text of {sample.name} must not be empty, got {sample.text!r}; replace or remove it"
-                )
+                raise ProbeError(f"The text of {sample.name} is empty. Replace or remove it.")
             try:
                 sample.text.encode()
             except UnicodeEncodeError as error:
-                raise ProbeError(
-                    f"probe text of {sample.name} must be valid Unicode, got {error}; repair it"
-                ) from error
+                raise ProbeError(f"The text of {sample.name} is not valid Unicode: {error}. Repair it.") from error
 
     @classmethod
     def from_folders(
@@ -98,20 +116,25 @@ class Probe:
         *,
         max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     ) -> Probe:
-        """Draw images and texts from two folders, searched recursively; pairs need not belong together.
+        """Draw images and texts from two folders, searched recursively, and pair them as drawn.
 
         Args:
             images: folder of image files.
             texts: folder of `.txt`, `.md` or `.story` files (of a story the part before its first @highlight).
             num_samples: how many pairs; the paper uses 100, and below 20 MIR fluctuates.
-            seed: the draw depends on it and on the relative file names only.
+            seed: of the random draw, which depends on nothing else but the relative file names.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: an empty or missing folder, fewer files than asked, an unreadable image, an empty text.
-            ConfigError: num_samples, seed or max_text_tokens is not a proper integer.
+            ProbeError: an empty or missing folder, fewer files than asked for, an unreadable image, an empty text.
+            ConfigError: num_samples or max_text_tokens is not a positive integer, or seed is not an integer.
 
-        Ranks: any; every rank that calls it reads the files and gets the same probe. So it is with all draws here.
+        Ranks: any. Each rank that calls it reads the files and gets the same probe; the other ``from_...`` methods
+        likewise.
+
+        Example::
+
+            probe = Probe.from_folders(images="textvqa/val", texts="cnn/stories", num_samples=100, seed=0)
         """
         check_draw(num_samples, seed)
         drawn = sources.images_of_folder(as_path(images, "images"), num_samples, seed)
@@ -130,19 +153,23 @@ class Probe:
     ) -> Probe:
         """Draw records from a LLaVA-format JSON list (`id`, `image`, `conversations`).
 
-        The text of a record is what its turns say, without the image placeholder, one turn a line. Records without
-        an image or with several are passed over.
+        The text of a sample is the text of all turns of its record, one turn a line, without the `<image>` placeholder.
+        Records without an image or with several are skipped.
 
         Args:
             json_file: the list of records.
-            images: the folder the records' `image` paths start from.
+            images: the folder that the records' `image` paths are relative to.
             num_samples: how many records.
-            seed: of the draw, which depends on the order of the records too.
+            seed: of the random draw, which also depends on the order of the records.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: not such a list, fewer usable records than asked, a missing or unreadable image, empty text.
+            ProbeError: not such a list, fewer usable records than asked for, an unreadable image, an empty text.
             ConfigError: as :meth:`from_folders`.
+
+        Example::
+
+            probe = Probe.from_llava_json("blip_laion_cc_sbu_558k.json", images="pretrain/images", num_samples=100)
         """
         check_draw(num_samples, seed)
         folder = as_path(images, "images")
@@ -160,26 +187,30 @@ class Probe:
         *,
         max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     ) -> Probe:
-        """Draw the images of a TextVQA question file and texts from a folder: the paper's kind of probe.
+        """Draw images that a TextVQA question file names, and texts from a folder, as in the paper.
 
-        TextVQA keeps training and validation images in one folder; the question file of the validation split tells
-        which are which.
+        TextVQA keeps training and validation images in one folder; the question file of the validation split lists
+        those of that split.
 
         Args:
             questions: TextVQA's question JSON, or JSON lines with an `image` each.
             images: the folder with the images.
             texts: folder of texts, such as CNN/DailyMail's `.story` files.
             num_samples: how many pairs; the paper uses 100.
-            seed: of the draw, which depends on the order of the questions too.
+            seed: of the random draw, which also depends on the order of the questions.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: not such a file, fewer images or texts than asked, a missing or unreadable image, empty text.
+            ProbeError: not such a file, fewer images or texts than asked for, an unreadable image, an empty text.
             ConfigError: as :meth:`from_folders`.
+
+        Example::
+
+            probe = Probe.from_textvqa("TextVQA_0.5.1_val.json", images="train_images", texts="cnn/stories")
         """
         check_draw(num_samples, seed)
-        asked, folder = as_path(questions, "questions"), as_path(images, "images")
-        drawn = sources.images_of_questions(asked, folder, num_samples, seed)
+        file, folder = as_path(questions, "questions"), as_path(images, "images")
+        drawn = sources.images_of_questions(file, folder, num_samples, seed)
         read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
         return cls(_pair_up(drawn, read), max_text_tokens)
 
@@ -200,16 +231,21 @@ class Probe:
         Args:
             dataset: a `datasets.Dataset` (one split, not streamed).
             num_samples: how many rows.
-            seed: of the draw, which depends on the order of the rows too.
-            max_text_tokens: longer texts are cut to this many tokens.
-            texts: where to draw the texts from instead of the same rows: a folder of text files, or another
+            seed: of the random draw, which also depends on the order of the rows.
+            texts: draw the texts from here and not from the same rows: a folder of text files, or another
                 `datasets.Dataset` with the text column.
             image_column: name of a column with the `Image` feature.
             text_column: name of a column of strings.
+            max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: not such a dataset, fewer rows than asked, an unreadable image, an empty text.
+            ProbeError: not such a dataset, fewer rows than asked for, an unreadable image, an empty text.
             ConfigError: as :meth:`from_folders`.
+
+        Example::
+
+            dataset = datasets.load_dataset("lmms-lab/textvqa", split="validation")
+            probe = Probe.from_dataset(dataset, text_column="question")
         """
         check_draw(num_samples, seed)
         drawn = sources.images_of_dataset(dataset, image_column, num_samples, seed)
@@ -221,32 +257,53 @@ class Probe:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
-        """Build a probe from images (PIL) and texts (str) in memory; images are kept as lossless PNG.
+        """Build a probe from images and texts in memory. Images are stored as PNG, without loss.
+
+        Args:
+            pairs: (image, text) tuples: a PIL image of at most 8 bits per channel, and a non-empty string.
+            max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: no pairs, something else than an image and a text, an unreadable image, an empty text.
+            ProbeError: no pairs, a pair that is not an image and a text, an unreadable image, an empty text.
+            ConfigError: max_text_tokens is not a positive integer.
 
-        Ranks: any.
+        Ranks: any. Ranks that call it with the same pairs get the same probe.
+
+        Example:
+            >>> from mir_callback import Probe
+            >>> from PIL import Image
+            >>> probe = Probe.from_pairs([(Image.new("RGB", (8, 6)), "a black rectangle")])
+            >>> len(probe), probe.samples[0].text
+            (1, 'a black rectangle')
         """
         samples = []
+        pair: Any  # whatever the caller passed
         for index, pair in enumerate(pairs):
-            parts = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
-            if len(parts) != 2 or not isinstance(parts[0], Image.Image) or not isinstance(parts[1], str):
-                got = " and ".join(type(part).__name__ for part in parts) or "nothing"
-                raise ProbeError(f"pair {index} must be a PIL image and a text, got {got}; open the image first")
+            name = f"pair {index}"
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                count = f" with {len(pair)} items" if isinstance(pair, (tuple, list)) else ""
+                raise ProbeError(f"{name} is a {type(pair).__name__}{count}. Pass (image, text) tuples.")
+            image, text = pair
+            if not isinstance(image, Image.Image):
+                raise ProbeError(
+                    f"The image of {name} is a {type(image).__name__}, not a PIL image: {image!r:.80}. Pass "
+                    "PIL.Image.open(path), or PIL.Image.fromarray(array)."
+                )
+            if not isinstance(text, str):
+                raise ProbeError(f"The text of {name} is a {type(text).__name__}, not a string: {text!r:.80}.")
             buffer = io.BytesIO()
             try:
-                _to_rgb(parts[0]).save(buffer, format="PNG")
+                _to_rgb(image).save(buffer, format="PNG")
             except Exception as error:  # of a file that was opened and is damaged: any kind
                 raise ProbeError(
-                    f"the image of pair {index} must be readable, got {type(error).__name__}: {error}; replace it"
+                    f"Could not read the image of {name}: {type(error).__name__}: {error}. Replace it."
                 ) from error
-            samples.append(Sample(f"pair {index}", buffer.getvalue(), parts[1]))
+            samples.append(Sample(name, buffer.getvalue(), text))
         return cls(tuple(samples), max_text_tokens)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over the contents (image bytes, texts, order) and the encoding (cut, prompt form)."""
+        """Hash of image bytes, texts, their order, max_text_tokens and the prompt format; 16 hexadecimal digits."""
         digest = hashlib.sha256(f"{ENCODING}; max_text_tokens={self.max_text_tokens}".encode())
         for sample in self.samples:
             digest.update(hashlib.sha256(sample.image).digest())
@@ -258,18 +315,16 @@ class Probe:
         return len(self.samples)
 
     def save(self, path: str | Path) -> Path:
-        """Write the probe as one file (a path ending in .zip) or as one folder that another team can use.
-
-        The write is complete or not there at all. An existing probe is replaced, anything else is not.
+        """Write the probe to disk, atomically: as a zip file if ``path`` ends in .zip, else as a folder.
 
         Args:
-            path: where to; parents are created.
+            path: where to write; parent folders are created, and a probe that is there already is replaced.
 
         Returns:
-            The path written.
+            The path written, with ``~`` expanded.
 
         Raises:
-            ProbeError: something that is no probe stands at ``path``.
+            ProbeError: ``path`` exists and is not a probe, or cannot be written to.
 
         Ranks: rank 0 only.
         """
@@ -281,7 +336,7 @@ class Probe:
         """Read a probe that :meth:`save` wrote.
 
         Raises:
-            ProbeError: nothing there, not a probe, damaged, or its contents do not match its stored fingerprint.
+            ProbeError: there is no probe at ``path``, it is damaged, or it does not match its stored fingerprint.
 
         Ranks: any.
         """
@@ -290,18 +345,18 @@ class Probe:
         probe = cls(samples, stored.max_text_tokens)
         if probe.fingerprint != stored.fingerprint:
             raise ProbeError(
-                f"probe {path}: contents must match the stored fingerprint {stored.fingerprint}, "
-                f"got {probe.fingerprint}; the files were edited or written for another encoding, save the probe anew"
+                f"Probe {path} has fingerprint {probe.fingerprint}, but {stored.fingerprint} was stored with it: its "
+                "files were edited, or written by a version that encodes samples differently. Save the probe again."
             )
         return probe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSource:
-    """Where a probe comes from: a saved one, or a draw from two folders.
+    """Where a probe comes from: a saved one, or a random draw from two folders.
 
     Raises:
-        ConfigError: they contradict each other, or a number is none.
+        ConfigError: fields that contradict each other, or an invalid number.
     """
 
     probe: Any = field(default=None, metadata={"help": "a saved probe (see `mir probe`) instead of the two folders"})
@@ -316,13 +371,15 @@ class ProbeSource:
         """Check what can be checked without reading."""
         if (self.images is None) != (self.texts is None):
             raise ConfigError(
-                f"images and texts go together, got images={self.images!r} and texts={self.texts!r}; a text is drawn "
-                "for every image"
+                f"Give both images and texts: images={self.images!r}, texts={self.texts!r}. "
+                "A text is drawn for every image."
             )
         if self.probe is not None and self.images is not None:
-            raise ConfigError("give either a probe or images and texts, got both; a saved probe has its own")
+            raise ConfigError("Give either a probe, or images and texts, not both: a probe has images and texts.")
         if self.probe is not None and (self.num_samples is not None or self.seed is not None):
-            raise ConfigError("num_samples and seed are of a draw from folders, got one with a probe; leave it out")
+            raise ConfigError(
+                "num_samples and seed only apply to drawing samples from folders. Leave them out with a probe."
+            )
         check_draw(1 if self.num_samples is None else self.num_samples, self.seed or 0)
 
     @property
@@ -340,7 +397,7 @@ class ProbeSource:
         Ranks: any, each for itself.
         """
         if not self.is_given:
-            raise ConfigError("no probe: give one (a file that Probe.save wrote will do), or images and texts")
+            raise ConfigError("No probe given. Give one (a Probe, or the path of a saved one), or images and texts.")
         if self.probe is not None:
             return self.probe if isinstance(self.probe, Probe) else Probe.load(self.probe)
         draw = {"num_samples": self.num_samples, "seed": self.seed}
@@ -357,18 +414,18 @@ def _pair_up(images: list[tuple[str, bytes]], texts: list[tuple[str, str]]) -> t
 
 
 def check_draw(num_samples: int, seed: int) -> None:
-    """Raise ConfigError unless both are whole numbers, and ``num_samples`` is positive. Ranks: pure."""
+    """Raise ConfigError unless both are integers and ``num_samples`` is positive. Ranks: pure."""
     _require_positive_int("num_samples", num_samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigError(f"seed must be an integer, got {seed!r}; use e.g. seed=0")
+        raise ConfigError(f"seed must be an integer, got {seed!r}.")
 
 
 def _require_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}; use a whole number")
+        raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel and would not keep its shades")
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel, which RGB would clip")
     return image.convert("RGB")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where samples are drawn from: folders, LLaVA's and TextVQA's files, Hugging Face datasets.
 
-Images are drawn as (name for messages, bytes of the image file as stored), texts as (name, text). A draw depends on the
-seed and on what there is to draw from, and on nothing else.
+Images are (name for messages, bytes of the image file as stored), texts are (name, text). A draw depends on the seed
+and on what there is to draw from, and on nothing else.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 
 def as_path(given: str | Path, name: str) -> Path:
-    """A path with `~` expanded, also that of a user nobody knows, which pathlib refuses."""
+    """A path with `~` expanded. Unlike pathlib's own expansion it accepts `~nobody`."""
     if not isinstance(given, (str, Path)):
-        raise ProbeError(f"{name} must be a path, got {given!r:.80} of type {type(given).__name__}")
+        raise ProbeError(f"{name} must be a path, got {given!r:.80} of type {type(given).__name__}.")
     return Path(os.path.expanduser(given))
 
 
 def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | Path) -> list[T]:
-    """Choose ``num_samples`` different items; ProbeError if there are fewer."""
+    """Draw ``num_samples`` items without replacement; ProbeError if there are fewer."""
     if len(items) < num_samples:
         raise ProbeError(
-            f"num_samples must not exceed what {field} holds, got num_samples={num_samples} and {len(items)} usable "
-            f"items in {origin}; lower num_samples or add more"
+            f"num_samples={num_samples}, but {field} has only {len(items)} usable items ({origin}). Lower num_samples "
+            "or add more."
         )
     return random.Random(seed).sample(items, num_samples)
 
@@ -51,15 +51,15 @@ def texts_of_folder(folder: Path, num_samples: int, seed: int) -> list[tuple[str
 
 
 def _files(folder: Path, suffixes: frozenset[str], field: str) -> list[str]:
-    """Names below a folder, in order."""
+    """Relative names of the files in a folder and its subfolders, sorted."""
     if not folder.is_dir():
-        raise ProbeError(f"{field} must be an existing folder, got {folder}; check the path")
+        raise ProbeError(f"There is no folder {folder} ({field}). Check the path.")
     found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
     files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
     if not files:
         raise ProbeError(
-            f"{field} must hold files ending in {', '.join(sorted(suffixes))}, got none in {folder}; "
-            "check the path or convert the files"
+            f"The folder {folder} ({field}) has no files that end in {', '.join(sorted(suffixes))}. Check the path or "
+            "convert the files."
         )
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
@@ -69,7 +69,7 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ProbeError(
-            f"probe text {path} must be readable UTF-8, got {type(error).__name__}: {error}; convert or remove it"
+            f"Could not read the text {path} as UTF-8: {type(error).__name__}: {error}. Convert or remove it."
         ) from error
     return (text.partition("@highlight")[0] if path.suffix.lower() == ".story" else text).strip()
 
@@ -79,17 +79,17 @@ def _image_bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a null character in a name is a ValueError
         raise ProbeError(
-            f"probe image of {name} must exist at {path}, got {type(error).__name__}; check the images folder"
+            f"Could not read the image of {name} from {path}: {type(error).__name__}. Check the images folder."
         ) from error
 
 
 def records_of_llava_json(json_file: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes, str]]:
     """Records of a LLaVA-format list that have exactly one image, as (name, image, text)."""
-    data = _read_json(json_file, "json_file must be a readable LLaVA-format JSON list")
+    data = _read_json(json_file)
     if not isinstance(data, list):
         raise ProbeError(
-            f"json_file {json_file} must hold a list of records, got {type(data).__name__}; "
-            'expected [{"id": ..., "image": ..., "conversations": [...]}, ...]'
+            f"{json_file} is a JSON {type(data).__name__}, not a list of records in LLaVA's format: "
+            '[{"id": ..., "image": ..., "conversations": [...]}, ...].'
         )
     records = [_record(entry, index, json_file) for index, entry in enumerate(data)]
     usable = [record for record in records if record is not None]
@@ -103,8 +103,8 @@ def _record(entry: Any, index: int, json_file: Path) -> tuple[str, str, str] | N
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
         raise ProbeError(
-            f'{name}: conversations must be a list of {{"from": ..., "value": text}}, '
-            f"got {turns!r:.80}; repair or remove that record"
+            f'{name} has no conversations in LLaVA\'s format, a list of {{"from": ..., "value": text}}: {turns!r:.80}. '
+            "Repair or remove it."
         )
     image = entry.get("image")
     if isinstance(image, list) and len(image) == 1:
@@ -118,19 +118,17 @@ def _record(entry: Any, index: int, json_file: Path) -> tuple[str, str, str] | N
 def images_of_questions(questions: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
     """Images that a TextVQA question file asks about, each once.
 
-    The file is TextVQA's own JSON (`data`: a list with `image_id`, for a `.jpg`), or JSON lines with `image` as LLaVA's
-    evaluation has them.
+    The file is TextVQA's own JSON (`data`: a list with `image_id`, for a `.jpg`), or JSON lines with `image`, the
+    format of LLaVA's evaluation.
     """
-    data = _read_json(
-        questions, "questions must be a readable TextVQA question file (.json, or .jsonl with one question a line)"
-    )
-    asked = data.get("data") if isinstance(data, dict) else data
-    if not isinstance(asked, list):
+    data = _read_json(questions)
+    entries = data.get("data") if isinstance(data, dict) else data
+    if not isinstance(entries, list):
         raise ProbeError(
-            f'questions {questions} must hold a list of questions, as such or under "data", got '
-            f"{type(asked).__name__}; take TextVQA's own JSON or JSON lines"
+            f'{questions} has no list of questions, neither at the top nor under "data". Use TextVQA\'s own JSON, or '
+            "JSON lines with one question each."
         )
-    names = dict.fromkeys(_question_image(entry, index, questions) for index, entry in enumerate(asked))
+    names = dict.fromkeys(_question_image(entry, index, questions) for index, entry in enumerate(entries))
     drawn = draw(list(names), num_samples, seed, "images", questions)
     return [(name, _image_bytes(images / name, name)) for name in drawn]
 
@@ -142,12 +140,11 @@ def _question_image(entry: Any, index: int, path: Path) -> str:
         if isinstance(entry.get("image_id"), str):
             return f"{entry['image_id']}.jpg"
     raise ProbeError(
-        f"question {index} of {path.name} must name its image in `image` or `image_id`, got {entry!r:.80}; "
-        "repair or remove that question"
+        f"Question {index} of {path.name} has neither `image` nor `image_id`: {entry!r:.80}. Repair or remove it."
     )
 
 
-def _read_json(path: Path, rule: str) -> Any:
+def _read_json(path: Path) -> Any:
     """The content of a JSON file; of a `.jsonl` file the list of its lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -155,17 +152,15 @@ def _read_json(path: Path, rule: str) -> Any:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ProbeError(f"{rule}, got {path}: {type(error).__name__}: {error}") from error
+        raise ProbeError(f"Could not read {path} as JSON: {type(error).__name__}: {error}.") from error
 
 
 def open_dataset(path: str, split: str) -> Any:
-    """One split of a dataset: a folder that `Dataset.save_to_disk` wrote, or what `datasets.load_dataset` finds."""
+    """One split of a dataset: from a folder that `Dataset.save_to_disk` wrote, else by `datasets.load_dataset`."""
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            f"dataset {path} needs the package datasets, which is not installed; pip install datasets"
-        ) from error
+        raise ConfigError(f"Reading dataset {path} needs the package datasets: pip install datasets.") from error
     folder = Path(path)
     try:
         if (folder / "dataset_dict.json").is_file():
@@ -175,7 +170,7 @@ def open_dataset(path: str, split: str) -> Any:
         return datasets.load_dataset(path, split=split)
     except Exception as error:  # a hub client, a builder or a file system may raise anything
         raise ProbeError(
-            f"dataset {path}, split {split}, must be loadable, got {type(error).__name__}: {error}; check both names"
+            f"Could not load split {split} of dataset {path}: {type(error).__name__}: {error}. Check both names."
         ) from error
 
 
@@ -185,15 +180,15 @@ def images_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) ->
     feature = dataset.features[column]
     if type(feature).__name__ != "Image":
         raise ProbeError(
-            f"image_column must name a column with the Image feature, got {column!r} of type {feature}; "
-            f"cast it: dataset.cast_column({column!r}, datasets.Image())"
+            f"image_column={column!r} is a column of type {feature}, not of images. Name another column, or cast it: "
+            f"dataset.cast_column({column!r}, datasets.Image())."
         )
     stored = stored.cast_column(column, type(feature)(decode=False))
     found = []
     for row in _draw_rows(dataset, num_samples, seed):
         image, name = stored[row][column], f"row {row}"
         if image is None:
-            raise ProbeError(f"probe image of {name} must be there, got none; drop such rows with dataset.filter")
+            raise ProbeError(f"The image of {name} is None. Drop such rows with dataset.filter.")
         content = image["bytes"]
         found.append((name, _image_bytes(Path(image["path"]), name) if content is None else bytes(content)))
     return found
@@ -207,24 +202,22 @@ def texts_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> 
         text = stored[row][column]
         if not isinstance(text, str):
             raise ProbeError(
-                f"text_column must hold strings, got {type(text).__name__} in row {row} of {column!r}; "
-                "name another column"
+                f"text_column={column!r} is not a column of strings: row {row} is a {type(text).__name__}. Name "
+                "another column."
             )
         found.append((f"row {row}", text.strip()))
     return found
 
 
 def _column(dataset: Any, column: str, field: str) -> Any:
-    # Several splits have a dict of column names, a streamed one has no length.
+    # A DatasetDict has a dict of column names, a streamed dataset has no length.
     if not isinstance(getattr(dataset, "column_names", None), list) or not hasattr(dataset, "__len__"):
         raise ProbeError(
-            f"dataset must be one split of a Hugging Face dataset that is not streamed, got {type(dataset).__name__}; "
-            'use datasets.load_dataset(name, split="validation")'
+            f"dataset is a {type(dataset).__name__}. Pass one split of a Hugging Face dataset, not streamed: "
+            'datasets.load_dataset(name, split="validation").'
         )
     if column not in dataset.column_names:
-        raise ProbeError(
-            f"{field} must be one of {', '.join(dataset.column_names)}, got {column!r}; name the right one"
-        )
+        raise ProbeError(f"{field}={column!r} is not a column of the dataset: {', '.join(dataset.column_names)}.")
     return dataset.select_columns([column])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from mir_callback.errors import ProbeError
 from mir_callback.fs import beside, fsync
 
-# Where a run keeps its probe, in its output folder.
+# File name of a run's probe in its output folder.
 RUN_PROBE = "mir_probe.zip"
 _MANIFEST = "probe.json"
 _FORMAT = "mir-callback probe"
@@ -27,7 +27,7 @@ Entry = tuple[str, bytes, str]  # name, image bytes, text
 
 @dataclass(frozen=True)
 class StoredProbe:
-    """What a probe file or folder holds."""
+    """Contents of a probe file or folder."""
 
     entries: list[Entry]
     max_text_tokens: int
@@ -41,19 +41,17 @@ def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprin
         if path.exists():
             read(path)
     except ProbeError as error:
-        raise ProbeError(
-            f"path must be free or hold a probe, got {path}; choose another path or remove what is there"
-        ) from error
+        raise ProbeError(f"Will not overwrite {path}: it is not a probe. Choose another path or remove it.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as new:
             (_write_zip if path.suffix == ".zip" else _write_folder)(new, files)
-            if path.is_dir() or (path.exists() and new.is_dir()):  # only a file takes a file's place in one go
+            if path.is_dir() or (path.exists() and new.is_dir()):  # os.replace only replaces a file by a file
                 os.replace(path, new.with_name("replaced"))
             os.replace(new, path)
     except OSError as error:
         raise ProbeError(
-            f"path must be a place to write to, got {path}: {type(error).__name__}: {error.strerror}; choose another"
+            f"Could not write the probe to {path}: {error.strerror or error}. Choose another path."
         ) from error
     return path
 
@@ -63,40 +61,40 @@ def read(path: Path) -> StoredProbe:
     if path.is_dir():
         if not (path / _MANIFEST).is_file():
             raise ProbeError(
-                f"path must be a saved probe, got {path}, a folder without {_MANIFEST}; to draw a probe from folders "
-                "see Probe.from_folders, or mir probe --images DIR --texts DIR"
+                f"The folder {path} is not a saved probe: it has no {_MANIFEST}. To draw a probe from a folder of "
+                "images and one of texts, use Probe.from_folders or mir probe --images DIR --texts DIR."
             )
         return _parse(path, lambda name: (path / name).read_bytes())
     if not path.exists():
-        raise ProbeError(f"path must be a saved probe, got {path}, which does not exist; see Probe.save")
+        raise ProbeError(f"There is no probe at {path}. Check the path; Probe.save or mir probe --save write one.")
     if not path.is_file():
-        raise ProbeError(f"path must be a saved probe (a folder or a .zip), got {path}, which is neither")
+        raise ProbeError(f"{path} is not a saved probe, which is a folder or a .zip file.")
     try:
         with zipfile.ZipFile(path) as archive:
             return _parse(path, archive.read)
     except (OSError, zipfile.BadZipFile) as error:
-        raise ProbeError(f"path must be a saved probe (a folder or a .zip), got {path}: {error}") from error
+        raise ProbeError(f"Could not read {path} as a saved probe, a folder or a .zip file: {error}.") from error
 
 
 def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
     try:
         manifest = json.loads(content(_MANIFEST))
         if manifest["format"] != _FORMAT or manifest["version"] != _VERSION:
-            raise ValueError(f"format {manifest['format']!r} version {manifest['version']!r}")
+            found = f"{manifest['format']!r} version {manifest['version']!r}"
+            raise ValueError(f"it has format {found}, this version reads {_FORMAT!r} version {_VERSION}")
         entries = [(str(s["name"]), content(_image_member(s["image"])), str(s["text"])) for s in manifest["samples"]]
         return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]))
     # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ProbeError(
-            f"path must be a whole probe of version {_VERSION}, got {path}: {type(error).__name__}: {error}; "
-            "save the probe anew"
+            f"Could not read the probe {path}: {type(error).__name__}: {error}. Save it again, with this version."
         ) from error
 
 
 def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date: the same probe is the same file
+            archive.writestr(zipfile.ZipInfo(name), content)  # with a fixed date, so that equal probes are equal files
     fsync(path)
 
 
@@ -108,15 +106,15 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _image_member(name: object) -> str:
-    """A member name that cannot lead out of the probe."""
+    """The name of an image, refused if it would lead out of the probe."""
     text = str(name)
     if not text.startswith("images/") or ".." in text:
-        raise ValueError(f"image path {text!r} must lie in images/")
+        raise ValueError(f"image path {text!r} is not in images/")
     return text
 
 
 def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> dict[str, bytes]:
-    """Names and contents of what a probe is stored as."""
+    """Names and contents of the files of a probe."""
     images = {}
     for index, (_, image, _) in enumerate(entries):
         with Image.open(io.BytesIO(image)) as opened:

@@ -144,7 +144,7 @@ def test_a_diverged_checkpoint_is_recorded_as_failed_and_tried_again(run, tmp_pa
         assert "measured before" not in told
     (record,) = results()
     assert (record.mir, record.per_layer) == (None, None)
-    assert "hidden states are NaN or infinite" in record.error
+    assert "tokens are NaN or infinite" in record.error
 
 
 def test_a_finished_model_and_a_single_checkpoint_are_measured(run, tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_a_processor_of_another_model_is_refused(run, capsys):
     for flags, told in [
         (
             ["run", "--steps", 2, "--processor", "foreign"],
-            "the forward fails on what the processor makes",
+            "the model's own forward failed on probe samples",
         ),
         (["small", "--processor", "run/checkpoint-2"], "for a vocabulary of 300"),
         (["run", "--steps", 2, "--processor", "nowhere"], "--processor nowhere"),
@@ -286,7 +286,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
         (["run", "--every", "5"], "--every 5 leaves no checkpoint of"),
         (["run", "--every", "0"], "--every must be at least 1, got 0"),
         (["run", "--steps", "2", "--every", "2"], "--steps or --every"),
-        (["run", "--images", "x"], "images and texts go together, got images='x'"),
+        (["run", "--images", "x"], "images='x'"),
         (["run", "--images", "x", "--texts", "y"], "either a probe or images and texts"),
         (["run", "--seed", "1"], "--num-samples and --seed are of a draw"),
         (["run", "other", "--history", "h.jsonl"], "--history is of one run, got 2"),

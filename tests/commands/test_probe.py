@@ -88,18 +88,18 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
     [
         ([], "--images is needed to build a probe (or name a saved one)"),
         (["--images", "images"], "--texts is needed to build a probe"),
-        (["--images", "images", "--texts", "texts"], "num_samples=100 and 8 usable items"),
+        (["--images", "images", "--texts", "texts"], "num_samples=100, but images has only 8 usable items"),
         (["--llava-json", "x", "--dataset", "y"], "one source, got --llava-json and --dataset"),
         (["--llava-json", "x", "--texts", "texts"], "--images is needed with --llava-json"),
         (["--dataset", "x", "--images", "images"], "--images images is of no use with --dataset"),
-        (["p.zip"], "path must be a saved probe, got p.zip, which does not exist"),
-        (["images"], "path must be a saved probe, got images, a folder without probe.json; to draw a probe"),
-        (["/dev/null"], "path must be a saved probe (a folder or a .zip), got /dev/null, which is neither"),
+        (["p.zip"], "There is no probe at p.zip"),
+        (["images"], "folder images is not a saved probe"),
+        (["/dev/null"], "/dev/null is not a saved probe"),
         (["--images", "", "--texts", "texts"], "--images is empty"),
         (["--images", "images", "--texts", "texts", "--split", "train"], "--split is for --dataset"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/proc/p.zip"],
-            "path must be a place to write to, got /proc/p.zip: FileNotFoundError",
+            "Could not write the probe to /proc/p.zip",
         ),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--show", "/proc/p.png"],
@@ -107,7 +107,7 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
         ),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
-            "path must be free or hold a probe, got /dev/full",
+            "overwrite /dev/full",
         ),
         (["p.zip", "--seed", "1"], "p.zip is a saved probe; leave it out, or --seed"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),

@@ -56,12 +56,17 @@ def processor_fails_on_rank_1(rank: int) -> None:
     evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor)
 
 
-def forward_fails_on_rank_1(rank: int) -> None:
-    """The forward fails on one rank only, as when one runs out of memory."""
+def memory_runs_out_on_rank_1(rank: int) -> None:
+    """One rank runs out of memory, even with single samples."""
+    forward_fails_on_rank_1(rank, "out of memory")
+
+
+def forward_fails_on_rank_1(rank: int, message: str = "shapes do not match") -> None:
+    """The forward fails on one rank only."""
     model, processor = tiny_models.llava()
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError(message)
 
     if rank == 1:
         model.lm_head.register_forward_hook(fail)
@@ -100,6 +105,7 @@ BAD: dict[str, Callable[[int], None]] = {
         different_probe,
         different_batch_size,
         processor_fails_on_rank_1,
+        memory_runs_out_on_rank_1,
         forward_fails_on_rank_1,
         nan_on_rank_1,
         fails_with_an_error_of_its_own_on_rank_1,

@@ -83,7 +83,7 @@ def run(limits: list[Budgets] | None = None, *, budget_gb: float | None = None, 
         for _ in range(2):
             with logged_here() as messages, Watched() as watched:
                 report = evaluator.evaluate(model, progress=False)
-            shortages = [message for message in messages if "memory ran out" in message]
+            shortages = [message for message in messages if "Out of memory" in message]
             found.append({**report.to_fields(), "shortages": shortages, "exchanges": watched.in_forwards})
         return {"reports": found, "error": None, "ranks_here": evaluator._ranks_here}
     except Exception as error:

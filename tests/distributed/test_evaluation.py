@@ -42,15 +42,16 @@ EXPECTED = {
     "different_probe": ("ConfigError: probe_fingerprint must be the same on every rank", None),
     "different_batch_size": ("ConfigError: batch_size must be the same on every rank", None),
     "processor_fails_on_rank_1": (
-        "ConfigError: rank 1 failed: ConfigError: processor must handle",
-        "ConfigError: proc",
+        "ConfigError: rank 1 failed: ConfigError: LlavaProcessor",
+        "ConfigError: LlavaProcessor",
     ),
-    "forward_fails_on_rank_1": ("RemoteError: rank 1 failed: RuntimeError: out of memory", "RuntimeError: out of"),
+    "memory_runs_out_on_rank_1": ("RemoteError: rank 1 failed: RuntimeError: out of memory", "RuntimeError: out of"),
+    "forward_fails_on_rank_1": ("ForwardError: rank 1 failed: ForwardError: ", "ForwardError: MIR"),
     "fails_with_an_error_of_its_own_on_rank_1": (
         "ConfigError: rank 1 failed: LocalError: nobody knows this class",
         "LocalError: nobody",
     ),
-    "nan_on_rank_1": ("NumericsError: layer 3, vision: hidden states are NaN or infinite", None),
+    "nan_on_rank_1": ("NumericsError: layer 3: hidden states", None),
 }
 
 

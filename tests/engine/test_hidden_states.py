@@ -141,5 +141,5 @@ def test_error_when_fewer_rows_come_than_announced():
     store = HiddenStateStore(range(1), capacity=(3, 1))
     store.append(0, torch.zeros(3, DIM), (torch.tensor([0]), torch.tensor([1])))
     store.finish()
-    with pytest.raises(RuntimeError, match="must come to 3 rows, as announced, got 1"):
+    with pytest.raises(RuntimeError, match="1 rows, .* 3"):
         store.take(0)

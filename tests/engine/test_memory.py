@@ -95,7 +95,7 @@ def test_pinned_memory_comes_in_powers_of_two(size):
 def test_the_remedy_named_for_a_small_budget_is_large_enough(need_gb, part):
     need = need_gb * GB
     message = str(budget_error(part * need_gb, need))
-    advised = float(message.split("allow at least ")[1].split(",")[0])
+    advised = float(message.split("at least ")[1].split(",")[0])
     assert need <= advised * GB * (1 + 1e-9)
     assert advised <= 1.12 * need_gb
 
@@ -112,9 +112,9 @@ def test_memory_left_in_a_container_is_that_of_its_tightest_group(tmp_path):
     root = tmp_path / "fs"
     write_group(root / "outer", memory__max=1000, memory__current=900, memory__stat="anon 5\ninactive_file 50\n")
     write_group(root / "outer/inner", memory__max="max", memory__current=700, memory__stat="inactive_file 1\n")
-    assert memory._left_in_groups(membership, root) == [150]
+    assert memory._available_in_cgroups(membership, root) == [150]
     write_group(root / "outer/inner", memory__max="600")
-    assert sorted(memory._left_in_groups(membership, root)) == [0, 150]
+    assert sorted(memory._available_in_cgroups(membership, root)) == [0, 150]
 
 
 def test_memory_left_in_a_container_of_the_older_kind(tmp_path):
@@ -122,8 +122,8 @@ def test_memory_left_in_a_container_of_the_older_kind(tmp_path):
     membership.write_text("5:cpu,cpuacct:/x\n4:memory:/not/shown/in/here\n0::/\n")
     files = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 400, "memory__stat": "total_inactive_file 7\n"}
     write_group(tmp_path / "fs/memory", **files)
-    assert memory._left_in_groups(membership, tmp_path / "fs") == [607]
-    assert memory._left_in_groups(tmp_path / "nowhere", tmp_path / "fs") == []
+    assert memory._available_in_cgroups(membership, tmp_path / "fs") == [607]
+    assert memory._available_in_cgroups(tmp_path / "nowhere", tmp_path / "fs") == []
 
 
 def test_the_default_budget_is_shared_by_the_ranks_of_a_machine():

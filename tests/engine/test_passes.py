@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where rows wait and in how many passes they are seen changes no value; memory that runs out does not end it."""
 
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 
 from mir_callback import Probe, evaluate_mir
 from mir_callback.config import MIRConfig
-from mir_callback.errors import ConfigError, NumericsError
+from mir_callback.errors import ConfigError, ForwardError, NumericsError
 from mir_callback.evaluation import hidden_states
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.evaluation.hidden_states import GB, Budgets, pinned_bytes
@@ -90,7 +91,7 @@ def test_masks_that_only_a_forward_shows_keep_within_the_budget_too(probe, monke
     monkeypatch.setattr(hidden_states.HiddenStateStore, "append", watched)
     budget = fitting * one_layer(whole)
     if fitting < 2:  # one layer, and room to join its parts
-        with pytest.raises(ConfigError, match="does not hold the rows of one decoder layer"):
+        with pytest.raises(ConfigError, match="capture_budget_gb=.*one decoder layer"):
             evaluate_mir(model, probe, adapter=adapter, capture_budget_gb=budget / GB)
         return
     report = evaluate_mir(model, probe, adapter=adapter, capture_budget_gb=budget / GB)
@@ -130,7 +131,7 @@ def test_error_before_any_forward_when_the_budget_is_too_small_for_one_layer(pro
     layer = one_layer(evaluate_mir(model, probe, processor=processor))
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(ConfigError, match=r"capture_budget_gb=.* one decoder layer, .* GB .*; allow at least"):
+    with pytest.raises(ConfigError, match=r"capture_budget_gb=.*one decoder layer take .* GB .*at least"):
         evaluate_mir(model, probe, processor=processor, capture_budget_gb=(layer - 1) / GB)
     assert not calls
 
@@ -140,7 +141,7 @@ def test_error_names_the_layer_of_the_model_in_a_later_pass_too(probe):
     budget = one_layer(evaluate_mir(model, probe, processor=processor)) / GB
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="layer 2, vision: hidden states are NaN or infinite"):
+    with pytest.raises(NumericsError, match="layer 2: .* vision tokens are NaN"):
         evaluate_mir(model, probe, processor=processor, capture_budget_gb=budget)
 
 
@@ -162,7 +163,7 @@ def test_hidden_states_wider_than_the_embeddings_are_kept_within_the_budget(prob
     report = evaluate_mir(model, probe, processor=processor, capture_budget_gb=2 * one_layer(whole) / GB)
     assert report.passes == 3
     assert values(report) == values(wide)
-    with pytest.raises(ConfigError, match="does not hold the rows of one decoder layer"):
+    with pytest.raises(ConfigError, match="capture_budget_gb=.*one decoder layer"):
         evaluate_mir(model, probe, processor=processor, capture_budget_gb=1.5 * one_layer(whole) / GB)
 
 
@@ -193,12 +194,9 @@ def test_batches_are_halved_until_a_forward_fits(build, probe):
     model, processor = build()
     expected = evaluate_mir(model, probe, processor=processor, batch_size=1)
     hungry(model, 1)
-    with logged("memory ran out in a forward of the probe") as messages:
+    with logged("Out of memory in a forward of the probe") as messages:
         report = evaluate_mir(model, probe, processor=processor, batch_size=6)
-    assert [message.split(" (")[0].split("batch_size=")[1] for message in messages] == [
-        "6, now it is 3 on every rank",
-        "3, now it is 1 on every rank",
-    ]
+    assert [re.findall(r"batch_size=(\d)", message) for message in messages] == [["6", "3"], ["3", "1"]]
     assert report.batch_size == 1
     assert report.passes == 1
     assert values(report) == values(expected)
@@ -208,7 +206,7 @@ def test_a_batch_size_that_fits_is_remembered(probe):
     model, processor = tiny_models.llava()
     evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(batch_size=4))
     hungry(model, 2)
-    with logged("now it is 2"):
+    with logged("going on with batch_size=2"):
         evaluator.evaluate(model, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -227,7 +225,7 @@ def test_memory_that_runs_out_in_a_later_pass_costs_that_pass_only(probe):
 
     model.register_forward_pre_hook(ask, with_kwargs=True)
     budget = one_layer(whole) / GB
-    with logged("now it is 2"):
+    with logged("going on with batch_size=2"):
         report = evaluate_mir(model, probe, processor=processor, capture_budget_gb=budget)
     assert forwards == [4, 3, 4, *[2, 2, 2, 1] * 2]
     assert report.passes == 3
@@ -237,7 +235,7 @@ def test_memory_that_runs_out_in_a_later_pass_costs_that_pass_only(probe):
 def test_error_when_not_even_one_sample_fits(probe):
     model, processor = tiny_models.llava()
     hungry(model, 0)
-    with logged("now it is 1"), pytest.raises(RuntimeError, match="can't allocate memory"):
+    with logged("going on with batch_size=1"), pytest.raises(RuntimeError, match="can't allocate memory"):
         evaluate_mir(model, probe, processor=processor, batch_size=2)
 
 
@@ -250,7 +248,7 @@ def test_other_errors_of_a_forward_are_not_tried_again(probe):
         raise RuntimeError("shapes do not match")
 
     model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    with pytest.raises(ForwardError, match="RuntimeError: shapes do not match"):
         evaluate_mir(model, probe, processor=processor)
     assert len(calls) == 1
 

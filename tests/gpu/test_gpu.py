@@ -9,10 +9,10 @@ from mir_callback.config import MIRConfig
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.evaluation.hidden_states import GB, HiddenStateStore, find_budgets
 from mir_callback.evaluation.memory import PeakMemory
-from mir_callback.metric import coupling
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric import matrix_sqrt
+from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import compute_transport_maps
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments, suits_fixed_point
 from tests import reference, tiny_models
 from tests.clouds import CASES, generator
@@ -63,9 +63,9 @@ def test_outliers_are_replaced_where_only_deterministic_algorithms_are_allowed()
 
 def test_the_polar_factor_is_the_way_taken(monkeypatch):
     vision, text = (compute_moments(rows.cuda()) for rows in CASES["conditioned"](generator(0)))
-    polar = frechet_from_coupling(Coupling(vision, text))
-    monkeypatch.setattr(coupling, "find_polar_factor", lambda cross: None)
-    other = frechet_from_coupling(Coupling(vision, text))
+    polar = frechet_from_moments(GaussianPair(vision, text))
+    monkeypatch.setattr(matrix_sqrt, "find_polar_factor", lambda cross: None)
+    other = frechet_from_moments(GaussianPair(vision, text))
     assert polar.distance == pytest.approx(other.distance, rel=1e-9)
     assert polar.distance != other.distance
 
@@ -88,11 +88,11 @@ def test_value_of_a_model_on_the_gpu_equals_that_on_the_cpu():
 @pytest.mark.parametrize("case", ["equal", "offset", "conditioned", "massive_constant"])
 def test_maps_for_standard_errors_need_no_eigenvectors(case):
     vision, text = (compute_moments(rows.cuda()) for rows in CASES[case](generator(0)))
-    found = compute_transport_maps(Coupling(vision, text))
-    expected = compute_transport_maps(Coupling(*(compute_moments(rows) for rows in CASES[case](generator(0)))))
+    found = compute_transport_maps(GaussianPair(vision, text))
+    expected = compute_transport_maps(GaussianPair(*(compute_moments(rows) for rows in CASES[case](generator(0)))))
     for rows, one, other in zip(CASES[case](generator(0)), found, expected, strict=True):
         centred = rows - rows.mean(dim=0)
-        values = [(centred @ form.root.double().cpu().T).square().sum(dim=1) for form in (one, other)]
+        values = [(centred @ form.factor.double().cpu().T).square().sum(dim=1) for form in (one, other)]
         assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
 
 
@@ -154,7 +154,7 @@ def test_batches_are_halved_when_the_gpu_runs_out_of_memory():
             torch.empty(1 << 45, device="cuda")
 
     model.register_forward_pre_hook(ask, with_kwargs=True)
-    with logged("now it is 1 on every rank"):
+    with logged("going on with batch_size=1"):
         report = evaluate_mir(model, probe, processor=processor, batch_size=2)
     assert report.batch_size == 1
     assert report.per_layer == expected.per_layer

@@ -43,31 +43,31 @@ def test_the_words_of_the_flags_name_a_stop_rule(tmp_path, folders):
 
 def test_a_draw_beside_a_probe_is_refused(tmp_path, folders):
     probe = Probe.from_folders(**folders, num_samples=4)
-    with pytest.raises(ConfigError, match="num_samples and seed are of a draw from folders"):
+    with pytest.raises(ConfigError, match="num_samples and seed"):
         attach_mir(make_trainer(tmp_path), probe=probe, num_samples=3, seed=1)
 
 
 def test_an_unknown_model_is_refused_with_what_is_known(folders):
     trainer = SimpleNamespace(model=torch.nn.Linear(2, 2), callback_handler=SimpleNamespace(callbacks=[]))
-    with pytest.raises(UnsupportedModelError, match="Linear is of no kind known here.*asked: llava_integration.llava"):
+    with pytest.raises(UnsupportedModelError, match="Linear.*asked: llava_integration.llava"):
         attach_mir(trainer, **folders)
 
 
 def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
     trainer = make_trainer(tmp_path / "run")
-    with pytest.raises(ProbeError, match="num_samples=100 and 6 usable items"):
+    with pytest.raises(ProbeError, match="num_samples=100.* 6 "):
         attach_mir(trainer, **folders)
-    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration has no conversation templates, got 'v1'"):
+    with pytest.raises(ConfigError, match="conversation='v1'.* LlavaForConditionalGeneration"):
         attach_mir(trainer, **folders, num_samples=5, conversation="v1")
     with pytest.raises(ConfigError, match="int is no transformers Trainer"):
         attach_mir(3, **folders)
     for given, message in (
-        ({}, "no probe"),
-        ({"images": "i"}, "images and texts go together"),
-        ({**folders, "probe": "p.zip"}, "give either a probe or images and texts"),
+        ({}, "No probe given"),
+        ({"images": "i"}, "both images and texts: images='i'"),
+        ({**folders, "probe": "p.zip"}, "either a probe, or images and texts"),
     ):
         with pytest.raises(ConfigError, match=message):
             attach_mir(trainer, **given)
     trainer.processing_class = None
-    with pytest.raises(ConfigError, match="processor must handle images and text"):
+    with pytest.raises(ConfigError, match="No processor given"):
         attach_mir(trainer, **folders, num_samples=5)

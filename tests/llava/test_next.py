@@ -107,12 +107,12 @@ def test_error_when_the_forward_takes_no_modalities(make_model, tokenizer):
         def forward(self, input_ids=None, position_ids=None, images=None, image_sizes=None):
             raise NotImplementedError
 
-    with pytest.raises(UnsupportedModelError, match=r"WithoutModalities.forward must take modalities"):
+    with pytest.raises(UnsupportedModelError, match=r"WithoutModalities.forward .*modalities"):
         LlavaNextAdapter(make_model(WithoutModalities), tokenizer)
 
 
 def test_error_without_a_tokenizer(make_model):
-    with pytest.raises(ConfigError, match="tokenizer must be given, got None"):
+    with pytest.raises(ConfigError, match="No tokenizer given"):
         LlavaNextAdapter(make_model(), None)
 
 

@@ -18,13 +18,10 @@ def refusals(assets, tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (
-            "delayed",
-            "UnsupportedModelError: the vision tower of LlavaLlamaForCausalLM must be loaded, got .*tiny-clip-vit",
-        ),
-        ("no tower", "UnsupportedModelError: LlavaLlamaForCausalLM must be a LLaVA model with a vision tower and"),
-        ("mpt", "UnsupportedModelError: the forward of LlavaMptForCausalLM must take position_ids"),
-        ("truncated", "ProbeError: every probe sample must have vision tokens after the model has placed its images"),
+        ("delayed", "UnsupportedModelError: .*tiny-clip-vit of LlavaLlamaForCausalLM .*load_model"),
+        ("no tower", "UnsupportedModelError: LlavaLlamaForCausalLM .*vision_tower"),
+        ("mpt", "UnsupportedModelError: .*LlavaMptForCausalLM has no position_ids"),
+        ("truncated", "ProbeError: .*no vision tokens"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_on_every_rank(refusals, case, message):
@@ -39,14 +36,14 @@ def test_published_mpt_fails_without_us(refusals):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("<image>", "probe text of pair 1 must be plain text, got '<image>' in it"),
-        ("<im_patch>", "probe text of pair 1 must be plain text, got '<im_patch>' in it"),
-        ("<im_start>", "probe text of pair 1 must be plain text, got '<im_start>' in it"),
-        ("</s>", "probe text of pair 1 must be plain text, got the control token '</s>' in it"),
-        ("<s>", "probe text of pair 1 must be plain text, got the control token '<s>' in it"),
-        ("one pixel high", "probe image of pair 1 must pass LLaVA's process_images with image_aspect_ratio='square'"),
-        ("no pinpoints", "probe image of pair 1 must pass LLaVA's process_images with image_aspect_ratio='anyres'"),
-        ("folder", "images must be an existing folder, got .*elsewhere"),
+        ("<image>", "The text of pair 1 .*'<image>'"),
+        ("<im_patch>", "The text of pair 1 .*'<im_patch>'"),
+        ("<im_start>", "The text of pair 1 .*'<im_start>'"),
+        ("</s>", "The text of pair 1 .*'</s>'"),
+        ("<s>", "The text of pair 1 .*'<s>'"),
+        ("one pixel high", "LLaVA's process_images failed on the image of pair 1 .*'square'"),
+        ("no pinpoints", "LLaVA's process_images failed on the image of pair 1 .*'anyres'"),
+        ("folder", r"There is no folder .*elsewhere \(images\)"),
     ],
 )
 def test_a_bad_sample_of_one_rank_is_an_error_on_every_rank(refusals, case, message):

@@ -132,26 +132,26 @@ def test_texts_are_cut_and_must_not_hold_the_placeholder(probe):
     # The image, three tokens of text, a newline.
     assert [len(ids) for ids in adapter.encode(probe.samples, 3).token_ids] == [5] * COUNT
     image, _ = pairs(1)[0]
-    with pytest.raises(ProbeError, match="text of pair 0 must be plain text, got '<image>' in it"):
+    with pytest.raises(ProbeError, match="text of pair 0 .*'<image>'"):
         adapter.encode(Probe.from_pairs([(image, "an <image> here")]).samples, 100)
 
 
 def test_error_when_truncation_leaves_no_text(probe):
     model = make_model(tokenizer_model_max_length=16)
-    with pytest.raises(ProbeError, match="must have text tokens .* raise tokenizer_model_max_length"):
+    with pytest.raises(ProbeError, match="no text tokens .*tokenizer_model_max_length"):
         evaluate_mir(model, probe, adapter=TinyLlavaAdapter(model))
 
 
 def test_errors_say_what_the_adapter_needs():
-    with pytest.raises(ConfigError, match="conversation must be a template registered .* got 'v1'; use the --conv_ver"):
+    with pytest.raises(ConfigError, match="conversation='v1'.*--conv_ver"):
         TinyLlavaAdapter(make_model(), conversation="v1")
-    with pytest.raises(ConfigError, match="image_aspect_ratio must be square or pad, got 'anyres'"):
+    with pytest.raises(ConfigError, match="image_aspect_ratio='anyres'"):
         TinyLlavaAdapter(make_model(image_aspect_ratio="anyres"))
     without = make_model()
     without.tokenizer = None
-    with pytest.raises(ConfigError, match="tokenizer must be given, got None"):
+    with pytest.raises(ConfigError, match="No tokenizer given"):
         TinyLlavaAdapter(without)
     model = make_model()
     model.vision_tower._image_processor = None
-    with pytest.raises(UnsupportedModelError, match="must be a TinyLLaVA model with vision_tower._image_processor"):
+    with pytest.raises(UnsupportedModelError, match="not a TinyLLaVA model"):
         TinyLlavaAdapter(model)

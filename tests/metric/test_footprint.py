@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mir_callback.evaluation.memory import PeakMemory
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import compute_maps_by_polar_factor, compute_transport_maps
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import moments_from_scatter
 
 DIM = 1024
@@ -27,14 +27,14 @@ def solve(scatters, way):
     dim = len(scatters[0])
     mean = torch.zeros(dim, dtype=torch.float64)
     moments = [moments_from_scatter(2 * dim, mean, scatters.pop()) for _ in range(2)]
-    coupling = Coupling(*moments, maps_wanted=way == "eigenvectors")
+    pair = GaussianPair(*moments, need_maps=way == "eigenvectors")
     if way == "polar factor":
-        assert coupling.polar.bound < math.inf
-        assert compute_maps_by_polar_factor(coupling) is not None
+        assert pair.polar.error_bound < math.inf
+        assert compute_maps_by_polar_factor(pair) is not None
         return
-    assert frechet_from_coupling(coupling).distance > 0.0
+    assert frechet_from_moments(pair).distance > 0.0
     if way == "eigenvectors":
-        compute_transport_maps(coupling)
+        compute_transport_maps(pair)
 
 
 def matrices_held(way):

@@ -6,8 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import (
     SampleSums,
     compute_influences,
@@ -17,6 +16,7 @@ from mir_callback.metric.influence import (
     compute_transport_maps,
     sum_over_samples,
 )
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments
 from mir_callback.metric.tokens import compute_row_norms, compute_text_scale
 from tests import clouds, reference
@@ -35,8 +35,8 @@ def evaluate(vision, text, vision_samples, text_samples, samples):
     norms = compute_row_norms(text)
     scale = compute_text_scale(norms)
     of_vision, of_text = compute_moments(vision), compute_moments(text)
-    distance = scale**2 * frechet_from_coupling(Coupling(of_vision, of_text)).distance
-    maps = compute_transport_maps(Coupling(of_vision, of_text, maps_wanted=True))
+    distance = scale**2 * frechet_from_moments(GaussianPair(of_vision, of_text)).distance
+    maps = compute_transport_maps(GaussianPair(of_vision, of_text, need_maps=True))
     gap = of_vision.mean - of_text.mean
     counts = [torch.bincount(of, minlength=samples) for of in (vision_samples, text_samples)]
     sums = SampleSums(
@@ -100,9 +100,9 @@ def test_influences_are_finite_and_add_up_to_zero(case):
 def test_maps_of_either_side_agree_when_modalities_change_places():
     vision, text = clouds.CASES["offset"](clouds.generator(5))
     of_vision, of_text = compute_moments(vision), compute_moments(text)
-    there, back = (compute_transport_maps(Coupling(*pair)) for pair in ((of_vision, of_text), (of_text, of_vision)))
+    there, back = (compute_transport_maps(GaussianPair(*pair)) for pair in ((of_vision, of_text), (of_text, of_vision)))
     for one, other in zip(there, reversed(back), strict=True):
-        found, expected = ((root.T @ root).numpy() for root in (one.root, other.root))
+        found, expected = ((root.T @ root).numpy() for root in (one.factor, other.factor))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4 * float(np.abs(expected).max()))
 
 
@@ -110,18 +110,18 @@ def test_maps_of_either_side_agree_when_modalities_change_places():
 def test_maps_by_polar_factor_give_every_row_the_same(case):
     vision, text = clouds.CASES[case](clouds.generator(6))
     of_vision, of_text = compute_moments(vision), compute_moments(text)
-    found = compute_maps_by_polar_factor(Coupling(of_vision, of_text))
+    found = compute_maps_by_polar_factor(GaussianPair(of_vision, of_text))
     assert found is not None
-    expected = compute_transport_maps(Coupling(of_vision, of_text))
+    expected = compute_transport_maps(GaussianPair(of_vision, of_text))
     for rows, moments, one, other in zip((vision, text), (of_vision, of_text), found, expected, strict=True):
-        values = [((rows - moments.mean) @ form.root.double().T).square().sum(dim=1) for form in (one, other)]
+        values = [((rows - moments.mean) @ form.factor.double().T).square().sum(dim=1) for form in (one, other)]
         assert values[0].numpy() == pytest.approx(values[1].numpy(), rel=1e-3)
 
 
 def test_maps_by_polar_factor_are_declined_when_a_cloud_has_no_cholesky_factor():
     for case in ("few_rows", "few_vision_rows", "few_text_rows", "rank_deficient"):
         vision, text = (compute_moments(rows) for rows in clouds.CASES[case](clouds.generator(6)))
-        assert compute_maps_by_polar_factor(Coupling(vision, text)) is None
+        assert compute_maps_by_polar_factor(GaussianPair(vision, text)) is None
 
 
 def draw(rng, samples, dim, vision_scale, turned):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mir_callback import frechet_distance, modality_integration_rate
-from mir_callback.metric import coupling
-from mir_callback.metric.coupling import Coupling
-from mir_callback.metric.frechet import frechet_from_coupling
+from mir_callback.metric import matrix_sqrt
+from mir_callback.metric.frechet import frechet_from_moments
+from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments
 from mir_callback.metric.tokens import OutlierRule, compute_row_norms
 from tests import reference
@@ -39,7 +39,7 @@ def token_rows(rng, count, spread, turn, mean):
 
 
 def distance_of(vision, text, **options):
-    return frechet_from_coupling(Coupling(compute_moments(vision), compute_moments(text), **options))
+    return frechet_from_moments(GaussianPair(compute_moments(vision), compute_moments(text), **options))
 
 
 def with_mean_share(share):
@@ -196,7 +196,7 @@ def test_error_stays_within_its_estimate_when_noise_is_all_that_separates_two_cl
 
 def test_alignment_is_only_asked_where_traces_cancel(monkeypatch):
     called = []
-    monkeypatch.setattr(coupling, "_align", lambda _: called.append(1) or (1.0, 0.0))
+    monkeypatch.setattr(matrix_sqrt, "_procrustes", lambda _: called.append(1) or (1.0, 0.0))
     vision, text = CASES["benign"](generator(0))
     frechet_distance(vision, text)
     assert not called
@@ -207,18 +207,18 @@ def test_alignment_is_only_asked_where_traces_cancel(monkeypatch):
 def test_distance_and_maps_come_from_the_same_eigenvectors(monkeypatch):
     vision, text = CASES["benign"](generator(0))
     without = distance_of(vision, text)
-    monkeypatch.setattr(coupling, "eigvalsh", None)  # to be called by nobody
-    assert distance_of(vision, text, maps_wanted=True).distance == pytest.approx(without.distance, rel=1e-12)
+    monkeypatch.setattr(matrix_sqrt, "eigvalsh", None)  # to be called by nobody
+    assert distance_of(vision, text, need_maps=True).distance == pytest.approx(without.distance, rel=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_way_that_a_gpu_takes_leads_to_the_same_distance(case, monkeypatch):
     vision, text = CASES[case](generator(0))
     usual = distance_of(vision, text)
-    monkeypatch.setattr(Coupling, "on_gpu", True)
+    monkeypatch.setattr(GaussianPair, "on_gpu", True)
     calls = []
-    find = coupling.find_polar_factor
-    monkeypatch.setattr(coupling, "find_polar_factor", lambda matrix: calls.append(1) or find(matrix))
+    find = matrix_sqrt.find_polar_factor
+    monkeypatch.setattr(matrix_sqrt, "find_polar_factor", lambda matrix: calls.append(1) or find(matrix))
     found = distance_of(vision, text)
     assert found.distance == pytest.approx(usual.distance, rel=1e-9)
     assert calls == [1]

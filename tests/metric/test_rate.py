@@ -43,7 +43,6 @@ def test_rate_equals_scipy_sqrtm_when_clouds_are_well_conditioned(case):
     assert modality_integration_rate(vision, text).mir == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore:layer .* clipped to 0")
 @pytest.mark.parametrize("case", CASES)
 def test_paper_fast_equals_its_analytic_value(case):
     vision, text = layers_of(case, seed=7, dtype=torch.float32)
@@ -69,7 +68,7 @@ def test_clipping_more_than_rounding_is_reported_when_paper_fast_goes_negative()
     direction[0] = 1.0
     text = torch.randn(300, 1, generator=rng, dtype=torch.float64) * direction
     vision = 5 * torch.randn(300, 1, generator=rng, dtype=torch.float64) * direction
-    with logged("layer 1.*clipped to 0"):
+    with logged("layer 1: root='paper_fast' gave a negative distance"):
         assert modality_integration_rate([vision], [text], root="paper_fast").per_layer == [0.0]
 
 
@@ -172,19 +171,19 @@ def test_error_names_layer_modality_and_count_when_rows_are_not_finite():
     broken = text.clone()
     broken[3, 5] = math.inf
     broken[9, 0] = math.nan
-    with pytest.raises(NumericsError, match="layer 2, text holds NaN or infinity in 2 of 500 rows"):
+    with pytest.raises(NumericsError, match="layer 2, text .* 2 of 500 rows"):
         modality_integration_rate([vision, vision], [text, broken])
 
 
 @pytest.mark.parametrize(
     ("vision", "text", "message"),
     [
-        (torch.ones(1, 3), torch.ones(4, 3), "vision has 1 rows, too few"),
-        (torch.ones(4, 3), torch.ones(0, 3), "text has 0 rows, too few"),
-        (torch.ones(4, 3), torch.ones(4, 2), "vision rows are 3 wide and text rows 2"),
+        (torch.ones(1, 3), torch.ones(4, 3), "vision has 1 rows"),
+        (torch.ones(4, 3), torch.ones(0, 3), "text has 0 rows"),
+        (torch.ones(4, 3), torch.ones(4, 2), "vision rows have width 3 and text rows 2"),
         (torch.ones(4), torch.ones(4, 2), r"vision is a torch.float32 tensor \(4,\)"),
         (torch.ones(4, 2), torch.ones(4, 2, dtype=torch.int64), "text is a torch.int64 tensor"),
-        ([[1.0]], torch.ones(4, 2), "vision is a list; token rows come stacked"),
+        ([[1.0]], torch.ones(4, 2), "vision is a list"),
     ],
 )
 def test_error_names_the_field_when_rows_are_malformed(vision, text, message):
@@ -201,21 +200,21 @@ def test_error_when_mean_text_norm_is_zero():
 
 def test_error_when_root_is_unknown():
     vision, text = good()
-    with pytest.raises(ConfigError, match="root must be one of exact, paper_fast, got 'fast'"):
+    with pytest.raises(ConfigError, match="root .*exact, paper_fast.*'fast'"):
         modality_integration_rate([vision], [text], root="fast")
 
 
 def test_error_when_rows_are_not_given_layer_by_layer():
     vision, text = good()
-    with pytest.raises(NumericsError, match="vision is a Tensor; pass a list with one .* per decoder layer"):
+    with pytest.raises(NumericsError, match="vision is a Tensor.*list"):
         modality_integration_rate(vision, text)
 
 
 def test_error_when_layer_counts_differ_or_are_zero():
     vision, text = offset(generator(0))
-    with pytest.raises(NumericsError, match="vision has 2 decoder layers and text 1"):
+    with pytest.raises(NumericsError, match="vision has 2 decoder layers and text has 1"):
         modality_integration_rate([vision, vision], [text])
-    with pytest.raises(NumericsError, match="pass the same layers of both, at least one"):
+    with pytest.raises(NumericsError, match="vision has 0 decoder layers"):
         modality_integration_rate([], [])
 
 

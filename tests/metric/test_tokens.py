@@ -112,4 +112,4 @@ def test_moments_of_scaled_rows_have_their_covariance(case):
     np.testing.assert_allclose(found.mean, 0.37 * rows.mean(dim=0), atol=1e-14)
     np.testing.assert_allclose(found.factor.T @ found.factor, expected, atol=1e-13 * np.abs(expected).max())
     assert found.trace.item() == pytest.approx(np.trace(expected))
-    assert found.size.item() == pytest.approx(np.linalg.norm(expected))
+    assert found.frobenius_norm.item() == pytest.approx(np.linalg.norm(expected))

@@ -126,9 +126,9 @@ def test_vision_layers_are_not_taken_for_the_decoder_when_as_many():
 def test_error_when_there_is_no_such_layer_list():
     model, _ = tiny_models.llava()
     model.config.text_config.num_hidden_layers = 7
-    with pytest.raises(UnsupportedModelError, match="no list of 7 decoder layers"):
+    with pytest.raises(UnsupportedModelError, match="ModuleList of 7 decoder layers"):
         find_decoder(model)
-    with pytest.raises(UnsupportedModelError, match="must carry a Hugging Face config, got Linear"):
+    with pytest.raises(UnsupportedModelError, match="Linear has no Hugging Face config"):
         find_decoder(nn.Linear(2, 2))
 
 
@@ -147,7 +147,7 @@ def test_refused_when_images_do_not_reach_the_stream():
         return output
 
     model.model.forward = blind  # the language model alone, pixels ignored
-    with pytest.raises(UnsupportedModelError, match="plain token embeddings, no image features"):
+    with pytest.raises(UnsupportedModelError, match="vision positions have plain token embeddings"):
         run(model, processor)
 
 
@@ -156,7 +156,7 @@ def test_refused_when_a_layer_is_skipped_or_repeated():
     layers = model.model.language_model.layers
     original = layers[0].forward
     layers[0].forward = lambda state, *args, **kwargs: layers[1](original(state, *args, **kwargs), *args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match=r"exactly once and in order, got \[1, 0, 1, 2\]"):
+    with pytest.raises(UnsupportedModelError, match=r"order \[1, 0, 1, 2\]"):
         run(model, processor)
 
 
@@ -170,5 +170,5 @@ def test_refused_when_the_stream_has_another_shape_than_input_ids():
         return original(inputs_embeds=torch.cat([inputs_embeds[:, :1], inputs_embeds], dim=1), **kwargs)
 
     inner.forward = prepended
-    with pytest.raises(UnsupportedModelError, match="first decoder layer must read"):
+    with pytest.raises(UnsupportedModelError, match="the first decoder layer got"):
         run(model, processor)

@@ -82,8 +82,8 @@ def test_labels_never_reach_the_forward():
 
 def test_error_when_processor_is_missing_or_a_bare_tokenizer():
     model, processor = tiny_models.llava()
-    for wrong in (None, processor.tokenizer):
-        with pytest.raises(ConfigError, match="processor must handle images and text.*pass processor="):
+    for wrong, words in ((None, "No processor"), (processor.tokenizer, type(processor.tokenizer).__name__)):
+        with pytest.raises(ConfigError, match=f"{words}.*processor=AutoProcessor"):
             encode(model, wrong, Probe.from_pairs(pairs(1)))
 
 
@@ -91,7 +91,7 @@ def test_error_when_tokenizer_cannot_pad_but_only_if_it_has_to():
     model, processor = tiny_models.llava()
     processor.tokenizer.pad_token = None
     probe = Probe.from_pairs(pairs(2))
-    with pytest.raises(ConfigError, match="must have a pad token"):
+    with pytest.raises(ConfigError, match="pad token"):
         encode(model, processor, probe, batch_size=2)
     assert len(encode(model, processor, probe, batch_size=1).batches) == 2
 
@@ -99,23 +99,23 @@ def test_error_when_tokenizer_cannot_pad_but_only_if_it_has_to():
 def test_error_when_a_sample_is_longer_than_the_model():
     model, processor = tiny_models.llava()
     long = Probe.from_pairs([(pairs(1)[0][0], SENTENCE * 60)])
-    with pytest.raises(ProbeError, match="within the model's 512 positions, got a sample of"):
+    with pytest.raises(ProbeError, match=r"pair 0 has \d+ tokens.* 512.*max_text_tokens"):
         encode(model, processor, long)
 
 
 @pytest.mark.parametrize("token", ["<image>", "</s>", "<pad>"])
-def test_error_names_the_sample_when_its_text_holds_a_control_token(token):
+def test_error_names_the_sample_when_its_text_has_a_special_token(token):
     model, processor = tiny_models.llava()
     (first, _), (image, _) = pairs(2)
     probe = Probe.from_pairs([(first, "plain"), (image, f"a text with {token} in it")])
-    with pytest.raises(ProbeError, match=f"text of pair 1 must be plain text, got the control token '{token}'"):
+    with pytest.raises(ProbeError, match=f"text of pair 1 .*'{token}'"):
         encode(model, processor, probe)
 
 
 def test_error_when_processor_belongs_to_another_model():
     model, processor = tiny_models.llava()
     model.config.image_token_index = 7
-    with pytest.raises(ProbeError, match="must give vision tokens, got none"):
+    with pytest.raises(ProbeError, match="pair 0 has no vision tokens"):
         encode(model, processor, Probe.from_pairs(pairs(1)))
 
 
@@ -128,7 +128,7 @@ def test_error_names_samples_when_the_processor_fails():
     processor.image_processor.preprocess = broken
     type(processor.image_processor).__call__, original = broken, type(processor.image_processor).__call__
     try:
-        with pytest.raises(ProbeError, match="RuntimeError: no such size; the samples were pair 0, pair 1"):
+        with pytest.raises(ProbeError, match="pair 0, pair 1: RuntimeError: no such size"):
             encode(model, processor, Probe.from_pairs(pairs(2)))
     finally:
         type(processor.image_processor).__call__ = original

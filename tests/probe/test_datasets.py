@@ -42,7 +42,7 @@ def test_texts_can_come_from_a_folder_or_another_dataset(dataset, tmp_path):
     from_folder = Probe.from_dataset(dataset, num_samples=5, texts=texts)
     assert {sample.text for sample in from_folder.samples} <= {path.read_text() for path in texts.rglob("*.txt")}
     articles = datasets.Dataset.from_dict({"article": [f"story {i}" for i in range(8)]})
-    with pytest.raises(ProbeError, match="text_column must be one of article, got 'text'"):
+    with pytest.raises(ProbeError, match="text_column='text'.*: article"):
         Probe.from_dataset(dataset, num_samples=5, texts=articles)
     renamed = articles.rename_column("article", "text")
     assert all(s.text.startswith("story") for s in Probe.from_dataset(dataset, num_samples=5, texts=renamed).samples)
@@ -51,26 +51,26 @@ def test_texts_can_come_from_a_folder_or_another_dataset(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 13}, "num_samples=13 and 12 usable items"),
-        ({"image_column": "picture"}, "image_column must be one of image, text, got 'picture'"),
-        ({"image_column": "text"}, "must name a column with the Image feature, got 'text' of type Value"),
-        ({"text_column": "image"}, "text_column must hold strings, got .* in row"),
+        ({"num_samples": 13}, "num_samples=13.* 12 "),
+        ({"image_column": "picture"}, "image_column='picture'.*: image, text"),
+        ({"image_column": "text"}, "image_column='text'.* Value"),
+        ({"text_column": "image"}, "text_column='image'.* row \\d"),
     ],
 )
-def test_error_names_column_and_rule(dataset, options, message):
+def test_error_names_the_column(dataset, options, message):
     with pytest.raises(ProbeError, match=message):
         Probe.from_dataset(dataset, **{"num_samples": 3, **options})
 
 
 def test_error_when_it_is_not_one_split_or_is_streamed(dataset):
     for wrong in (datasets.DatasetDict({"train": dataset}), dataset.to_iterable_dataset(), [1, 2]):
-        with pytest.raises(ProbeError, match="must be one split of a Hugging Face dataset"):
+        with pytest.raises(ProbeError, match=f"dataset is a {type(wrong).__name__}.* one split"):
             Probe.from_dataset(wrong, num_samples=3)
 
 
 def test_error_names_the_row_without_an_image(dataset):
     holes = datasets.Dataset.from_dict({"image": [None], "text": ["a"]}, features=FEATURES)
-    with pytest.raises(ProbeError, match="probe image of row 0 must be there"):
+    with pytest.raises(ProbeError, match="image of row 0 is None"):
         Probe.from_dataset(holes, num_samples=1)
 
 
@@ -82,6 +82,6 @@ def test_saved_datasets_and_plain_folders_open_by_path(dataset, tmp_path):
     for path in ("one", "splits"):
         opened = open_dataset(str(tmp_path / path), "val")
         assert Probe.from_dataset(opened, num_samples=3).fingerprint == expected
-    with pytest.raises(ProbeError, match="split nope, must be loadable, got KeyError"):
+    with pytest.raises(ProbeError, match="split nope of dataset .* KeyError"):
         open_dataset(str(tmp_path / "splits"), "nope")
     assert len(open_dataset(str(tmp_path / "images"), "train")) == 3

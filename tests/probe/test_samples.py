@@ -79,7 +79,7 @@ def test_an_unpacked_zip_is_a_probe_folder(tmp_path):
 def test_save_refuses_to_replace_what_is_no_probe(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").write_text("x")
-    with pytest.raises(ProbeError, match="path must be free or hold a probe"):
+    with pytest.raises(ProbeError, match="overwrite .*data"):
         Probe.from_pairs(pairs(1)).save(tmp_path / "data")
     assert (tmp_path / "data" / "precious").read_text() == "x"
 
@@ -89,7 +89,7 @@ def test_load_refuses_an_edited_probe(tmp_path):
     manifest = json.loads((folder / "probe.json").read_text())
     manifest["samples"][0]["text"] += " edited"
     (folder / "probe.json").write_text(json.dumps(manifest))
-    with pytest.raises(ProbeError, match="must match the stored fingerprint"):
+    with pytest.raises(ProbeError, match=manifest["fingerprint"]):
         Probe.load(folder)
 
 
@@ -114,7 +114,7 @@ def test_load_says_what_is_wrong_with_a_damaged_probe(tmp_path, damage):
         else:
             manifest["samples"][0]["image"] = "images/../../secret"
         (path / "probe.json").write_text(json.dumps(manifest))
-    with pytest.raises(ProbeError, match=f"path must be a .*{re.escape(str(path))}"):
+    with pytest.raises(ProbeError, match=re.escape(str(path))):
         Probe.load(path)
 
 
@@ -126,7 +126,7 @@ def test_llava_json_gives_text_of_turns_without_placeholder(tmp_path):
     assert {sample.name for sample in probe.samples} == {f"record {i} of data.json" for i in range(6)}
 
 
-def test_llava_json_passes_over_records_without_one_image(tmp_path):
+def test_llava_json_skips_records_without_one_image(tmp_path):
     json_file, images = write_llava_json(tmp_path, 6)
     records = json.loads(json_file.read_text())
     del records[0]["image"]
@@ -134,21 +134,21 @@ def test_llava_json_passes_over_records_without_one_image(tmp_path):
     records[2]["image"] = [records[2]["image"]]
     json_file.write_text(json.dumps(records))
     assert len(Probe.from_llava_json(json_file, images, num_samples=4)) == 4
-    with pytest.raises(ProbeError, match="num_samples=5 and 4 usable items"):
+    with pytest.raises(ProbeError, match="num_samples=5.* 4 "):
         Probe.from_llava_json(json_file, images, num_samples=5)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be a readable LLaVA-format JSON list"),
-        ("{}", "must hold a list of records, got dict"),
-        ("[3]", "record 0 of data.json: conversations must be a list"),
-        ('[{"id": "a", "image": "x.png"}]', "record a of data.json: conversations must be a list"),
-        ('[{"id": "a", "image": "x.png", "conversations": [{"value": "hi"}]}]', "must exist at .*x.png"),
+        ("{", "data.json as JSON: JSONDecodeError"),
+        ("{}", "data.json is a JSON dict"),
+        ("[3]", "record 0 of data.json has no conversations"),
+        ('[{"id": "a", "image": "x.png"}]', "record a of data.json has no conversations"),
+        ('[{"id": "a", "image": "x.png", "conversations": [{"value": "hi"}]}]', "record a of data.json from .*x.png"),
     ],
 )
-def test_llava_json_errors_name_record_and_rule(tmp_path, content, message):
+def test_llava_json_errors_name_file_and_record(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ProbeError, match=message):
@@ -166,14 +166,14 @@ def test_story_files_end_before_their_highlights(tmp_path):
 def test_error_names_folder_when_it_is_missing_or_empty(folders, tmp_path):
     images, texts = folders
     (tmp_path / "void").mkdir()
-    with pytest.raises(ProbeError, match="images must be an existing folder, got .*nowhere"):
+    with pytest.raises(ProbeError, match=r"nowhere \(images\)"):
         Probe.from_folders(tmp_path / "nowhere", texts)
-    with pytest.raises(ProbeError, match="texts must hold files ending in .*got none in .*void"):
+    with pytest.raises(ProbeError, match=r"void \(texts\) has no files .*\.story"):
         Probe.from_folders(images, tmp_path / "void", num_samples=3)
 
 
 def test_error_says_how_many_there_are_when_fewer_samples_than_asked(folders):
-    with pytest.raises(ProbeError, match="num_samples=13 and 12 usable items"):
+    with pytest.raises(ProbeError, match="num_samples=13.* 12 "):
         Probe.from_folders(*folders, num_samples=13)
 
 
@@ -183,14 +183,24 @@ def test_error_names_the_file_when_an_image_cannot_be_read(folders, damage):
     victim = images / "part0" / "004.png"
     content = {"truncated": victim.read_bytes()[:-3000], "garbage": b"hello", "empty": b""}[damage]
     victim.write_bytes(content)
-    with pytest.raises(ProbeError, match=r"004\.png.* must be a readable image"):
+    with pytest.raises(ProbeError, match=r"part0/004\.png"):
         Probe.from_folders(images, texts, num_samples=12)
+
+
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None], ids=["limit of Pillow", "no limit of Pillow"])
+def test_error_names_an_image_that_is_too_large_with_size_and_limit(folders, monkeypatch, limit):
+    images, texts = folders
+    Image.new("1", (14000, 14000)).save(images / "part0" / "004.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # training code that lifts it is common
+    with pytest.raises(ProbeError, match=r"part0/004\.png.* too large.*196000000 pixels") as caught:
+        Probe.from_folders(images, texts, num_samples=12)
+    assert "178956970" in str(caught.value)
 
 
 def test_error_when_an_image_has_more_shades_than_it_would_keep(folders):
     images, texts = folders
     Image.fromarray(np.full((8, 8), 3000, dtype=np.uint16)).save(images / "part0" / "004.png")
-    with pytest.raises(ProbeError, match=r"004\.png.* mode I;16 has more than 8 bits"):
+    with pytest.raises(ProbeError, match=r"004\.png.* mode I;16"):
         Probe.from_folders(images, texts, num_samples=12)
 
 
@@ -213,18 +223,18 @@ PICTURE = Image.new("RGB", (4, 4))
 
 
 @pytest.mark.parametrize(
-    ("pair", "got"),
+    ("pair", "message"),
     [
-        (("a.png", "text"), "str and str"),
-        ((PICTURE, None), "Image and NoneType"),
-        ((PICTURE, "text", 3), "Image and str and int"),
-        ((PICTURE,), "Image"),
-        ("ab", "str"),
-        (None, "NoneType"),
+        (("a.png", "text"), r"image of pair 1 is a str, .*'a\.png'.* PIL\.Image\.open"),
+        ((PICTURE, None), "text of pair 1 is a NoneType"),
+        ((PICTURE, "text", 3), r"pair 1 is a tuple with 3 items.* \(image, text\)"),
+        ((PICTURE,), "pair 1 is a tuple with 1 items"),
+        ("ab", r"pair 1 is a str\..* \(image, text\)"),
+        (None, "pair 1 is a NoneType"),
     ],
 )
-def test_error_names_the_pair_that_is_no_image_and_text(pair, got):
-    with pytest.raises(ProbeError, match=f"pair 1 must be a PIL image and a text, got {got};"):
+def test_error_names_what_is_wrong_with_a_pair(pair, message):
+    with pytest.raises(ProbeError, match=message):
         Probe.from_pairs([(PICTURE, "text"), pair])
 
 
@@ -232,14 +242,14 @@ def test_error_names_the_pair_whose_image_is_damaged_or_would_lose_its_shades(tm
     path = tmp_path / "cut.png"
     pairs(1)[0][0].save(path)
     path.write_bytes(path.read_bytes()[:-300])
-    for image, reason in ((Image.open(path), "OSError"), (Image.new("I;16", (4, 4)), "ValueError: mode I;16 has more")):
-        with pytest.raises(ProbeError, match=f"the image of pair 1 must be readable, got {reason}"):
+    for image, reason in ((Image.open(path), "OSError"), (Image.new("I;16", (4, 4)), "ValueError: mode I;16")):
+        with pytest.raises(ProbeError, match=f"image of pair 1: {reason}"):
             Probe.from_pairs([(PICTURE, "text"), (image, "text")])
 
 
 @pytest.mark.parametrize("call", [Probe.load, Probe.from_pairs(pairs(1)).save])
 def test_error_when_a_path_is_none(call):
-    with pytest.raises(ProbeError, match="path must be a path, got 3 of type int"):
+    with pytest.raises(ProbeError, match="path .* 3 of type int"):
         call(3)
 
 
@@ -254,18 +264,18 @@ def test_error_names_the_file_when_a_text_is_empty_or_not_utf8(folders, content)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
-        ({"num_samples": 2.5}, "num_samples must be an integer"),
-        ({"num_samples": True}, "num_samples must be an integer"),
-        ({"seed": "a"}, "seed must be an integer, got 'a'"),
-        ({"num_samples": 2, "max_text_tokens": 0}, "max_text_tokens must be an integer of at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples .* 0"),
+        ({"num_samples": 2.5}, "num_samples"),
+        ({"num_samples": True}, "num_samples"),
+        ({"seed": "a"}, "seed .*'a'"),
+        ({"num_samples": 2, "max_text_tokens": 0}, "max_text_tokens .* 0"),
     ],
 )
-def test_error_names_the_option_when_it_breaks_its_rule(folders, options, message):
+def test_error_names_an_invalid_option_and_its_value(folders, options, message):
     with pytest.raises(ConfigError, match=message):
         Probe.from_folders(*folders, **options)
 
 
 def test_error_when_a_probe_has_no_samples():
-    with pytest.raises(ProbeError, match="at least one image"):
+    with pytest.raises(ProbeError, match="no samples"):
         Probe(())

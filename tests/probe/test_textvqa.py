@@ -35,7 +35,7 @@ def test_only_images_that_are_asked_about_are_drawn_each_once(folders, tmp_path,
     questions = questions_file(tmp_path / f"q.{form}", ["img1", "img3", "img3", "img4"], form)
     probe = Probe.from_textvqa(questions, *folders, num_samples=3)
     assert {sample.name.split()[0] for sample in probe.samples} == {"img1.jpg", "img3.jpg", "img4.jpg"}
-    with pytest.raises(ProbeError, match="num_samples=4 and 3 usable items"):
+    with pytest.raises(ProbeError, match="num_samples=4.* 3 "):
         Probe.from_textvqa(questions, *folders, num_samples=4)
 
 
@@ -50,20 +50,20 @@ def test_both_forms_of_a_file_give_the_same_probe(folders, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.json", "{", "questions must be a readable TextVQA question file"),
-        ("q.jsonl", '{"image": "a.jpg"}\n{', "questions must be a readable TextVQA question file"),
-        ("q.json", '{"data": 3}', 'must hold a list of questions, as such or under "data", got int'),
-        ("q.json", '{"data": [{"question": "?"}]}', "question 0 of q.json must name its image"),
-        ("q.json", "[7]", "question 0 of q.json must name its image"),
-        ("q.json", '[{"image_id": "nope"}]', r"must exist at .*nope\.jpg"),
+        ("q.json", "{", r"q\.jsonl? as JSON: JSONDecodeError"),
+        ("q.jsonl", '{"image": "a.jpg"}\n{', r"q\.jsonl? as JSON: JSONDecodeError"),
+        ("q.json", '{"data": 3}', "q.json has no list of questions"),
+        ("q.json", '{"data": [{"question": "?"}]}', "Question 0 of q.json"),
+        ("q.json", "[7]", "Question 0 of q.json"),
+        ("q.json", '[{"image_id": "nope"}]', r"images.nope\.jpg: FileNotFoundError"),
     ],
 )
-def test_error_names_file_question_and_rule(folders, tmp_path, name, content, message):
+def test_error_names_file_and_question(folders, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ProbeError, match=message):
         Probe.from_textvqa(tmp_path / name, *folders, num_samples=1)
 
 
 def test_error_when_the_file_is_missing(folders, tmp_path):
-    with pytest.raises(ProbeError, match=r"got .*none\.json: FileNotFoundError"):
+    with pytest.raises(ProbeError, match=r"none\.json .*FileNotFoundError"):
         Probe.from_textvqa(tmp_path / "none.json", *folders, num_samples=1)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in docstrings: they run, and every public class and function has one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import mir_callback
+from mir_callback.probe.adapters import Adapter
+
+MODULES = sorted(
+    each.name
+    for each in pkgutil.walk_packages(mir_callback.__path__, "mir_callback.")
+    if each.name != "mir_callback.__main__"  # which runs the `mir` command
+)
+RUNNER_OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+PUBLIC = {name: getattr(mir_callback, name) for name in mir_callback.__all__} | {"Adapter": Adapter}
+
+
+def docstrings_of(value):
+    """Its own, and those of the methods that it defines."""
+    methods = [getattr(value, name) for name in vars(value)] if inspect.isclass(value) else []
+    return [inspect.getdoc(each) or "" for each in (value, *(m for m in methods if inspect.isroutine(m)))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    runner = doctest.DocTestRunner(optionflags=RUNNER_OPTIONS)
+    report = []
+    for test in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)):
+        runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_has_an_example(name):
+    if not inspect.isclass(PUBLIC[name]) and not inspect.isroutine(PUBLIC[name]):
+        pytest.fail(f"{name} is neither a class nor a function")
+    assert any(">>>" in text or "```" in text or "Example::" in text for text in docstrings_of(PUBLIC[name]))
