@@ -80,8 +80,7 @@ def _write(page: Path, options: Namespace, probe: Probe | None, seen: set[str]) 
     measured_on = {record.probe_fingerprint for run in runs for record in run.records} - {None}
     if probe is not None and measured_on and probe.fingerprint not in measured_on:
         notes.append(
-            f"--probe has fingerprint {probe.fingerprint}, MIR was measured on "
-            f"{', '.join(sorted(map(str, measured_on)))}: the samples shown are not those that were measured"
+            f"--probe {options.probe} is not the probe that the values were measured on: the samples shown are others"
         )
     if probe is None and not options.no_probe:
         probe = _find_probe(runs)
