@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeping the best model: the weights with the lowest MIR, in a folder of their own that is whole at every moment."""
+"""keep_best: the weights with the lowest MIR, in a folder that is complete at any moment."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from typing import Any
 from mir_callback import distributed
 from mir_callback.errors import HistoryError
 from mir_callback.fs import free_name, fsync
-from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord, lowest_record
+from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord, is_count, is_number, lowest_record
 
-# Not `checkpoint-*`: neither a Trainer's rotation nor the search for a checkpoint to resume from may find it.
+# Not `checkpoint-*`, so that the Trainer neither rotates it away nor resumes from it.
 FOLDER_NAME = "mir_best"
 NOTE_NAME = "mir_best.json"
 _NOTED = ("step", "epoch", "mir", *DEFINITION_FIELDS, *CIRCUMSTANCES, "time")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 log = logging.getLogger(__name__)
-
 
 # Writes the weights of the model in training into a folder that exists and is empty; called on every rank.
 WeightSaver = Callable[[Path], None]
@@ -33,18 +32,18 @@ WeightSaver = Callable[[Path], None]
 class BestModel:
     """The best model of one run in `<output_dir>/mir_best/`.
 
-    A new best is written to `mir_best.new` and then takes the old one's place, which is `mir_best.old` for that moment;
-    a process killed at any time leaves a whole one under one of these names, and the next start puts it right. The
-    note in it, written last, says that a folder is whole.
+    New weights are written to `mir_best.new`, the folder is renamed to `mir_best.old`, the new one to `mir_best`, and
+    the old one removed. If the process is killed at any point, one of these folders is complete, which the note in it
+    (`mir_best.json`, written last) shows, and the next start restores it.
 
-    A folder that another run has left (``records`` is empty, or its note names another probe or definition) is moved
-    aside, to `mir_best.<n>`, when this run has something to put in its place.
+    A folder of another run (``records`` is empty, or its note has another definition) is moved aside, to
+    `mir_best.<n>`, when this run first writes its own.
 
     Attributes:
-        lowest: MIR that a new best must be below, None if any will do.
+        lowest: the MIR to beat; None before there is one.
 
     Raises:
-        HistoryError: the folder cannot be read or repaired; on every rank.
+        HistoryError: the folder cannot be read or restored; on every rank.
 
     Ranks: collective.
     """
@@ -63,7 +62,7 @@ class BestModel:
                     exists, note = self._path.exists(), _read_note(self._path)
                 except OSError as error:
                     raise HistoryError(
-                        f"keep_best cannot read or write {self._path}: {error}; choose another output_dir"
+                        f"keep_best could not read or write {self._path}: {error}. Choose another output_dir."
                     ) from error
         exists, note = distributed.broadcast_object((exists, note))
         ours = bool(records) and note is not None and all(note.get(f) == definition[f] for f in DEFINITION_FIELDS)
@@ -71,17 +70,17 @@ class BestModel:
         earlier = lowest_record(records)
         self.lowest: float | None = None
         if ours and note is not None:
-            self.lowest, kept = float(note["mir"]), f"the weights of step {note['step']}"
+            self.lowest, kept = float(note["mir"]), f"holds the weights of step {note['step']}"
         elif earlier is not None:
-            self.lowest, kept = earlier.mir, f"nothing of this run, whose best (step {earlier.step}) was not kept"
+            self.lowest, kept = earlier.mir, f"does not hold this run's best weights so far (step {earlier.step})"
         if self.lowest is not None:
-            log.info("%s holds %s; lower than MIR %.4f will take its place", FOLDER_NAME, kept, self.lowest)
+            log.info("%s %s; it will be replaced by the first with a MIR below %.4f", FOLDER_NAME, kept, self.lowest)
 
     def offer(self, record: EvalRecord) -> None:
-        """Keep the weights as they are now if this record, made with them, is the best so far.
+        """Save the model's weights if this record of them has the lowest MIR so far.
 
-        Weights before the first step are no candidates: they are where the run began, and fresh projectors start low.
-        A save that fails on any rank warns, and what was kept before stays. Ranks: collective.
+        Step 0 does not count: a freshly initialized projector starts with a low MIR. If saving fails on any rank, a
+        warning is logged and the weights saved before stay. Ranks: collective.
         """
         if not record.is_trained or record.mir is None or (self.lowest is not None and record.mir >= self.lowest):
             return
@@ -90,13 +89,13 @@ class BestModel:
         except Exception as error:
             if not distributed.is_shared(error):
                 raise
-            kept = "what was kept before stays" if self.lowest is not None else "nothing is kept yet"
+            kept = "keeping the earlier ones" if self.lowest is not None else "none are saved yet"
             if distributed.is_main():
                 shutil.rmtree(_beside(self._path, "new"), ignore_errors=True)
-                log.warning("step %d: the best model could not be saved, %s: %s", record.step, kept, error)
+                log.warning("step %d: could not save the best weights, %s: %s", record.step, kept, error)
             return
         self.lowest, self._foreign = record.mir, False
-        log.info("step %d: lowest MIR so far, weights kept in %s", record.step, FOLDER_NAME)
+        log.info("step %d: lowest MIR so far, saved the weights to %s", record.step, FOLDER_NAME)
 
     def _replace(self, record: EvalRecord) -> None:
         new = _beside(self._path, "new")
@@ -118,20 +117,19 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
-    """The note of a whole folder; None where there is none."""
+    """The note of a complete folder; None if there is no valid one."""
     try:
         note = json.loads((folder / NOTE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    fits = isinstance(note, dict) and type(note.get("step")) is int and type(note.get("mir")) in (int, float)
-    return note if fits else None
+    return note if isinstance(note, dict) and is_count(note.get("step")) and is_number(note.get("mir")) else None
 
 
 def _complete(folder: Path, note: Mapping[str, Any]) -> None:
-    """Have everything in ``folder`` on the disk, then say in it that it is whole."""
+    """Flush everything in ``folder`` to disk, then write the note that marks it as complete."""
     files = sorted(found for found in folder.rglob("*") if found.is_file())
     if not any(file.suffix in _WEIGHTS and file.name != "training_args.bin" for file in files):
-        raise OSError(f"no weights were written into {folder}, only {', '.join(f.name for f in files) or 'nothing'}")
+        raise OSError(f"no weights were saved to {folder}, only {', '.join(f.name for f in files) or 'nothing'}")
     for file in files:
         fsync(file)
     written = folder / NOTE_NAME
@@ -140,7 +138,7 @@ def _complete(folder: Path, note: Mapping[str, Any]) -> None:
 
 
 def _publish(new: Path, path: Path, aside: Path) -> None:
-    """Put ``new`` where ``path`` is, and what is there ``aside``; gone at once if that is its own old place."""
+    """Rename ``path`` to ``aside`` and ``new`` to ``path``; remove `mir_best.old`."""
     old = _beside(path, "old")
     _remove(old)
     existed = path.exists()
@@ -152,14 +150,14 @@ def _publish(new: Path, path: Path, aside: Path) -> None:
         if existed:
             os.replace(aside, path)
         raise
-    # The new one is in its place: what fails from here on is tidied up by the next save or start.
+    # The new folder is in place; whatever fails from here on, the next save or start cleans up.
     with contextlib.suppress(OSError):
         fsync(path.parent)
         _remove(old)
 
 
 def _repair(path: Path) -> None:
-    """Put right what a process that was killed has left."""
+    """Complete or undo what a killed process has left half done."""
     new, old = _beside(path, "new"), _beside(path, "old")
     note = _read_note(new)
     if note is None and not path.exists() and _read_note(old) is not None:
@@ -173,7 +171,7 @@ def _repair(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, its note first, so that half of it is never taken for a whole one."""
+    """Delete a folder, its note first, so that a half-deleted one never counts as complete."""
     (folder / NOTE_NAME).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

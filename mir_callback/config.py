@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option once: type, default, help and rule. Keyword arguments and command-line flags are made from it."""
+"""Every option once: type, default, help and valid range. Keyword arguments and flags are made from it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ def _option(value: Any, group: str, help_: str, /, **flag: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MIRConfig:
-    """What of a run is measured, when, and what follows from it.
+    """All options of a run: what is measured, when, when training stops, and what is kept.
 
     `MIRMonitor`, `MIRCallback` and `attach_mir` take these fields as keyword arguments, `evaluate_mir` those of the
-    groups "measure" and "memory". On a command line each is a flag, `--mir_NAME`, see :class:`MIRArguments`.
+    groups "measure" and "memory". As flags they are called `--mir_NAME`, see :class:`MIRArguments`. docs/reference.md
+    lists them with defaults and units.
 
     Raises:
-        ConfigError: an option breaks its rule.
+        ConfigError: an option has an invalid value.
+
+    Ranks: any; the same options on every rank.
 
     Example:
         >>> MIRConfig(every="0.1ep", stop="plateau").schedule
@@ -57,60 +60,64 @@ class MIRConfig:
     """
 
     root: str = _option("exact", "measure", "exact, or paper_fast to compare with published values")
-    standard_error: bool = _option(True, "measure", "also find how far MIR would vary with other samples (exact only)")
-    probe_loss: bool = _option(False, "measure", "also find how well the model predicts the probe's texts")
-    conversation: str | None = _option(None, "measure", "template of LLaVA's code bases (default: the run's own)")
+    standard_error: bool = _option(
+        True, "measure", "also estimate how much MIR varies with the choice of samples (exact only)"
+    )
+    probe_loss: bool = _option(False, "measure", "also compute the loss on the probe's texts")
+    conversation: str | None = _option(
+        None, "measure", "conversation template, for LLaVA's code bases (default: that of the run)"
+    )
 
     every: int | str | Schedule = _option(
         50,
         "when",
-        "50 (optimizer steps), 0.1ep (epochs), log5 (5 from each power of ten to the next), 5% (at most, of the time) "
-        "or 10,100,1000 (these steps)",
+        "50 (optimizer steps), 0.1ep (epochs), log5 (5 per power of ten), 5% (at most, of the time) or 10,100,1000 "
+        "(these steps)",
         type=str,
         default="50",
     )
     also_on: Collection[str] = _option(
         DEFAULT_EVENTS,
         "when",
-        "all events at which to evaluate besides: some of start,end,evaluate,save, or none",
+        "events to evaluate at as well: any of start,end,evaluate,save, or none",
         type=str,
         default=",".join(DEFAULT_EVENTS),
     )
-    dry_run: bool = _option(False, "when", "evaluate once before the first step, say what it costs, and end")
+    dry_run: bool = _option(False, "when", "evaluate once before the first step, print the cost, and exit")
 
     stop: Any = _option(
         None,
         "stop",
-        "none: watch only; plateau: stop when MIR is level; observe: say when it would",
+        "none: never; plateau: when MIR no longer falls; observe: only log when it would",
         type=str,
         default="none",
     )
-    continue_after_stop: bool = _option(False, "stop", "go on with a resumed run that was stopped on its plateau")
+    continue_after_stop: bool = _option(False, "stop", "train on when resuming a run that was stopped on its plateau")
 
-    batch_size: int = _option(4, "memory", "probe samples per forward on each rank; halved where memory runs out")
+    batch_size: int = _option(4, "memory", "probe samples per forward on each rank; halved when memory runs out")
     capture_budget_gb: float | None = _option(
-        None, "memory", "GB of token rows to keep on each rank's device (default: half of what is free)"
+        None, "memory", "GB of hidden states to keep on each rank's device (default: half of what is free)"
     )
 
-    on_error: str = _option("warn", "failures", "warn: only a failing first evaluation ends the run; raise: every one")
+    on_error: str = _option("warn", "failures", "warn: only a failed first evaluation ends the run; raise: any does")
     max_failures: int | None = _option(
-        3, "failures", "failed evaluations in a row after which there are no more; 0 for no limit", none=0
+        3, "failures", "stop evaluating after this many failures in a row; 0 for no limit", none=0
     )
     watchdog_seconds: float | None = _option(
         DEFAULT_WATCHDOG_SECONDS,
         "failures",
-        "say where ranks are stuck when a phase of an evaluation lasts longer; 0 for never",
+        "report where ranks are stuck when a phase of an evaluation takes longer; 0 for never",
         none=0.0,
     )
-    abort_on_hang: bool = _option(False, "failures", "end the process, with exit code 86, after such a report")
+    abort_on_hang: bool = _option(False, "failures", "end the process with exit code 86 after such a report")
 
     log_layers: bool = _option(False, "log", "also print the distance of each layer; trackers get them anyway")
 
-    save_probe: bool = _option(True, "keep", "keep the probe as OUTPUT_DIR/mir_probe.zip")
-    keep_best: bool = _option(False, "keep", "keep the weights with the lowest MIR in OUTPUT_DIR/mir_best")
+    save_probe: bool = _option(True, "keep", "save the probe as OUTPUT_DIR/mir_probe.zip")
+    keep_best: bool = _option(False, "keep", "save the weights with the lowest MIR to OUTPUT_DIR/mir_best")
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Validate every option."""
         for each in fields(self):
             if isinstance(each.default, bool) and not isinstance(getattr(self, each.name), bool):
                 raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
@@ -118,29 +125,29 @@ class MIRConfig:
         object.__setattr__(self, "every", as_schedule(self.every))
         object.__setattr__(self, "also_on", check_events(self.also_on))
         object.__setattr__(self, "stop", _stop_rule(self.stop))
-        _check_whole("batch_size", self.batch_size, "samples")
-        _check_positive("capture_budget_gb", self.capture_budget_gb, "GB; left out: half of what is free")
+        _check_count("batch_size", self.batch_size, "samples")
+        _check_positive("capture_budget_gb", self.capture_budget_gb, "GB, or None for half of what is free")
         if self.on_error not in ON_ERROR:
             raise ConfigError(f"on_error must be one of {', '.join(ON_ERROR)}, got {self.on_error!r}")
         if self.max_failures is not None:
-            _check_whole("max_failures", self.max_failures, "failures; None: no limit")
-        _check_positive("watchdog_seconds", self.watchdog_seconds, "seconds; None: no watchdog")
+            _check_count("max_failures", self.max_failures, "failures in a row, or None for no limit")
+        _check_positive("watchdog_seconds", self.watchdog_seconds, "seconds, or None for no watchdog")
         if self.abort_on_hang and self.watchdog_seconds is None:
-            raise ConfigError("abort_on_hang needs a watchdog, got watchdog_seconds=None; use e.g. 600")
+            raise ConfigError("abort_on_hang=True needs the watchdog. Set watchdog_seconds, e.g. to 600.")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], groups: Collection[str] = tuple(GROUPS)) -> MIRConfig:
-        """The configuration of keyword arguments, of these groups.
+        """Build the configuration from keyword arguments; only options of ``groups`` are accepted.
 
         Raises:
-            ConfigError: an unknown option, with the nearest one that there is, or one that breaks its rule.
+            ConfigError: an option is unknown or has an invalid value.
         """
         known = [each.name for each in fields(cls) if each.metadata["group"] in groups]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                raise ConfigError(f"there is no option {name!r}; {hint}")
+                hint = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(known)}."
+                raise ConfigError(f"Unknown option {name!r}. {hint}")
         return cls(**options)
 
     @property
@@ -150,7 +157,7 @@ class MIRConfig:
 
     @property
     def may_stop(self) -> bool:
-        """Whether there is a rule that may end training, and not one that only observes."""
+        """Whether there is a stop rule, and not one that only observes."""
         return self.stop is not None and not getattr(self.stop, "observe_only", False)
 
     def planned_steps(self, total_steps: int | None, total_epochs: float | None = None) -> list[int] | None:
@@ -166,21 +173,21 @@ class MIRConfig:
         return sorted({*due_steps(self.schedule, total_steps, total_epochs or 1.0), *at_events})
 
     def for_trackers(self) -> dict[str, str]:
-        """The options that a tracker's settings of the run should tell."""
+        """The options that experiment trackers show among the settings of a run."""
         described = self.described()
         return {"every": described["every"], "also_on": ", ".join(self.also_on), "stop": described["stop"]}
 
     def described(self) -> dict[str, Any]:
-        """Every option as a plain value, equal on ranks if the options are; a rule of a user's by its class."""
-        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Options as plain values to compare between ranks; a schedule or rule of the user's own by its class."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         ours = self.stop is None or isinstance(self.stop, PlateauRule)
-        told["every"] = describe(self.schedule)
-        told["stop"] = repr(self.stop) if ours else type(self.stop).__qualname__
-        return told
+        values["every"] = describe(self.schedule)
+        values["stop"] = repr(self.stop) if ours else type(self.stop).__qualname__
+        return values
 
 
 def with_options(function: Callable[..., T], groups: Collection[str] = tuple(GROUPS)) -> Callable[..., T]:
-    """Show the options in the signature of a function that takes them as ``**options``, for `help` and editors."""
+    """Show the options in the signature of a function that takes ``**options``, for `help` and editors."""
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     more = [
@@ -193,31 +200,27 @@ def with_options(function: Callable[..., T], groups: Collection[str] = tuple(GRO
 
 
 class _Arguments:
-    """What :class:`MIRArguments` can do; its fields are made from those of the options."""
+    """The methods of :class:`MIRArguments`, whose fields are made from the options."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without reading anything."""
+        """Validate the flags; reads no files."""
         self.probe_source()
         self.options()
 
     @property
     def enabled(self) -> bool:
-        """Whether MIR is to be watched: a probe was named."""
+        """Whether a probe was given, which switches MIR on."""
         return self.probe_source().is_given
 
     def probe_source(self) -> ProbeSource:
-        """Where the flags say the probe comes from.
-
-        Raises:
-            ConfigError: they contradict each other.
-        """
+        """Where the probe comes from; ``.load()`` reads it. ConfigError if the flags contradict each other."""
         return ProbeSource(**{each.name: getattr(self, f"mir_{each.name}") for each in fields(ProbeSource)})
 
     def options(self) -> dict[str, Any]:
-        """The flags as keyword arguments of `attach_mir`, the probe's left out.
+        """The flags as keyword arguments of `attach_mir`, without those of the probe.
 
         Raises:
-            ConfigError: one breaks its rule.
+            ConfigError: a flag has an invalid value.
         """
         found: dict[str, Any] = {}
         for each in fields(MIRConfig):
@@ -241,7 +244,7 @@ def _rule_fields() -> list[dataclasses.Field[Any]]:
 
 
 def _flag(each: dataclasses.Field[Any], prefix: str) -> tuple[str, Any, Any]:
-    """A field of :class:`MIRArguments` for an option: name, type, field."""
+    """The field of :class:`MIRArguments` for an option: name, type, field."""
     how = each.metadata.get("flag", {})
     hints = {"str": str, "int": int, "float": float, "bool": bool}
     words = str(each.type).partition(" |")[0]
@@ -260,7 +263,7 @@ def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> Any:
     return made
 
 
-# The fields of MIRArguments in parts, each shown under its title by the `--help` of the launcher.
+# The fields of MIRArguments in groups, which `--help` of the launcher shows under their titles.
 FLAG_GROUPS: list[Any] = [
     _flag_group("the probe", *(_flag(each, "mir_") for each in fields(ProbeSource))),
     *(
@@ -277,7 +280,22 @@ MIRArguments = dataclasses.make_dataclass(
     [],
     bases=(_Arguments, *reversed(FLAG_GROUPS)),  # dataclasses take fields from the last base first
     namespace={
-        "__doc__": "MIR's options as flags, for `HfArgumentParser` beside a script's own dataclasses.",
+        "__doc__": """Every option as a flag `--mir_NAME`, for `HfArgumentParser` beside a script's own dataclasses.
+
+    Raises:
+        ConfigError: a flag has an invalid value, or flags contradict each other.
+
+    Ranks: any; reads no files before ``probe_source().load()``.
+
+    Example:
+        >>> from transformers import HfArgumentParser
+        >>> words = ["--mir_probe", "probe.zip", "--mir_every", "0.1ep"]
+        >>> (arguments,) = HfArgumentParser(MIRArguments).parse_args_into_dataclasses(words)
+        >>> arguments.enabled, arguments.options()["every"]
+        (True, EveryEpochs(epochs=0.1))
+
+        Before training: ``attach_mir(trainer, arguments.probe_source().load(), **arguments.options())``.
+    """,
         "_argument_group_name": "MIR",
     },
 )
@@ -285,23 +303,23 @@ MIRArguments.__module__ = __name__
 
 
 def _stop_rule(stop: Any) -> Any:
-    """The rule that ``stop=`` means."""
+    """The stop rule for a value of ``stop``."""
     if isinstance(stop, str):
         if stop not in STOP_RULES:
-            raise ConfigError(f"stop must be one of {', '.join(STOP_RULES)}, a rule or None, got {stop!r}")
+            raise ConfigError(f"stop must be a stop rule, None or one of {', '.join(STOP_RULES)}, got {stop!r}")
         return None if stop == "none" else PlateauRule(observe_only=stop == "observe")
     if stop is not None and (isinstance(stop, type) or not callable(getattr(stop, "verdict", None))):
-        raise ConfigError(f"stop must be None or a rule with verdict(records), got {stop!r}; use PlateauRule()")
+        raise ConfigError(f"stop={stop!r} has no method verdict(records). Use e.g. PlateauRule(), or None.")
     return stop
 
 
-def _check_whole(name: str, value: Any, unit: str) -> None:
+def _check_count(name: str, value: Any, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1 ({unit}), got {value!r}")
+        raise ConfigError(f"{name} must be a positive integer ({unit}), got {value!r}")
 
 
 def _check_positive(name: str, value: Any, unit: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a number above 0 ({unit}), got {value!r}")
+        raise ConfigError(f"{name} must be a positive number ({unit}), got {value!r}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything this package says to other ranks. The only importer of torch.distributed; all no-ops on one process.
+"""All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
-Every function here is collective, all ranks must call it in the same order, but for `rank`, `world_size`, `is_main`,
+All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
 `describe` and `is_shared`.
 """
 
@@ -20,7 +20,7 @@ from mir_callback.errors import ConfigError, MIRError, RemoteError
 
 T = TypeVar("T")
 
-_SHARED = "_known_to_all_ranks"  # marks a failure of this rank that the others know of
+_SHARED = "_known_to_all_ranks"  # attribute of an error that the other ranks have been told of
 
 
 def world_size() -> int:
@@ -34,7 +34,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, the one that writes files and prints."""
+    """Whether this process is rank 0, which writes files and prints."""
     return rank() == 0
 
 
@@ -53,16 +53,16 @@ def sum_to_rank(tensor: Tensor, destination: int) -> Tensor:
 
 
 def copy_from_rank(tensor: Tensor, source: int) -> Tensor:
-    """The tensor of rank ``source``, on every rank; shape and dtype are alike, and other ranks' are overwritten."""
+    """Broadcast the tensor of rank ``source`` into ``tensor``, which has the same shape and dtype on every rank."""
     if world_size() > 1:
         dist.broadcast(tensor, src=source)
     return tensor
 
 
 def gather_columns(part: Tensor) -> list[Tensor]:
-    """All ranks' matrices (L, n_r), in rank order, on every rank; n_r may differ and may be 0.
+    """Every rank's matrix (L, n_r), in rank order, on every rank; n_r may differ and may be 0.
 
-    They are not joined: that may fail, and is the caller's to do where a failure of one rank becomes one of all.
+    Concatenating them may run out of memory, so that is left to the caller's :func:`fail_together` block.
     """
     if world_size() == 1:
         return [part]
@@ -74,10 +74,10 @@ def gather_columns(part: Tensor) -> list[Tensor]:
 
 
 def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, like: Tensor) -> T:
-    """What local work returns that sums tensors over ranks in rounds; it succeeds on all ranks or fails on all.
+    """Run ``work(add)``, where ``add`` sums a tensor over ranks; it succeeds on all ranks or fails on all.
 
-    The work is called with the sum over ranks, which it must call exactly ``rounds`` times, with tensors like ``like``.
-    A rank whose work fails takes part with zeros until the last round, so that one exchange of errors does for all.
+    ``work`` must call ``add`` exactly ``rounds`` times, with tensors shaped like ``like``. If it fails on a rank, that
+    rank joins the remaining sums with zeros, so that a single exchange of errors at the end is enough.
     """
     done = 0
 
@@ -100,7 +100,7 @@ def sum_in_rounds(work: Callable[[Callable[[Tensor], Tensor]], T], rounds: int, 
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's (small, picklable) value, in rank order, on every rank."""
+    """Every rank's value (small and picklable), in rank order, on every rank."""
     values: list[T] = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -117,9 +117,9 @@ def broadcast_object(value: T) -> T:
 
 @contextmanager
 def joined(*, on_gpu: bool) -> Iterator[None]:
-    """While open, be one of the ranks that torchrun has started; nothing on a single process or in a group already.
+    """Join the process group of torchrun's ranks inside the block; no-op on a single process or if already joined.
 
-    With ``on_gpu`` every rank works on a GPU, which it has made its current device.
+    With ``on_gpu`` every rank uses its current CUDA device.
     """
     if _active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -132,10 +132,10 @@ def joined(*, on_gpu: bool) -> Iterator[None]:
 
 
 def sync_errors(error: Exception | None, value: T | None = None) -> list[T]:
-    """End a phase on all ranks alike: if any rank failed, every rank raises, else every rank's value in rank order.
+    """Raise on every rank if any rank has an error; otherwise return every rank's value, in rank order.
 
-    A rank that failed raises its own error; elsewhere it is an MIRError, of the failing rank's kind if that is one of
-    ours (RemoteError otherwise), with its rank and message. Values are small and picklable.
+    A failed rank raises its own error. The others raise an MIRError with its rank and message, of the same class if it
+    is one of this package's, else RemoteError. Values are small and picklable.
     """
     everyone = gather_objects((None if error is None else (_kind_elsewhere(error), describe(error)), value))
     if error is not None:
@@ -150,7 +150,7 @@ def sync_errors(error: Exception | None, value: T | None = None) -> list[T]:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """A block of local work (no collectives in it) that succeeds on all ranks or fails on all."""
+    """A block of local work, without collectives, that succeeds on all ranks or fails on all."""
     error: Exception | None = None
     try:
         yield
@@ -160,31 +160,31 @@ def fail_together() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Class and message of an error; never fails, whatever the error's own code does. Ranks: pure."""
+    """Class and message of an error, even if its own __str__ fails. Ranks: pure."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
-        return f"{type(error).__name__}, whose message cannot be shown"
+        return f"{type(error).__name__} (its message could not be read)"
 
 
 def is_shared(error: Exception) -> bool:
-    """Whether every rank has this failure, so that going on after it leaves the ranks in step.
+    """Whether every rank has raised, so that they can all go on after it.
 
-    True for what :func:`sync_errors` raised, for this package's own errors, which are raised through it or from values
-    all ranks share, and for anything on one process.
+    True after :func:`sync_errors`, for this package's errors (raised by it, or from values equal on all ranks), and on
+    a single process.
     """
     return world_size() == 1 or isinstance(error, MIRError) or getattr(error, _SHARED, False)
 
 
 def require_same(**options: object) -> None:
-    """Raise ConfigError on every rank if an option differs between them, who would sooner or later wait for ever."""
+    """Raise ConfigError on every rank if an option differs between ranks, which would make them hang later."""
     everyone = gather_objects(options)
     for name in options:
         values = [other[name] for other in everyone]
         if any(value != values[0] for value in values):
             raise ConfigError(
-                f"{name} must be the same on every rank, got {values} on ranks 0 to {len(values) - 1}; "
-                "build it from the same files and arguments everywhere"
+                f"{name} differs between ranks: {values} on ranks 0 to {len(values) - 1}. Use the same files and "
+                "arguments on every rank."
             )
 
 
@@ -193,17 +193,13 @@ def _active() -> bool:
 
 
 def _room_for(part: Tensor, widths: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """``part`` filled up to the widest, and room for everyone's."""
+    """``part`` padded to the largest width, and buffers for those of all ranks."""
     padded = part.new_zeros(part.shape[0], max(widths))
     padded[:, : part.shape[1]] = part
     return padded, [torch.empty_like(padded) for _ in widths]
 
 
 def _kind_elsewhere(error: Exception) -> type[MIRError]:
-    """As what other ranks raise this failure.
-
-    Only the classes of our errors.py travel: a failure that cannot be pickled here, or imported there, would leave the
-    others waiting.
-    """
+    """The class other ranks raise: one of errors.py, as others may not unpickle or import there, which would hang."""
     ours = (kind for kind in type(error).__mro__ if kind.__module__ == MIRError.__module__)
     return next(ours, RemoteError)

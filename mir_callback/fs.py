@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole at every moment: written beside their place, flushed to the disk, renamed there."""
+"""Atomic writes (write beside, flush, rename), free names, and names fit for a terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file that a reader, or a process killed meanwhile, never finds half written.
+    """Write a file so that no reader ever finds half of it, even if the process is killed.
 
     Args:
-        path: the file; its folder must exist. An existing file, or a link of that name, is replaced.
-        content: bytes, or text that is written as UTF-8.
+        path: the file; its folder must exist. An existing file or link is replaced.
+        content: bytes, or text to be encoded as UTF-8.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: writing failed; an existing file is unchanged.
     """
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -33,13 +33,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A place to write ``path`` before it is renamed there, in a folder beside it that is removed afterwards."""
+    """A temporary path in the same file system as ``path``, to write to and rename from."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         yield Path(folder) / path.name
 
 
 def free_name(path: Path) -> Path:
-    """``name.1.suffix``, or with the first number that is free: where something older is moved aside to."""
+    """``name.1.suffix``, or the first number that is free: where an older file is moved aside to."""
     number = 1
     while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -47,9 +47,14 @@ def free_name(path: Path) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped, which a terminal would obey in the name of a file or run."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run's evaluations: one record a line, on the disk as soon as it is made, continued on resume."""
+"""The history file of a run: one evaluation per line, flushed to disk at once, continued on resume."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,39 +14,46 @@ from mir_callback.fs import free_name, write_atomic
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
-_ROOTS = ("exact", "paper_fast")  # those of metric.frechet, which would bring torch along
-_LISTED = 3  # findings of one kind that are said one by one
+_ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
+_LISTED = 3  # messages of one kind that are listed one by one
+
+_log = logging.getLogger(__name__)
 
 
 class History:
-    """Records of one run, newest last; the same on every rank, written by rank 0.
+    """The records of one run; the same on every rank, written by rank 0.
 
     Attributes:
-        records: the evaluations so far.
-        path: the file; None until it is open.
+        records: the evaluations so far, newest last; append to them, then call :meth:`write`.
+        path: the file; None before :meth:`open`.
     """
 
     def __init__(self) -> None:
         self.records: list[EvalRecord] = []
         self.path: Path | None = None
-        self._size = 0  # bytes of whole lines written or continued
-        self._torn = False
+        self._size = 0  # bytes of the complete lines in the file
+        self._torn = False  # whether a write has failed, which may have left part of a line
         self._written = 0  # records that are in the file
 
     def open(self, folder: str | Path, start_step: int, definition: Mapping[str, str]) -> None:
         """Start or continue the history of a run.
 
-        At step 0 a new history starts; a file of an earlier run is moved aside, to `mir_history.<n>.jsonl`. Later
-        the existing file is continued: records after ``start_step`` belong to a branch of the run that is not
-        continued, and stay in a copy moved aside. ``definition`` says how values are made now, by DEFINITION_FIELDS.
+        A run that starts at step 0 gets a new file; that of an earlier run is moved aside, to
+        `mir_history.<n>.jsonl`. A resumed run continues the file up to ``start_step``; if there are later records, the
+        file as it was is kept as such a copy.
+
+        Args:
+            folder: output folder of the run; created if it does not exist.
+            start_step: 0, or the step of the checkpoint that training resumes from.
+            definition: values of DEFINITION_FIELDS for the evaluations to come.
 
         Raises:
-            HistoryError: the existing history was made with another probe or definition, is damaged, or the folder
-                cannot be written; on every rank.
+            HistoryError: the existing history has another definition or is damaged, or the folder cannot be written;
+                on every rank.
 
         Ranks: collective.
         """
-        from mir_callback import distributed  # brings torch along, which readers of a history do without
+        from mir_callback import distributed  # imports torch, which reading a history does not need
 
         path = Path(folder) / FILE_NAME
         records: list[EvalRecord] = []
@@ -56,23 +64,18 @@ class History:
                     self._size = path.stat().st_size
                 except OSError as error:
                     raise HistoryError(
-                        f"cannot write {FILE_NAME}: {path}: {error}; make output_dir writable or choose another"
+                        f"Could not write {path}: {error}. Make output_dir writable or choose another."
                     ) from error
         self.path = path
         self.records = distributed.broadcast_object(records)
         self._torn, self._written = False, len(self.records)
 
-    def append(self, record: EvalRecord) -> None:
-        """Add a record and :meth:`write` it. Ranks: all."""
-        self.records.append(record)
-        self.write()
-
     def write(self) -> None:
-        """Have rank 0 write the records that are not in the file yet, and flush them to the disk before going on.
+        """Write the records that are not in the file yet, and flush them to disk.
 
         Raises:
             OSError: they could not be written (rank 0 only); the next call tries again.
-            HistoryError: someone else writes the same file (rank 0 only).
+            HistoryError: another process has written to the file (rank 0 only).
 
         Ranks: all.
         """
@@ -85,10 +88,10 @@ class History:
             size = file.seek(0, os.SEEK_END)
             if size != self._size and not self._torn:
                 raise HistoryError(
-                    f"somebody else writes {self.path}: it has {size} bytes where this run has written {self._size}; "
-                    "give each run an output_dir of its own, and a Trainer one MIRCallback"
+                    f"{self.path} was changed by another process: it has {size} bytes, this run has written "
+                    f"{self._size}. Give each run its own output_dir, and a Trainer only one MIRCallback."
                 )
-            self._torn = True  # until the lines are whole, what lies behind the last whole one is debris
+            self._torn = True
             file.truncate(self._size)
             file.seek(self._size)
             file.write(lines)
@@ -103,9 +106,9 @@ class History:
 
 
 def read_history(path: str | Path) -> list[EvalRecord]:
-    """Read a history file to continue or judge it; every line has to be right.
+    """Read a history file in order to continue it; every line must be valid.
 
-    Blank lines are passed over. A last line that is not whole, as a killed process leaves it, is dropped.
+    Blank lines are skipped, and so is an incomplete last line, which a killed process may leave.
 
     Args:
         path: the `.jsonl` file.
@@ -114,14 +117,15 @@ def read_history(path: str | Path) -> list[EvalRecord]:
         The records, oldest first.
 
     Raises:
-        HistoryError: not a text file, or a line is no record; the message names the line.
+        HistoryError: the file is no UTF-8 text, or a line is no valid record.
+        OSError: the file cannot be read.
 
     Ranks: any.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise HistoryError(f"{path} is no UTF-8 text: {error}; move it away to start a new history") from error
+        raise HistoryError(f"{path} is not UTF-8 text: {error}. Move it away to start a new history.") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -132,30 +136,32 @@ def read_history(path: str | Path) -> list[EvalRecord]:
             if number == len(lines):
                 break
             raise HistoryError(
-                f"{path}, line {number} is no record with step and mir: {error}, got {line!r:.80}; repair or remove "
-                "that line"
+                f"{path}, line {number} is not a valid record: {error}. Repair or remove it: {line!r:.80}"
             ) from error
     return records
 
 
 def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
-    """Read a history file of any origin, as far as it can be read.
+    """Read a history file for analysis, skipping what is damaged.
 
-    Unlike :func:`read_history`, which a run is continued from, this leaves out damaged lines wherever they stand, and
-    fields that break their rule. Steps are put in order; of several records of one step the last one counts.
+    Unlike :func:`read_history` this skips damaged lines and fields instead of raising. Records are sorted by step; of
+    several with the same step the last one counts.
+
+    Args:
+        path: the `.jsonl` file.
 
     Returns:
-        Records by increasing step; and what was found wrong, in sentences, the first ones of each kind.
+        The records, and messages about what was skipped.
 
     Raises:
-        HistoryError: there is no such file, or it cannot be read.
+        HistoryError: the file cannot be read.
 
     Ranks: pure.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        raise HistoryError(f"the history {path} cannot be read: {error.strerror or error}") from error
+        raise HistoryError(f"Could not read {path}: {error.strerror or error}.") from error
     records: list[EvalRecord] = []
     lines: list[str] = []
     fields: list[str] = []
@@ -165,26 +171,25 @@ def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
         try:
             records.append(EvalRecord.from_line(line, fields))
         except ValueError as error:
-            lines.append(f"line {number} is left out, it is no record ({error}): {line.strip()!r:.60}")
+            lines.append(f"skipped damaged line {number} ({error}): {line.strip()!r:.60}")
     messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
     by_step = {record.step: record for record in records}  # the last one of each
     steps = [record.step for record in records]
     if steps != sorted(steps):
-        messages.append("its steps do not increase; they are put in order")
+        messages.append("records were not in order of steps; sorted them")
     if len(by_step) < len(records):
-        messages.append(f"{len(records) - len(by_step)} records are left out, a later one has the same step")
+        messages.append(f"skipped {len(records) - len(by_step)} records that a later one of the same step replaces")
     unknown = sorted({record.root for record in records if record.root is not None} - {*_ROOTS})
     if unknown:
         messages.append(
-            f"root {', '.join(map(repr, unknown))} is unknown here (known: {', '.join(_ROOTS)}); such values are like "
-            "none of another root"
+            f"unknown root {', '.join(map(repr, unknown))} (known: {', '.join(_ROOTS)}): not comparable with others"
         )
     return [by_step[step] for step in sorted(by_step)], messages
 
 
-def _first_few(findings: list[str], kind: str) -> list[str]:
-    more = len(findings) - _LISTED
-    return findings if more <= 0 else [*findings[:_LISTED], f"{more} more {kind} are left out"]
+def _first_few(messages: list[str], kind: str) -> list[str]:
+    more = len(messages) - _LISTED
+    return messages if more <= 0 else [*messages[:_LISTED], f"skipped {more} more {kind}"]
 
 
 def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> list[EvalRecord]:
@@ -194,7 +199,9 @@ def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> lis
         return []
     if start_step == 0:
         if path.stat().st_size > 0:
-            os.replace(path, free_name(path))
+            aside = free_name(path)
+            os.replace(path, aside)
+            _log.info("Moved the history of an earlier run aside: %s", aside)
         path.touch()
         return []
     found = read_history(path)
@@ -202,8 +209,12 @@ def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> lis
     kept = [record for record in found if record.step <= start_step]
     content = "".join(record.to_line() for record in kept)
     if content != path.read_text(encoding="utf-8"):
-        shutil.copy2(path, free_name(path))
+        copy = free_name(path)
+        shutil.copy2(path, copy)
         write_atomic(path, content)
+        if len(kept) < len(found):
+            words = "Resuming at step %d: removed %d later evaluations from the history, which is kept in full as %s"
+            _log.info(words, start_step, len(found) - len(kept), copy)
     return kept
 
 
@@ -212,7 +223,7 @@ def _check_definition(path: Path, records: list[EvalRecord], definition: Mapping
         for field in DEFINITION_FIELDS:
             if record[field] not in (None, definition[field]):
                 raise HistoryError(
-                    f"cannot continue {path} with another {field}: it has {record[field]} at step {record.step}, now "
-                    f"it is {definition[field]}; use the same probe, processor and root (Probe.save and Probe.load), "
-                    "or move the file away to start a new history"
+                    f"Cannot continue {path} with another {field}: it was {record[field]} at step {record.step} and is "
+                    f"{definition[field]} now. Use the same probe (Probe.save, Probe.load), processor and root, or "
+                    "move the file away to start a new history."
                 )

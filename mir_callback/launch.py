@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an unmodified training script or console command with MIR attached right before its Trainer starts.
+"""Run an unmodified training script or console command with MIR attached to its Trainer.
 
 `python -m mir_callback.launch --help` shows how.
 """
@@ -28,10 +28,10 @@ SEPARATOR = "--"
 USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
        torchrun --nproc_per_node 8 -m mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS
        deepspeed --module mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS"""
-DESCRIPTION = """Run unmodified training code with MIR attached right before its Trainer starts.
+DESCRIPTION = """Run unmodified training code with MIR attached to its Trainer.
 
-The launcher's flags stand before the --, what is run and all its own arguments behind it: a Python script, -m and a
-module, or a console command that is written in Python. It runs in this process, as Python would run it."""
+Before the -- are the flags below, after it is what to run with its own arguments: a Python script, -m and a module,
+or a console command written in Python. It runs in this process, as Python would run it."""
 EXAMPLE = f"""examples:
   {PROGRAM} --mir_images textvqa/val --mir_texts cnn/stories --mir_every 50 -- \\
       llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ...
@@ -39,49 +39,49 @@ EXAMPLE = f"""examples:
 
 
 class FlagParser(HfArgumentParser):
-    """Its errors are one line; the usage stays with `--help`."""
+    """Reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
-        self.exit(2, f"error: {message}; see {PROGRAM} --help\n")
+        self.exit(2, f"error: {message.rstrip('.')}. See {PROGRAM} --help\n")
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter):
-    """Text as written, each flag in one spelling, and its default behind its help."""
+    """Keeps line breaks, and shows each flag in one spelling with its default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return f"{action.option_strings[0]}{' VALUE' if action.nargs is None else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.option_strings[0].startswith("--no_"):  # HfArgumentParser gives it the help of what it switches off
+        if action.option_strings[0].startswith("--no_"):  # HfArgumentParser repeats the help of the flag it negates
             return f"the same as --{action.dest} False"
         shown = action.default not in (None, argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
 def find_target(words: list[str]) -> list[str]:
-    """The command line behind the separator, a console command as the file it is, if that is written in Python."""
+    """The command line after the separator; a console command is replaced by its file. ConfigError if not Python."""
     if not words or words == ["-m"]:
-        raise ConfigError(f"there is nothing to run behind {SEPARATOR}: no {'module' if words else 'script'}")
+        raise ConfigError(f"Nothing to run after {SEPARATOR}: name a {'module' if words else 'script'}.")
     if words[0] == "-m":
         return words
     file = words[0] if os.path.isfile(words[0]) else shutil.which(words[0])
     if file is None:
-        raise ConfigError(f"the script behind {SEPARATOR} is neither a file nor a command on the PATH: {words[0]}")
-    # Of an installed command the first line names the Python, or where that would be too long the second.
+        raise ConfigError(f"{words[0]} (after {SEPARATOR}) is neither a file nor a command on the PATH.")
+    # The first line of an installed command names its Python, or the second if the path is long.
     with open(file, "rb") as opened:
         first, second = opened.readline(1000), opened.readline(1000)
     named = second if second.startswith(b"'''exec'") else first
     if not file.endswith(".py") and not (first.startswith(b"#!") and b"python" in named):
         raise ConfigError(
-            f"MIR can only be attached to Python, and {file} is no Python script; put the launcher into it, before the "
-            "script that it starts"
+            f"{file} is not a Python script. If it starts one, put `{PROGRAM} ... {SEPARATOR}` in front of that one "
+            "inside of it."
         )
     return [file, *words[1:]]
 
 
 def run(target: list[str]) -> None:
-    """Run a script, or -m and a module, in this process as Python would."""
+    """Run a script, or a module after -m, in this process as Python would."""
     if target[0] == "-m":
         sys.argv = target[1:]
         sys.path.insert(0, os.getcwd())
@@ -93,10 +93,9 @@ def run(target: list[str]) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Read our flags up to `--`, then run what stands behind it.
+    """Parse the flags before `--`, then run what follows it.
 
-    Before anything is started it exits with status 2 and one line on stderr if there is nothing to run or a flag breaks
-    its rule, with 0 after `--help`; later as what was run does.
+    Exits with status 2 and one line on stderr if a flag is invalid or there is nothing to run; else as what was run.
     """
     arguments, probe, target = read_command_line(words)
     attached = attach_before_training(probe, arguments.options())
@@ -113,28 +112,28 @@ def main(words: list[str]) -> None:
 
 
 def read_command_line(words: list[str]) -> tuple[Any, Probe, list[str]]:
-    """Our flags, the probe they name, and what is to be run; exits where :func:`main` says so."""
+    """The launcher's flags, the probe, and the command to run; exits on errors and after `--help`."""
     texts = {"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "epilog": EXAMPLE}
     parser = FlagParser(FLAG_GROUPS, **texts, formatter_class=_Layout, allow_abbrev=False)
     if not words:
         parser.print_usage(sys.stderr)
     at = words.index(SEPARATOR) if SEPARATOR in words else len(words)
-    # DeepSpeed's launcher puts this in front of everything; it belongs to the script.
+    # DeepSpeed's launcher puts --local_rank first; it is meant for the script.
     ranks = [word for word in words[:at] if word.startswith("--local_rank=")]
     values, unknown = parser.parse_known_args([word for word in words[:at] if word not in ranks])
     if unknown:
-        parser.error(f"{' '.join(unknown)} is no flag of the launcher; what is to be run stands behind {SEPARATOR}")
+        parser.error(f"Unknown flag {' '.join(unknown)}. Put the command to run after {SEPARATOR}")
     try:
         target = find_target(words[at + 1 :])
         arguments = MIRArguments(**vars(values))
-        # Read now, and not when the script has loaded its model.
+        # Read now, so that errors show before the script loads its model.
         return arguments, arguments.probe_source().load(), [*target, *ranks]
     except MIRError as error:
         parser.error(str(error))
 
 
 def attach_before_training(probe: Probe, options: dict[str, Any]) -> list[Any]:
-    """From now on every Trainer that starts to train gets MIR, unless it has it; a list that its callbacks go into."""
+    """Make Trainer.train attach MIR first unless the Trainer has it; returns the list its callbacks are added to."""
     from transformers import Trainer
 
     from mir_callback.integrations.huggingface import MIRCallback, attach_mir
@@ -155,11 +154,11 @@ def attach_before_training(probe: Probe, options: dict[str, Any]) -> list[Any]:
 def _check_trained(attached: list[Any], target: list[str]) -> None:
     if not attached:
         name = " ".join(target[: 2 if target[0] == "-m" else 1])
-        log.warning("%s ended without training a Trainer of transformers in this process: no MIR was measured", name)
+        log.warning("no MIR was measured: %s ended without training a transformers Trainer in this process", name)
 
 
 def _explain(error: Exception) -> None:
-    """Say what is known of failures of LLaVA's code bases with other versions than theirs."""
+    """Log a hint if the error is a known one of LLaVA's code bases with unsupported package versions."""
     with suppress(ImportError):
         hint = importlib.import_module("llava_integration.common").explain(error)
         if hint is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line of a history: every field once, with its type, rule, unit and meaning; reading, checking and writing it."""
+"""One line of a history: every field once, with type, valid range, unit and meaning; read, validate, write."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 # What makes values comparable; a history continues only if these are the same.
 DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root")
-# What may move values a little without making them another number: said when it changes, not refused.
+# These may change values slightly: a change of one is reported, not refused.
 CIRCUMSTANCES = {
     "dtype": "dtype of the hidden states",
     "world_size": "number of ranks",
@@ -19,23 +19,22 @@ CIRCUMSTANCES = {
 }
 STOPPING = "plateau"  # the verdict that ends a run, as records hold it
 _MAX_STEP = 2**53
+_LARGEST = 1e100  # above any real value, and its square is still a float
+_MAX_DEPTH = 20  # of nested JSON
+_TOO_DEEP = f"JSON nested more than {_MAX_DEPTH} levels deep"
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number. Ranks: pure."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
+    """Whether a value is a number that can be computed with: no bool, no NaN, nothing beyond 1e100. Ranks: pure."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _is_amount(value: Any) -> bool:
     return is_number(value) and value >= 0
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer from 0 to 2**53, such as a step. Ranks: pure."""
     return type(value) is int and 0 <= value < _MAX_STEP
 
 
@@ -47,31 +46,37 @@ def _are_lists(value: object) -> bool:
     return isinstance(value, Mapping) and all(map(_are(is_number), value.values()))
 
 
-# By name: what a value must be, in words, and whether it is.
+# By name: what a value has to be, and the test of it.
 _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "number": ("a finite number", is_number),
     "amount": ("a number of at least 0", _is_amount),
-    "count": ("a whole number of at least 0", _is_count),
-    "text": ("text", lambda value: isinstance(value, str)),
-    "truth": ("true or false", lambda value: isinstance(value, bool)),
+    "count": ("an integer of at least 0", is_count),
+    "text": ("a string", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
     "numbers": ("a list of numbers", _are(is_number)),
     "amounts": ("a list of numbers of at least 0", _are(_is_amount)),
-    "counts": ("a list of whole numbers", _are(_is_count)),
+    "counts": ("a list of integers", _are(is_count)),
     "lists": ("an object of lists of numbers", _are_lists),
     "object": ("an object", lambda value: isinstance(value, Mapping)),
 }
 
 
 def _field(rule: str, group: str, meaning: str, *, unit: str = "", always: bool = False) -> Any:
-    """A field of a record; ``always``: written as null where it has no value, instead of being left out."""
+    """A field of a record; with ``always`` a missing value is written as null instead of being left out."""
     return field(default=None, metadata={"rule": rule, "group": group, "help": meaning, "unit": unit, "always": always})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """One evaluation of a run, as a line of `mir_history.jsonl` holds it; None where a value is not known.
+    """One evaluation, as a line of `mir_history.jsonl` stores it; a field without a value is None.
 
-    ``record["mir"]`` reads a field by name, as in the line. ``unknown`` holds fields of other versions, which are kept.
+    docs/reference.md lists the fields with units. ``record["mir"]`` reads a field by its name in the file; fields
+    written by other versions are in ``unknown`` and are kept when a run is resumed.
+
+    Example:
+        >>> record = EvalRecord.from_line('{"step": 50, "mir": 2.5, "per_layer": [120.0, 196.2], "seconds": 0.6}')
+        >>> record.step, record.mir, record["seconds"], record.mir_se
+        (50, 2.5, 0.6, None)
     """
 
     step: int = field(metadata={"rule": "count", "group": "when", "help": "optimizer step", "unit": "", "always": True})
@@ -81,55 +86,53 @@ class EvalRecord:
     per_layer: list[float] | None = _field("amounts", "value", "distance of decoder layers 1 to K", always=True)
     per_layer_se: list[float] | None = _field("amounts", "value", "standard error of each distance")
     influences: list[float] | None = _field("numbers", "value", "of each sample of the probe on mir, to first order")
-    companions: dict[str, list[float]] | None = _field("lists", "value", "what else tells of each layer, by name")
+    companions: dict[str, list[float]] | None = _field("lists", "value", "further quantities of each layer, by name")
     probe_loss: float | None = _field("amount", "value", "mean loss on the probe's texts", unit="nats per token")
-    error: str | None = _field("text", "value", "why there is no value")
-    disabled: str | None = _field("text", "value", "why no further evaluations are tried in this process")
+    error: str | None = _field("text", "value", "why the evaluation failed")
+    disabled: str | None = _field("text", "value", "why this process makes no further evaluations")
 
-    root: str | None = _field("text", "definition", "how the root of the covariances was found: exact or paper_fast")
-    probe_fingerprint: str | None = _field("text", "definition", "which probe: contents and encoding rules")
-    tokens_fingerprint: str | None = _field("text", "definition", "which token ids it became")
-    pixels_fingerprint: str | None = _field("text", "definition", "which pixel inputs its first images became")
-    dtype: str | None = _field("text", "definition", "of the hidden states")
-    num_samples: int | None = _field("count", "definition", "image and text pairs")
-    num_vision_tokens: int | None = _field("count", "definition", "vision rows of each layer, over all ranks")
-    num_text_tokens: int | None = _field("count", "definition", "text rows of each layer, over all ranks")
-    vision_outliers: list[int] | None = _field("counts", "definition", "vision rows replaced in each layer")
-    text_outliers: list[int] | None = _field("counts", "definition", "text rows replaced in each layer")
+    root: str | None = _field("text", "definition", "how the matrix square root was computed: exact or paper_fast")
+    probe_fingerprint: str | None = _field("text", "definition", "hash of the probe: samples and encoding rules")
+    tokens_fingerprint: str | None = _field("text", "definition", "hash of the token ids of the probe")
+    pixels_fingerprint: str | None = _field("text", "definition", "hash of the pixel inputs of its first images")
+    dtype: str | None = _field("text", "definition", "dtype of the hidden states")
+    num_samples: int | None = _field("count", "definition", "image and text pairs in the probe")
+    num_vision_tokens: int | None = _field("count", "definition", "vision tokens of each layer, over all ranks")
+    num_text_tokens: int | None = _field("count", "definition", "text tokens of each layer, over all ranks")
+    vision_outliers: list[int] | None = _field("counts", "definition", "vision tokens replaced in each layer")
+    text_outliers: list[int] | None = _field("counts", "definition", "text tokens replaced in each layer")
 
     seconds: float | None = _field("amount", "cost", "wall time of the evaluation on rank 0", unit="s")
-    eval_seconds: float | None = _field("amount", "cost", "spent on evaluations so far, over restarts", unit="s")
-    eval_cost: float | None = _field("amount", "cost", "what training waited for this evaluation", unit="s")
-    train_seconds: float | None = _field("amount", "cost", "spent on training so far, over restarts", unit="s")
-    step_seconds: float | None = _field("amount", "cost", "of a training step since the last evaluation", unit="s")
-    world_size: int | None = _field("count", "cost", "ranks that took part")
-    batch_size: int | None = _field("count", "cost", "samples of a forward, after what memory sufficed for")
-    passes: int | None = _field("count", "cost", "times the probe was forwarded")
-    storage_device: str | None = _field("text", "cost", "where rows waited: device, or host memory")
-    peak_memory_bytes: int | None = _field("count", "cost", "most memory taken beyond what was held", unit="bytes")
+    eval_seconds: float | None = _field("amount", "cost", "time of all evaluations so far, over restarts", unit="s")
+    eval_cost: float | None = _field("amount", "cost", "how long training waited for this evaluation", unit="s")
+    train_seconds: float | None = _field("amount", "cost", "time of training so far, over restarts", unit="s")
+    step_seconds: float | None = _field("amount", "cost", "time of a training step since the last evaluation", unit="s")
+    world_size: int | None = _field("count", "cost", "number of ranks")
+    batch_size: int | None = _field("count", "cost", "probe samples per forward, as far as memory allowed")
+    passes: int | None = _field("count", "cost", "forward passes over the probe")
+    storage_device: str | None = _field("text", "cost", "where hidden states were kept: device, or host memory")
+    peak_memory_bytes: int | None = _field("count", "cost", "peak memory beyond what was in use before", unit="bytes")
 
-    loss: float | None = _field("number", "training", "training loss logged last", always=True)
-    loss_step: int | None = _field("count", "training", "the step it was logged at")
+    loss: float | None = _field("number", "training", "last training loss logged", always=True)
+    loss_step: int | None = _field("count", "training", "step of that loss")
     samples_seen: int | None = _field("count", "training", "training samples so far, over all ranks")
     tokens_seen: float | None = _field("amount", "training", "input tokens so far, if the Trainer counts them")
     max_steps: float | None = _field("amount", "training", "planned length of the run", unit="steps")
-    stage: str | None = _field("text", "training", "fingerprint of which parameters are trained")
-    elapsed: float | None = _field("amount", "training", "since this process began to train", unit="s")
+    stage: str | None = _field("text", "training", "hash of the names of the trained parameters")
+    elapsed: float | None = _field("amount", "training", "time since this process began to train", unit="s")
     time: float | None = _field("number", "training", "when it was written", unit="s since 1970")
 
-    verdict: str | None = _field("text", "verdict", "of the stop rule: plateau means stopped", always=True)
-    reason: str | None = _field("text", "verdict", "the figures behind it, as a sentence", always=True)
-    would_stop: bool | None = _field(
-        "truth", "verdict", "the rule found a plateau, or would have if it did not observe"
-    )
-    expected_gain: float | None = _field("number", "verdict", "by how much MIR would still fall within the horizon")
-    expected_gain_se: float | None = _field("amount", "verdict", "its standard error")
+    verdict: str | None = _field("text", "verdict", "verdict of the stop rule; plateau: run stopped", always=True)
+    reason: str | None = _field("text", "verdict", "the figures behind the verdict, as a sentence", always=True)
+    would_stop: bool | None = _field("bool", "verdict", "whether the rule found a plateau, also with observe_only")
+    expected_gain: float | None = _field("number", "verdict", "expected fall of MIR within the horizon")
+    expected_gain_se: float | None = _field("amount", "verdict", "standard error of expected_gain")
 
-    run: str | None = _field("text", "checkpoint", "whose checkpoint was measured, as a relative path")
-    checkpoint: str | None = _field("text", "checkpoint", "its name")
-    load_seconds: float | None = _field("amount", "checkpoint", "to open it", unit="s")
-    loading: dict[str, Any] | None = _field("object", "checkpoint", "how it was opened")
-    weights_stamp: str | None = _field("text", "checkpoint", "names, sizes and times of its files")
+    run: str | None = _field("text", "checkpoint", "run of the checkpoint, as a relative path")
+    checkpoint: str | None = _field("text", "checkpoint", "name of the checkpoint")
+    load_seconds: float | None = _field("amount", "checkpoint", "time to load the checkpoint", unit="s")
+    loading: dict[str, Any] | None = _field("object", "checkpoint", "options it was loaded with")
+    weights_stamp: str | None = _field("text", "checkpoint", "hash of names, sizes and times of its files")
 
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
@@ -141,71 +144,75 @@ class EvalRecord:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its weights may be the best ones: measured, and after a training step."""
+        """Whether it has a MIR and was made after step 0, so that its weights may be the best."""
         return self.step > 0 and self.mir is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], damaged: list[str] | None = None) -> EvalRecord:
-        """A record of a mapping, as JSON gives it.
+        """Build a record from a mapping, such as a parsed JSON object.
 
         Args:
             values: fields by name. Unknown ones are kept in ``unknown``.
-            damaged: gets a sentence for each known field that breaks its rule, which is then left out; None to raise.
+            damaged: collects a message for each other field with an invalid value, which is left out; None to raise.
 
         Raises:
-            ValueError: no whole `step`, a `mir` that is neither a finite number nor null, or with ``damaged`` None any
-                other field that breaks its rule.
+            ValueError: `step` is no integer, `mir` is neither a number nor null, JSON is nested too deeply, or, with
+                ``damaged`` None, another field has an invalid value.
 
         Ranks: pure.
         """
-        if not _is_count(values.get("step")):
-            raise ValueError("not an object with a whole step")
+        if not is_count(values.get("step")):
+            raise ValueError("it has no integer step")
         if "mir" not in values or not (values["mir"] is None or is_number(values["mir"])):
             raise ValueError("its mir is neither a number nor null")
+        unknown = {name: _finite(value) for name, value in values.items() if name not in FIELDS}
+        _finite(values.get("loading"))
         known: dict[str, Any] = {}
         for name, value in values.items():
             if name not in FIELDS or value is None:
                 continue
-            words, holds = _RULES[FIELDS[name].metadata["rule"]]
-            if holds(value):
+            expected, is_valid = _RULES[FIELDS[name].metadata["rule"]]
+            if is_valid(value):
                 known[name] = value
                 continue
-            told = f"step {values['step']}: {name} is left out, it must be {words}, got {value!r:.60}"
+            message = f"step {values['step']}: ignored {name}={value!r:.60}, expected {expected}"
             if damaged is None:
-                raise ValueError(told)
-            damaged.append(told)
+                raise ValueError(message)
+            damaged.append(message)
         count = known.get("num_samples")
         if "influences" in known and count not in (None, len(known["influences"])):
-            told = f"step {values['step']}: {len(known.pop('influences'))} influences for {count} samples are left out"
+            message = f"step {values['step']}: ignored {len(known.pop('influences'))} influences of {count} samples"
             if damaged is None:
-                raise ValueError(told)
-            damaged.append(told)
-        return cls(**known, unknown={name: value for name, value in values.items() if name not in FIELDS})
+                raise ValueError(message)
+            damaged.append(message)
+        return cls(**known, unknown=unknown)
 
     @classmethod
     def from_line(cls, line: str, damaged: list[str] | None = None) -> EvalRecord:
-        """A record of a history line; as :meth:`from_dict`, and ValueError if it is no JSON object. Ranks: pure."""
+        """Parse a history line; see :meth:`from_dict`. ValueError if it is no JSON object. Ranks: pure."""
         try:
             values = json.loads(line, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
         except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+            raise ValueError(_TOO_DEEP) from error
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         return cls.from_dict(values, damaged)
 
     def checked(self) -> tuple[EvalRecord, list[str]]:
-        """What can be read back of it, numbers of NumPy and torch as Python's; a sentence for each field left out."""
+        """The record as it will be read back, with NumPy and torch numbers as Python's; a message per invalid field."""
         found, damaged = {name: _plain(getattr(self, name)) for name in FIELDS}, list[str]()
         return replace(EvalRecord.from_dict(found, damaged), unknown=self.unknown), damaged
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that have a value, and null for those every line has; what is not finite is null."""
+        """Its fields for JSON: without those that have no value, and null for what is not finite."""
         known = {name: _finite(getattr(self, name)) for name in FIELDS}
         kept = {n: value for n, value in known.items() if value is not None or FIELDS[n].metadata["always"]}
         return kept | {name: _finite(value) for name, value in self.unknown.items()}
 
     def to_line(self) -> str:
-        """The line of the history, with its end."""
+        """The line of the history, newline included."""
         return json.dumps(self.to_dict(), allow_nan=False) + "\n"
 
 
@@ -213,10 +220,10 @@ FIELDS = {each.name: each for each in fields(EvalRecord) if each.name != "unknow
 
 
 def as_records(records: Iterable[EvalRecord | Mapping[str, Any]]) -> list[EvalRecord]:
-    """Records of records or mappings; of a mapping what breaks its rule counts as not known, also a NaN as `mir`.
+    """Turn mappings into records; their invalid fields, a `mir` of NaN included, become None.
 
     Raises:
-        ValueError: a mapping without a whole `step`.
+        ValueError: a mapping without an integer `step`.
     """
     found = []
     for each in records:
@@ -228,58 +235,59 @@ def as_records(records: Iterable[EvalRecord | Mapping[str, Any]]) -> list[EvalRe
 
 
 def lowest_record(records: Iterable[EvalRecord]) -> EvalRecord | None:
-    """The trained record with the lowest MIR, the earliest of equal ones; None if there is none. Ranks: pure."""
+    """The record with the lowest MIR after step 0, the earliest of equal ones; None if there is none. Ranks: pure."""
     trained = (record for record in records if record.is_trained)
     return min(trained, key=lambda record: float(record.mir or 0.0), default=None)
 
 
 def is_stopped(records: Sequence[EvalRecord]) -> bool:
-    """Whether the run ended on its stop rule at its newest record. Ranks: pure."""
+    """Whether the newest record is the one the stop rule ended the run at. Ranks: pure."""
     return bool(records) and records[-1].verdict == STOPPING
 
 
 def since_last_stop(records: Sequence[EvalRecord]) -> Sequence[EvalRecord]:
-    """The records a rule judges: those after the last stop, which a run that has more of them was told to go past.
-
-    Ranks: pure.
-    """
+    """The records a rule judges: those after the last stop, if training was continued past it. Ranks: pure."""
     starts = [number for number, record in enumerate(records, start=1) if record.verdict == STOPPING]
     return records[starts[-1] :] if starts else records
 
 
 def changed_circumstances(earlier: Sequence[EvalRecord], record: EvalRecord) -> str | None:
-    """What differs between a record and the values before it, as a sentence; None if nothing does.
+    """A message if dtype, ranks or pixel inputs differ from those of the values before; None if they do not.
 
-    Fields that an earlier record lacks, as a failed evaluation's does, are looked for further back. Ranks: pure.
+    A field is compared with the last record that has it. Ranks: pure.
     """
-    told = []
+    changes = []
     for name, meaning in CIRCUMSTANCES.items():
         known = [past for past in earlier if past[name] is not None]
         if known and record[name] is not None and known[-1][name] != record[name]:
-            told.append(f"{meaning}: {known[-1][name]} up to step {known[-1].step}, now {record[name]}")
-    if not told:
+            changes.append(f"{meaning}: {known[-1][name]} up to step {known[-1].step}, now {record[name]}")
+    if not changes:
         return None
     return (
-        f"step {record.step}: MIR is measured otherwise than before, so a jump of its curve here may be no change of "
-        f"the model: {'; '.join(told)}"
+        f"step {record.step}: the conditions of the measurement have changed, a jump of MIR here may come from that: "
+        f"{'; '.join(changes)}"
     )
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or torch as one of Python, and null for one that is not finite."""
+    """A NumPy or torch number as Python's; None if it is not finite."""
     try:
         value = value.item() if callable(getattr(value, "item", None)) else value
-    except (RuntimeError, TypeError, ValueError):  # an array: breaks its field's rule
+    except (RuntimeError, TypeError, ValueError):  # an array, which is found invalid later
         return value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite(value: Any) -> Any:
-    """A value with null in the place of every number that is not finite."""
+def _finite(value: Any, depth: int = _MAX_DEPTH) -> Any:
+    """A JSON value with None for numbers and lists of numbers that are not finite; ValueError if nested too deeply."""
+    if depth == 0:
+        raise ValueError(_TOO_DEEP)
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: _finite(inner, depth - 1) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return None if any(isinstance(inner, float) and not math.isfinite(inner) for inner in value) else list(value)
+        if any(isinstance(inner, float) and not math.isfinite(inner) for inner in value):
+            return None
+        return [_finite(inner, depth - 1) if isinstance(inner, (Mapping, list, tuple)) else inner for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When an evaluation is due: schedules over optimizer steps, and the events besides them. Pure."""
+"""When an evaluation is due: schedules over optimizer steps, and events. Pure."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from typing import Any, Protocol, runtime_checkable
 from mir_callback.errors import ConfigError
 from mir_callback.record import EvalRecord
 
-_EPSILON = 1e-9  # an epoch is a sum of fractions
+_EPSILON = 1e-9  # epochs are sums of fractions, with rounding errors
 _FORMS = "50 (steps), 0.1ep (epochs), log5 (per decade), 5% (of the time) or 10,100,1000 (these steps)"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast training and evaluations are, by rank 0's clock; the same on every rank. Sums go over restarts."""
+    """Time spent so far, by rank 0's clock; the same on every rank. Sums include earlier processes of the run."""
 
-    step: int = 0  # at which the clock was read
+    step: int = 0  # when the clock was read
     evaluated_at: int | None = None  # the step of the last evaluation, None before the first
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    eval_cost: float | None = None  # seconds of the last evaluation, None before the first
-    step_seconds: float | None = None  # of a training step since the last evaluation, None before the first step
+    eval_cost: float | None = None  # seconds of the last evaluation
+    step_seconds: float | None = None  # mean of the training steps since the last evaluation
 
     def to_fields(self) -> dict[str, Any]:
-        """What a record keeps of it."""
+        """The fields of a record."""
         names = ("train_seconds", "eval_seconds", "eval_cost", "step_seconds")
         return {name: getattr(self, name) for name in names}
 
     @property
     def time_share(self) -> float:
-        """The part of the time so far that evaluations took."""
+        """Fraction of the time so far spent on evaluations."""
         total = self.train_seconds + self.eval_seconds
         return self.eval_seconds / total if total > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where training stands; the same on every rank.
+    """How far training has come; the same on every rank.
 
     Attributes:
         step: optimizer steps done.
         epoch: epochs done, with fraction.
-        pace: the times that ranks have shared last.
+        pace: times as last shared between ranks.
     """
 
     step: int
@@ -55,16 +55,34 @@ class TrainingProgress:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Anything that says when to evaluate. Must be pure, and the same on every rank."""
+    """When to evaluate: anything with this method can be passed as ``every``.
+
+    Ranks: the method is called on every rank and must return the same there; it must be pure.
+
+    Example:
+        >>> class FirstHundred:
+        ...     def is_due(self, now, before):
+        ...         return now.step <= 100 and now.step % 10 == 0
+        >>> isinstance(FirstHundred(), Schedule)
+        True
+    """
 
     def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
-        """Whether to evaluate now, ``before`` being one step earlier (or equal, before the first step)."""
+        """Whether to evaluate at ``now``; ``before`` is one step earlier, or the same when training starts."""
         ...
 
 
 @dataclass(frozen=True)
 class EverySteps:
-    """Every ``steps`` optimizer steps; `every=50` is short for `every=EverySteps(50)`."""
+    """Evaluate every ``steps`` optimizer steps; `every=50` is short for `every=EverySteps(50)`.
+
+    Raises:
+        ConfigError: ``steps`` is not a positive integer.
+
+    Example:
+        >>> due_steps(EverySteps(50), max_steps=200, epochs=1)
+        [50, 100, 150, 200]
+    """
 
     steps: int
 
@@ -72,8 +90,8 @@ class EverySteps:
         """Check the number."""
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(
-                f"every must be an integer of at least 1 optimizer step, got {self.steps!r}; use e.g. every=50, or a "
-                "schedule such as EveryEpochs(0.1)"
+                f"every must be a positive integer (optimizer steps) or a schedule such as EveryEpochs(0.1), got "
+                f"{self.steps!r}"
             )
 
     def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
@@ -83,7 +101,15 @@ class EverySteps:
 
 @dataclass(frozen=True)
 class EveryEpochs:
-    """Every ``epochs`` epochs, at the first step that reaches each multiple: EveryEpochs(0.1) ten times an epoch."""
+    """Evaluate every ``epochs`` epochs: at the first step that reaches each multiple.
+
+    Raises:
+        ConfigError: ``epochs`` is not a positive number.
+
+    Example:
+        >>> due_steps(EveryEpochs(0.25), max_steps=30, epochs=2)
+        [4, 8, 12, 15, 19, 23, 27, 30]
+    """
 
     epochs: float
 
@@ -101,17 +127,25 @@ class EveryEpochs:
 
 @dataclass(frozen=True)
 class AtSteps:
-    """At these optimizer steps: AtSteps((10, 100, 1000)); with none of them, at events only."""
+    """Evaluate at these optimizer steps; with `AtSteps(())` only at the events of ``also_on``.
+
+    Raises:
+        ConfigError: ``steps`` is not a collection of integers, or one of them is negative.
+
+    Example:
+        >>> AtSteps((1000, 10, 100))
+        AtSteps(steps=(10, 100, 1000))
+    """
 
     steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check the steps and bring them into order."""
+        """Validate and sort the steps."""
         given: Any = self.steps
         if isinstance(given, str) or not isinstance(given, Collection) or any(type(step) is not int for step in given):
-            raise ConfigError(f"AtSteps must get whole optimizer steps, got {given!r}; use e.g. AtSteps((10, 100))")
+            raise ConfigError(f"AtSteps takes a collection of integers, e.g. AtSteps((10, 100)), got {given!r}")
         if any(step < 0 for step in given):
-            raise ConfigError(f"AtSteps must get steps of at least 0, got {min(given)}; leave it out")
+            raise ConfigError(f"AtSteps takes no negative steps, got {min(given)}")
         object.__setattr__(self, "steps", tuple(sorted(set(given))))
 
     def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
@@ -121,9 +155,14 @@ class AtSteps:
 
 @dataclass(frozen=True)
 class LogSpaced:
-    """``per_decade`` evaluations from each power of ten to the next: dense at the start, where MIR moves most.
+    """Evaluate ``per_decade`` times per power of ten: dense at the start, where MIR changes most.
 
-    LogSpaced(5) is 1, 2, 3, 4, 6, 10, 16, 25, 40, 63, 100, 158, ...
+    Raises:
+        ConfigError: ``per_decade`` is not a positive integer.
+
+    Example:
+        >>> due_steps(LogSpaced(5), max_steps=200, epochs=1)
+        [1, 2, 3, 4, 6, 10, 16, 25, 40, 63, 100, 158]
     """
 
     per_decade: int = 5
@@ -131,10 +170,7 @@ class LogSpaced:
     def __post_init__(self) -> None:
         """Check the number."""
         if isinstance(self.per_decade, bool) or not isinstance(self.per_decade, int) or self.per_decade < 1:
-            raise ConfigError(
-                f"LogSpaced must get an integer of at least 1 evaluation per decade, got {self.per_decade!r}; use e.g. "
-                "LogSpaced(5)"
-            )
+            raise ConfigError(f"LogSpaced takes a positive integer, e.g. LogSpaced(5), got {self.per_decade!r}")
 
     def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
@@ -146,21 +182,31 @@ class LogSpaced:
 
 @dataclass(frozen=True)
 class TimeShare:
-    """At most this part of the time: TimeShare(0.05) evaluates as often as 5 % of the wall time allow.
+    """Evaluate as often as a fraction ``share`` of the wall time allows: TimeShare(0.05) for 5 %.
 
-    The distance to the next evaluation follows from what evaluations and steps have cost so far, by rank 0's clock.
-    Evaluations at events count, but are not held back: a short run with a start and an end may spend more.
+    When the next evaluation is due follows from what steps and evaluations have taken so far. Evaluations at events
+    (``also_on``) count but are never postponed, so a short run may exceed the share.
 
-    Ranks share the clock with each evaluation and 2, 4, 8, ... steps after it, never at every step.
+    Raises:
+        ConfigError: ``share`` is not between 0 and 1.
+
+    Ranks: decided by rank 0's clock, which is broadcast at each evaluation and 2, 4, 8, ... steps after it.
+
+    Example:
+        >>> as_schedule("5%")
+        TimeShare(share=0.05)
+        >>> pace = Pace(step=10, evaluated_at=10, train_seconds=2.0, eval_seconds=1.0, eval_cost=1.0, step_seconds=0.2)
+        >>> TimeShare(0.05).next_step(pace)
+        190
     """
 
     share: float
 
     def __post_init__(self) -> None:
         """Check the number."""
-        _check_positive("TimeShare", self.share, "of the time", "0.05")
+        _check_positive("TimeShare", self.share, "fraction of the time", "0.05")
         if self.share >= 1:
-            raise ConfigError(f"TimeShare must get a part below 1, got {self.share!r}; 5 % is TimeShare(0.05)")
+            raise ConfigError(f"TimeShare takes a fraction below 1, got {self.share!r}. 5 % is TimeShare(0.05).")
 
     def is_due(self, now: TrainingProgress, before: TrainingProgress) -> bool:
         """Pure; see :class:`Schedule`."""
@@ -168,14 +214,14 @@ class TimeShare:
         return due is not None and now.step >= due
 
     def next_step(self, pace: Pace) -> int | None:
-        """The step of the next evaluation as far as ``pace`` tells; None while a step's time is unknown."""
+        """The step of the next evaluation, estimated from ``pace``; None while the time of a step is unknown."""
         if pace.eval_cost is None or pace.evaluated_at is None:
-            return pace.step + 1  # soon, to learn what one costs
+            return pace.step + 1  # at once, to measure what one costs
         if pace.step_seconds is None:
             return None
         per_second = (1 - self.share) / self.share  # training seconds that pay for one second of evaluation
-        # After the next one the share must hold over the whole run, and for that one alone: what a long stall has
-        # saved up is not spent in a burst.
+        # The share has to hold over the whole run and between this evaluation and the next: the time of a long stall
+        # must not lead to a burst of evaluations.
         owed = (pace.eval_seconds + pace.eval_cost) * per_second - pace.train_seconds
         whole = pace.step + math.ceil(owed / pace.step_seconds) if pace.step_seconds > 0 else pace.step
         alone = pace.eval_cost * per_second / pace.step_seconds if pace.step_seconds > 0 else 0
@@ -183,19 +229,20 @@ class TimeShare:
 
     @staticmethod
     def reads_clock(step: int, pace: Pace, began: int) -> bool:
-        """Whether ranks share the clock after ``step``: 2, 4, 8, ... steps after the last evaluation or restart."""
+        """Whether rank 0's clock is broadcast after ``step``: 2, 4, 8, ... steps after an evaluation or restart."""
         passed = step - max(began, pace.evaluated_at or 0)
         return passed >= 2 and passed & (passed - 1) == 0
 
 
 def as_schedule(every: Any) -> Schedule:
-    """The schedule that ``every=`` means: a number of steps, a schedule, or its form on a command line.
-
-    ``"50"`` is every 50 steps, ``"0.1ep"`` EveryEpochs(0.1), ``"log5"`` LogSpaced(5), ``"5%"`` TimeShare(0.05) and
-    ``"10,100,1000"`` AtSteps((10, 100, 1000)).
+    """The schedule for a value of ``every``: an integer, a schedule, or a string as on a command line.
 
     Raises:
-        ConfigError: of no known form, or a number breaks its rule.
+        ConfigError: it is none of these, or a number in it is out of range.
+
+    Example:
+        >>> [as_schedule(every) for every in (50, "0.1ep", "log5", "10,100")]
+        [EverySteps(steps=50), EveryEpochs(epochs=0.1), LogSpaced(per_decade=5), AtSteps(steps=(10, 100))]
     """
     if isinstance(every, Schedule) and not isinstance(every, type):
         return every
@@ -215,43 +262,43 @@ def as_schedule(every: Any) -> Schedule:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"every={every!r} is no schedule; write {_FORMS}") from error
+        raise ConfigError(f"every={every!r} is not a schedule. Use e.g. {_FORMS}.") from error
 
 
 def describe(schedule: Schedule) -> str:
-    """A schedule in words that are the same on every rank if it is."""
+    """A schedule as text, to be compared between ranks: its repr, or the class of a user's own."""
     known = type(schedule).__module__ == __name__
     return repr(schedule) if known else type(schedule).__qualname__
 
 
 def due_steps(schedule: Schedule, max_steps: int, epochs: float) -> list[int]:
-    """The steps at which a schedule that knows no clock is due in a run of ``max_steps`` over ``epochs`` epochs."""
+    """When a schedule, other than TimeShare, is due in a run of ``max_steps`` steps and ``epochs`` epochs."""
     moments = [TrainingProgress(step, step * epochs / max_steps) for step in range(max_steps + 1)]
     return [now.step for before, now in zip(moments, moments[1:], strict=False) if schedule.is_due(now, before)]
 
 
 def _check_positive(name: str, value: Any, unit: str, example: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must get a positive number ({unit}), got {value!r}; use e.g. {name}({example})")
+        raise ConfigError(f"{name} takes a positive number ({unit}), e.g. {name}({example}), got {value!r}")
 
 
-# Besides the schedule: before the first step, after the last, at each evaluation of the Trainer, at each checkpoint.
+# Before the first step, after the last, at each evaluation of the Trainer's own, at each checkpoint.
 EVENTS = ("start", "end", "evaluate", "save")
 DEFAULT_EVENTS = ("start", "end")
 
 
 def check_events(also_on: Any) -> tuple[str, ...]:
-    """The events to evaluate at, in the order of :data:`EVENTS`; from a collection, or names with commas, or "none".
+    """Validate ``also_on``, a collection of events, or a comma-separated string or "none"; sorted as :data:`EVENTS`.
 
     Raises:
-        ConfigError: not a collection of names of events.
+        ConfigError: it is none of these, or names an unknown event.
     """
     if isinstance(also_on, str):
         words = [word.strip() for word in also_on.split(",") if word.strip()]
         also_on = [] if words == ["none"] else words
     if not isinstance(also_on, Collection) or any(event not in EVENTS for event in also_on):
         raise ConfigError(
-            f"also_on must be a collection of {', '.join(EVENTS)}, got {also_on!r}; the default is {DEFAULT_EVENTS}"
+            f"also_on takes any of the events {', '.join(EVENTS)}, got {also_on!r}. The default is {DEFAULT_EVENTS}."
         )
     return tuple(event for event in EVENTS if event in also_on)
 
@@ -259,9 +306,9 @@ def check_events(also_on: Any) -> tuple[str, ...]:
 def is_due_at_start(
     schedule: Schedule, events: Collection[str], moment: TrainingProgress, history: Sequence[EvalRecord]
 ) -> bool:
-    """Whether to evaluate before training goes on, where an uninterrupted run would have done so. Ranks: pure.
+    """Whether to evaluate before the first step, or on resuming where an uninterrupted run would have. Ranks: pure.
 
-    ``moment`` is step 0, or where the run is resumed; ``history`` has the evaluations before it.
+    ``moment`` is step 0 or the step that is resumed from, ``history`` the evaluations until then.
     """
     if "start" in events and not any(record.mir is not None for record in history):
         return True

@@ -83,7 +83,7 @@ def test_without_arguments_the_uses_and_one_line(launch):
     code, _, err = launch()
     assert code == 2
     assert err.splitlines()[0].startswith("usage: python -m mir_callback.launch")
-    assert err.splitlines()[-1].startswith("error: there is nothing to run behind --: no script;")
+    assert err.splitlines()[-1].startswith("error: Nothing to run after --: name a script.")
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_without_arguments_the_uses_and_one_line(launch):
     [
         (["--mir_images", "a"], "images='a', texts=None"),
         ([], "No probe given"),
-        (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be an integer of at least 1"),
-        (["--mir_every", "often"], "every='often' is no schedule; write 50 (steps), 0.1ep (epochs)"),
-        (["--mir_evry", "3"], "--mir_evry 3 is no flag of the launcher; what is to be run stands behind --"),
+        (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be a positive integer"),
+        (["--mir_every", "often"], "every='often'"),
+        (["--mir_evry", "3"], "Unknown flag --mir_evry 3"),
         (["--mir_batch_size", "x"], "argument --mir_batch_size/--mir-batch-size: invalid int value: 'x'"),
         (["--mir_probe", "no.zip"], "There is no probe at no.zip"),
         (["--mir_images", "no", "--mir_texts", "no"], "There is no folder no"),
@@ -104,18 +104,18 @@ def test_what_is_wrong_with_a_flag_is_said_in_one_line_before_the_script_starts(
     assert code == 2
     (line,) = err.splitlines()
     assert line.startswith(f"error: {message}")
-    assert line.endswith("; see python -m mir_callback.launch --help")
+    assert line.endswith(". See python -m mir_callback.launch --help")
     assert "ran" not in out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is nothing to run behind --: no script"),
-        (["-m"], "there is nothing to run behind --: no module"),
-        (["nowhere.py"], "the script behind -- is neither a file nor a command on the PATH: nowhere.py"),
-        (["sh", "-c", "train"], "MIR can only be attached to Python, and .*sh is no Python script"),
-        (["train-it"], "MIR can only be attached to Python, and .*train-it is no Python script"),
+        ([], "--: name a script"),
+        (["-m"], "--: name a module"),
+        (["nowhere.py"], r"nowhere\.py"),
+        (["sh", "-c", "train"], "sh is not a Python script"),
+        (["train-it"], "train-it is not a Python script"),
     ],
 )
 def test_error_when_there_is_no_python_to_run(launch, command, probe, words, message):
@@ -131,7 +131,7 @@ def test_a_script_runs_as_python_would_run_it_and_gets_deepspeeds_rank(launch, s
     code, out, err = launch("--local_rank=1", "--mir_probe", probe, "--", script, "--lr", "1", "--", "x")
     assert code is None
     assert out.splitlines()[0] == f"ran __main__ train.py ['--lr', '1', '--', 'x', '--local_rank=1'] {script.parent}"
-    assert f"[mir] WARNING: {script} ended without training a Trainer of transformers" in err
+    assert f"[mir] WARNING: no MIR was measured: {script} ended without training" in err
 
 
 def test_a_module_runs_as_python_would_run_it(launch, tmp_path, probe, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_module_runs_as_python_would_run_it(launch, tmp_path, probe, monkeypat
     code, out, err = launch("--mir_probe", probe, "--", "-m", "trainers.sft", "a.yaml")
     assert code is None
     assert out.splitlines()[0] == f"ran __main__ sft.py ['a.yaml'] {tmp_path}"
-    assert "WARNING: -m trainers.sft ended without training" in err
+    assert "WARNING: no MIR was measured: -m trainers.sft ended" in err
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_console_command_of_python_runs_in_this_process(launch, command, probe
     code, out, err = launch("--mir_probe", probe, "--", "train-it", "train", "a.yaml")
     assert code == 0
     assert out.splitlines() == [f"ran __main__ train-it ['train', 'a.yaml'] {path.parent}", str(os.getpid())]
-    assert f"WARNING: {path} ended without training" in err
+    assert f"WARNING: no MIR was measured: {path} ended" in err
 
 
 @pytest.mark.parametrize("own", ["", "mir_callback.attach_mir(trainer, sys.argv[2], every=2)"])

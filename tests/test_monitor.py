@@ -195,7 +195,7 @@ def test_another_probe_is_refused_on_resume(tmp_path, monitored):
     monitored().step(2)
     model, processor = tiny_models.llava()
     other = Probe.from_pairs(pairs(3, seed=1))
-    with pytest.raises(HistoryError, match="with another probe_fingerprint"):
+    with pytest.raises(HistoryError, match="probe_fingerprint"):
         MIRMonitor(model, other, processor=processor, output_dir=tmp_path, start_step=2)
 
 
@@ -438,8 +438,8 @@ def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batchsize": 5}, "there is no option 'batchsize'; did you mean batch_size?"),
-        ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
+        ({"batchsize": 5}, "'batchsize'.*batch_size"),
+        ({"every": 0}, "every.* 0"),
         ({"probe": "folder"}, "probe='folder'"),
         ({"processor": None}, "No processor given"),
     ],
@@ -468,7 +468,7 @@ def test_a_step_that_is_no_whole_number_is_refused(monitored, step):
 
 def test_numbers_of_numpy_and_torch_reach_the_history_as_they_are_and_others_are_left_out(tmp_path, monitored):
     monitor = monitored(every=1)
-    with logged("samples_seen is left out") as messages:
+    with logged("ignored samples_seen") as messages:
         monitor.step(np.int64(1), loss=np.float32(2.5), samples_seen=64.0, tokens_seen=torch.tensor(7))
     record = read_history(tmp_path / "mir_history.jsonl")[-1]
     assert (record.step, record.loss, record.samples_seen, record.tokens_seen) == (1, 2.5, None, 7)

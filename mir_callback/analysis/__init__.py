@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Works on histories, never on a model."""
+"""Reads and compares histories; needs no model."""

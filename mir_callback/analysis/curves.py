@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which values may be compared, over what (steps, tokens, samples, time), and a run's MIR at any point of it."""
+"""Which values are comparable, and MIR of a run interpolated over steps, tokens, samples or time."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _MEANING = {"probe_fingerprint": "probe", "tokens_fingerprint": "token ids of th
 
 
 def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], list[str]]:
-    """A run's records that were made as its newest one with a value, or failed; and what is left out, in sentences."""
+    """A run's records with the same definition as the newest value, and a message about the others."""
     newest = next(record for record in reversed(records) if record.mir is not None)
     kept = [record for record in records if record.mir is None or _definition(record) == _definition(newest)]
     if len(kept) == len(records):
         return kept, []
     return kept, [
-        f"{len(records) - len(kept)} of its {len(records)} evaluations are left out, they were made with another "
-        "probe, token ids or root than the newest one"
+        f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, token ids or root "
+        "than the last one"
     ]
 
 
 def find_mismatch(runs: Sequence[Run]) -> str | None:
-    """Why the values of runs, each of one definition, are not alike, as a sentence; None if they are."""
+    """Why the values of runs are not comparable; None if they are."""
     values: dict[str, dict[object, list[str]]] = {field: {} for field in DEFINITION_FIELDS}
     for field in DEFINITION_FIELDS:
         for run in runs:
             known = next((record[field] for record in run.measured if record[field] is not None), None)
             values[field].setdefault(known, []).append(run.name)
         if None in values[field] and len(runs) > 1:
-            return f"{field} is not known of {_few(values[field][None])}, and so it cannot be compared with other runs"
+            return f"{field} of {_few(values[field][None])} is unknown, so it cannot be compared with other runs"
     for field, names in values.items():
         if len(names) > 1:
             differing = "; ".join(f"{value} in {_few(found)}" for value, found in names.items())
-            return f"{field} ({_MEANING[field]}) is not the same in all runs: {differing}"
+            return f"{field} ({_MEANING[field]}) differs between the runs: {differing}"
     return None
 
 
 def list_circumstances(runs: Sequence[Run]) -> list[str]:
-    """What was otherwise in some runs without making their values another number, in sentences."""
+    """Messages about differences of dtype, ranks or pixel inputs, which may change values slightly."""
     messages = []
     for field, meaning in CIRCUMSTANCES.items():
         values: dict[str, list[str]] = {}
@@ -59,7 +59,7 @@ def list_circumstances(runs: Sequence[Run]) -> list[str]:
                 values.setdefault(", then ".join(found), []).append(run.name)
         if len(values) > 1 or any(", then " in value for value in values):
             listed = "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
-            messages.append(f"{meaning}: {listed}; a small part of a difference may come from that")
+            messages.append(f"{meaning}: {listed}; this may explain a small part of a difference")
     return messages
 
 
@@ -76,9 +76,9 @@ class Curve:
     """MIR of a run over an axis."""
 
     run: Run
-    x: tuple[float, ...]  # positions on the axis, strictly increasing
-    records: tuple[EvalRecord, ...]  # the evaluation at each of them
-    clock: str  # the field of a record that the positions come from
+    x: tuple[float, ...]  # strictly increasing
+    records: tuple[EvalRecord, ...]  # the evaluation at each x
+    clock: str  # the record field with the positions
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class Point:
     """MIR at one position of an axis."""
 
     mir: float
-    se: float | None  # standard error from the probe's samples
+    se: float | None  # standard error over draws of the probe
     influences: np.ndarray | None  # of the probe's samples, (num_samples,) float64
-    measured: bool  # by an evaluation at the position itself, else on a line between those on either side
-    step: float  # the optimizer step there, with fraction between two evaluations
+    measured: bool  # False if interpolated
+    step: float  # the optimizer step there, also interpolated
 
 
 def build_curves(axis: Axis, runs: Sequence[Run]) -> list[Curve | None]:
-    """The curves of runs over one axis, all by the same clock; None for a run that does not know it.
+    """The curves of runs over one axis; None for a run that has not recorded it.
 
-    Time is that of training alone (`train_seconds`, carried over restarts) if all runs know it, else what has passed
-    since their process began (`elapsed`), evaluations included.
+    Time is `train_seconds` (training only, over restarts) if all runs have it, else `elapsed` (of the process,
+    evaluations included).
     """
     if axis == "tokens":
         return [_build_curve(run, "tokens_seen", _between(run.tokens, run)) for run in runs]
@@ -106,16 +106,15 @@ def build_curves(axis: Axis, runs: Sequence[Run]) -> list[Curve | None]:
 
 
 def find_common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """The part of the axis that all curves cover, None if there is no such part."""
+    """The range of the axis that all curves cover; None if it is empty."""
     first, last = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
     return (first, last) if first <= last else None
 
 
 def interpolate(curve: Curve, x: float) -> Point:
-    """A curve's value at a position it covers.
+    """A curve's value at a position it covers, by linear interpolation.
 
-    The influences of the line's point are those of its ends in the same proportion, as MIR itself is; without them its
-    standard error is that of ends whose errors are one and the same, which is the most it can be.
+    Influences and standard error are interpolated in the same way; for the latter that is an upper bound.
     """
     right = bisect_left(curve.x, x)
     after = _point_at(curve.records[right])
@@ -139,7 +138,7 @@ def _point_at(record: EvalRecord) -> Point:
 
 
 def _between(points: Series, run: Run) -> list[float | None]:
-    """What was counted at each evaluation's step, on a line between the counts on either side of it."""
+    """A count (such as tokens) at each evaluation's step, interpolated; None after the last one known."""
     if not points:
         return [None] * len(run.measured)
     steps, counts = zip(*((0, 0.0), *(point for point in points if point[0] > 0)), strict=True)
@@ -149,7 +148,7 @@ def _between(points: Series, run: Run) -> list[float | None]:
 
 
 def _build_curve(run: Run, clock: str, positions: Sequence[float | None]) -> Curve | None:
-    """The curve over the positions that are known; None if there are none, or they go back."""
+    """The curve over the known positions; None if there are none or they decrease."""
     known = [(float(x), record) for x, record in zip(positions, run.measured, strict=True) if x is not None]
     if not known or any(later[0] <= earlier[0] for earlier, later in pairwise(known)):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as it is found on disk: its evaluations, its training loss, and what is wrong with them."""
+"""Read a run from disk: its evaluations and training loss, and what could not be read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.history import FILE_NAME, read_records
-from mir_callback.record import EvalRecord, is_number
+from mir_callback.record import EvalRecord, is_count, is_number
 
 Series = tuple[tuple[int, float], ...]  # (step, value), by step
 
 _TRAINER_STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Run:
     name: str  # unique among runs read together
     path: Path  # as the user gave it
     source: Path  # the file its records come from
-    records: tuple[EvalRecord, ...]  # by increasing step, those of a checkpoint up to the checkpoint's step
-    losses: Series = ()  # (step, training loss); empty if none was found
-    tokens: Series = ()  # (step, input tokens seen so far), where the Trainer has counted them
-    max_steps: float | None = None  # planned, or None if that is not known
-    problems: tuple[str, ...] = ()  # what was found wrong, in sentences; reading went on without it
+    records: tuple[EvalRecord, ...]  # sorted by step; of a checkpoint those up to its step
+    losses: Series = ()  # (step, training loss)
+    tokens: Series = ()  # (step, input tokens seen so far), if the Trainer counts them
+    max_steps: float | None = None  # planned length, if known
+    problems: tuple[str, ...] = ()  # messages about what was skipped
 
     @property
     def measured(self) -> tuple[EvalRecord, ...]:
-        """The evaluations that gave a value."""
+        """The evaluations that have a MIR."""
         return tuple(record for record in self.records if record.mir is not None)
 
 
@@ -44,20 +44,26 @@ def read_run(path: str | Path) -> Run:
     """Read a run from its output folder, its history file, or one of its checkpoints.
 
     Args:
-        path: a folder with `mir_history.jsonl` (an output folder, a downloaded artifact of a run); such a file under
-            any name; a `checkpoint-N` or `mir_best` folder of a run.
+        path: a folder with `mir_history.jsonl` (output folder, downloaded wandb artifact), a history file under any
+            name, or a `checkpoint-N` or `mir_best` folder of a run (then only the records up to its step are read).
 
     Returns:
-        The run. It may have no evaluations, which its problems say.
+        The run; ``problems`` says what was skipped, and if there are no evaluations.
 
     Raises:
-        HistoryError: there is nothing, or nothing of these.
+        HistoryError: there is no history at this path.
         ConfigError: the path is empty.
 
     Ranks: pure.
+
+    Example:
+        ```
+        run = read_run("runs/demo")
+        print([(record.step, record.mir) for record in run.measured])
+        ```
     """
     if str(path) == "":
-        raise ConfigError("a RUN is empty, ''; is a shell variable unset?")
+        raise ConfigError("A run's path is empty. Is a shell variable unset?")
     path = Path(os.path.expanduser(path))
     source, step = _find_history(path)
     records, problems = read_records(source)
@@ -66,7 +72,7 @@ def read_run(path: str | Path) -> Run:
         name = f"{source.parent.name}/{os.path.basename(os.path.abspath(path))}"
         records = [record for record in records if record.step <= step]
         if not any(record.step == step and record.mir is not None for record in records):
-            problems.append(f"{path} is of step {step}, where MIR was not measured; its last value is from before")
+            problems.append(f"{path}: MIR was not measured at its step {step}, the last value is from an earlier one")
     elif source.name == FILE_NAME:
         folder = source.resolve().parent
         log, name = _read_trainer_log(folder), folder.name
@@ -74,8 +80,8 @@ def read_run(path: str | Path) -> Run:
         log, name = _TrainerLog(), source.stem
     problems += log.problems
     if not any(record.mir is not None for record in records):
-        why = "all of its evaluations failed" if records else "it is empty"
-        problems.append(f"{source} holds no value of MIR: {why}")
+        why = "all evaluations failed" if records else "it has no evaluations"
+        problems.append(f"no MIR in {source}: {why}")
     tokens = tuple((record.step, record.tokens_seen) for record in records if record.tokens_seen is not None)
     planned = next((record.max_steps for record in reversed(records) if record.max_steps), log.max_steps)
     losses = log.losses or noted_losses(records)
@@ -83,7 +89,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """Read several runs, in the order given; what cannot be read is left out, and said in a sentence."""
+    """Read several runs, in the order given; also returns messages about those that could not be read."""
     runs, missing = [], []
     for path in paths:
         try:
@@ -94,7 +100,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def make_names_unique(runs: Sequence[Run]) -> list[Run]:
-    """Give runs of equal names as many of the folders above as tell them apart, or else a number."""
+    """Tell runs of the same name apart by as many parent folders as needed, or else by a number."""
     names = [run.name for run in runs]
     resolved = [run.path.resolve() for run in runs]
     folders = [path.parent if path.name == FILE_NAME else path for path in resolved]
@@ -110,14 +116,14 @@ def make_names_unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def noted_losses(records: Sequence[EvalRecord]) -> Series:
-    """Training losses that evaluations have noted, each at the step it was logged at."""
+    """The training losses in the records, each at the step it was logged at."""
     known = [record for record in records if record.loss is not None]
     return _by_step((record.step if record.loss_step is None else record.loss_step, record.loss) for record in known)
 
 
 @dataclass(frozen=True)
 class _TrainerLog:
-    """What a Trainer has logged: losses, input tokens seen so far, the planned steps; and what could not be read."""
+    """Losses, input tokens and planned steps from a Trainer's state, and what could not be read."""
 
     losses: Series = ()
     tokens: Series = ()
@@ -125,34 +131,33 @@ class _TrainerLog:
     problems: tuple[str, ...] = ()
 
     def until(self, step: int) -> _TrainerLog:
-        """The part of it that a checkpoint of ``step`` has behind it."""
+        """The log up to a step."""
         losses, tokens = (tuple(point for point in series if point[0] <= step) for series in (self.losses, self.tokens))
         return replace(self, losses=losses, tokens=tokens)
 
 
 def _read_trainer_log(folder: Path) -> _TrainerLog:
-    """The Trainer's log in the folder itself, or else in its newest checkpoint that has a readable one."""
+    """The Trainer's log in the folder itself, or else in its newest checkpoint with a readable one."""
     checkpoints = [child for child in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(child.name)]
     newest = sorted(checkpoints, key=lambda child: int(child.name.rpartition("-")[2]), reverse=True)
     problems: list[str] = []
     for file in [parent / _TRAINER_STATE for parent in (folder, *newest) if (parent / _TRAINER_STATE).is_file()]:
         state = _read_object(file)
         if not isinstance(state.get("log_history"), list):
-            problems.append(f"{file} is left out, it is no Trainer's state")
+            problems.append(f"skipped {file}: not a Trainer's state")
             continue
-        rows = [row for row in state["log_history"] if isinstance(row, dict) and type(row.get("step")) is int]
+        rows = [row for row in state["log_history"] if isinstance(row, dict) and is_count(row.get("step"))]
         losses, tokens = (
             _by_step((row["step"], row[name]) for row in rows if is_number(row.get(name)))
             for name in ("loss", "num_input_tokens_seen")
         )
         planned = state.get("max_steps")
-        known = type(planned) is int and planned > 0
-        return _TrainerLog(losses, tokens, planned if known else None, tuple(problems))
+        return _TrainerLog(losses, tokens, planned if planned and is_count(planned) else None, tuple(problems))
     return _TrainerLog(problems=tuple(problems))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if there is none."""
+    """A file's JSON object; empty if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -161,14 +166,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _by_step(points: Any) -> Series:
-    """Points by step, the last one of each."""
+    """Points sorted by step; the last one of each step."""
     return tuple(sorted({step: float(value) for step, value in points}.items()))
 
 
 def _find_history(path: Path) -> tuple[Path, int | None]:
-    """The history of a run, and the step up to which it counts if the path is a checkpoint's."""
-    if not os.path.exists(path):  # which says no to a name that is too long, where the method raises
-        raise HistoryError(f"there is no {path}; name a run's output folder, history file or checkpoint")
+    """The history file of a run, and the checkpoint's step if the path is one."""
+    if not os.path.exists(path):  # Path.exists raises if a name is too long
+        raise HistoryError(f"{path} does not exist. Name a run's output folder, history file or checkpoint.")
     if path.is_file():
         return path, None
     if (path / FILE_NAME).is_file():
@@ -180,27 +185,26 @@ def _find_history(path: Path) -> tuple[Path, int | None]:
                 return folder / FILE_NAME, step
     runs = sorted(child for child in path.iterdir() if (child / FILE_NAME).is_file())
     if runs:
-        raise HistoryError(f"{path} is not one run, there are {len(runs)} in it; name them, e.g. {runs[0]}")
+        raise HistoryError(f"{path} is a folder of {len(runs)} runs. Name the runs, e.g. {runs[0]}")
     if step is not None:
         raise HistoryError(
-            f"{path} is a checkpoint of a run without {FILE_NAME} beside it: MIR was not measured in that run; "
-            "mir eval measures it"
+            f"{path} is a checkpoint of a run without {FILE_NAME}: MIR was not measured in training. Use mir eval."
         )
     raise HistoryError(
-        f"{path} holds no {FILE_NAME}; name a run's output folder, history file or checkpoint, and of a wandb run the "
-        "folder of its downloaded artifact"
+        f"Found no {FILE_NAME} in {path}. Name a run's output folder, history file or checkpoint, or the folder of its "
+        "downloaded wandb artifact."
     )
 
 
 def _find_checkpoint_step(folder: Path) -> int | None:
-    """The step of a checkpoint's weights, None if the folder is none."""
+    """The step of a checkpoint; None if the folder is not one."""
     for name in (os.path.basename(os.path.abspath(folder)), folder.resolve().name):
         if found := _CHECKPOINT.fullmatch(name):
             return int(found[1])
-    from mir_callback.best_model import NOTE_NAME  # brings torch along
+    from mir_callback.best_model import NOTE_NAME  # imports torch
 
     for name, key in ((NOTE_NAME, "step"), (_TRAINER_STATE, "global_step")):
         step = _read_object(folder / name).get(key)
-        if type(step) is int:
+        if is_count(step):
             return step
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: a run's MIR beside its loss and the distance of every layer; and a contact sheet of a probe's samples."""
+"""Plot a run (MIR, loss, distance of each layer), and draw a contact sheet of a probe."""
 
 from __future__ import annotations
 
@@ -44,22 +44,27 @@ def plot_run(
     log_history: Sequence[Mapping[str, Any]],
     path: str | Path,
 ) -> Path:
-    """Draw MIR and loss over steps above a layer x step heat map of the per-layer distances.
+    """Plot MIR and loss over steps, above a heat map of the distances by layer and step.
 
     Args:
-        history: records of evaluations (`MIRCallback.history`), or where they are: a run's output folder, a history
-            file, or a checkpoint.
-        log_history: `trainer.state.log_history`, for the training loss; if it is empty, the loss is that which was
-            found with the records.
-        path: image file to write; the suffix chooses the format.
+        history: records (`MIRCallback.history`), or a run's output folder, history file or checkpoint.
+        log_history: `trainer.state.log_history`, for the training loss; if empty, the losses in the history or in the
+            Trainer's state are used.
+        path: image file to write; its suffix sets the format.
 
     Returns:
-        The path written.
+        ``path``.
 
     Raises:
-        HistoryError: no evaluation with a value, or no run to be read.
+        HistoryError: there is no run at ``history``, or no evaluation has a MIR.
 
     Ranks: rank 0 only.
+
+    Example:
+        ```
+        plot_run("runs/demo", [], "mir.png")
+        plot_run(callback.history, trainer.state.log_history, "mir.png")
+        ```
     """
     from matplotlib.figure import Figure
 
@@ -72,7 +77,7 @@ def plot_run(
     losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry] or found
     measured = [record for record in records if record.mir is not None]
     if not measured:
-        raise HistoryError("there is nothing to draw: no evaluation has a value of MIR")
+        raise HistoryError("Nothing to plot: no evaluation has a MIR.")
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     curve, heat = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw_curve(curve, measured, losses)
@@ -112,7 +117,7 @@ def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[EvalRecord]) -> 
     layers = stack_layers(DISTANCE, measured)
     axes.set_xlabel("optimizer step")
     if not len(layers):
-        axes.text(0.5, 0.5, "no distances of the layers in these records", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "these records have no per-layer distances", transform=axes.transAxes, ha="center")
         return
     visible = layers[layers > 0]
     norm = LogNorm(vmin=visible.min(), vmax=visible.max()) if visible.size and visible.min() < visible.max() else None
@@ -121,7 +126,7 @@ def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[EvalRecord]) -> 
     ends = (-math.inf, math.inf) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
     edges = find_edges(steps, *ends)
     mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1) + 0.5, shown, norm=norm, cmap="viridis")
-    # An inset, because a colour bar beside the axes would lie outside the labels of the loss, far from its picture.
+    # An inset: beside the axes, the labels of the loss would be between colour bar and heat map.
     bar = figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0.0, 0.018, 1.0)), label="distance FD")
     if norm is not None:
         _write_plain_numbers(bar.ax)
@@ -130,7 +135,7 @@ def _draw_layers(figure: Figure, axes: Axes, measured: Sequence[EvalRecord]) -> 
 
 
 def _write_plain_numbers(axes: Axes) -> None:
-    """Write 20 and not 2 x 10^1 beside a logarithmic axis."""
+    """Label a logarithmic axis with 20 instead of 2 x 10^1."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -141,21 +146,24 @@ def _write_plain_numbers(axes: Axes) -> None:
 def draw_sheet(
     probe: Probe, path: str | Path, counts: TokenCounts | None = None, *, columns: int | None = None
 ) -> Path:
-    """Draw every sample of a probe, each image with the beginning of its text, into one picture.
+    """Draw a contact sheet of a probe: each image with the beginning of its text.
 
     Args:
         probe: the samples.
-        path: image file to write, such as `probe.png`; the suffix chooses the format; parents are created.
+        path: image file to write, e.g. `probe.png`; its suffix sets the format, and its folder is created.
         counts: token counts to write below the images.
-        columns: samples side by side; by default chosen for a sheet a little wider than high.
+        columns: images per row; by default such that the sheet is a little wider than high.
 
     Returns:
         The path written.
 
     Raises:
-        ConfigError: the suffix is of no image format, or the file cannot be written.
+        ConfigError: the suffix is not that of an image format, or the file cannot be written.
 
     Ranks: rank 0 only.
+
+    Example:
+        ``draw_sheet(Probe.load("probe.zip"), "probe.png")``
     """
     path = Path(os.path.expanduser(path))
     check_sheet_path(path)
@@ -180,16 +188,14 @@ def draw_sheet(
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
     except OSError as error:
-        raise ConfigError(
-            f"the sheet must have a place to be written to, got {path}: {type(error).__name__}: {error.strerror}"
-        ) from error
+        raise ConfigError(f"Could not write the contact sheet to {path}: {error.strerror or error}.") from error
     return path
 
 
 def check_sheet_path(path: str | Path) -> None:
-    """Raise ConfigError unless ``path`` ends as an image file does."""
+    """ConfigError unless ``path`` has the suffix of an image format."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"the sheet must be an image file, got {path}; use a name that ends in .png")
+        raise ConfigError(f"The contact sheet {path} has no suffix of an image format. Use e.g. {Path(path).stem}.png.")
 
 
 def _caption(index: int, counts: TokenCounts | None) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found, as tables of words, a verdict and remarks; and as JSON, CSV and Markdown."""
+"""A comparison as text tables with verdict and remarks, and as JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mir_callback.analysis.compare import AxisResult, Comparison, Stop
 from mir_callback.analysis.curves import AXES, Axis
 from mir_callback.analysis.load import Run
+from mir_callback.early_stopping import PlateauRule
+from mir_callback.fs import printable
 from mir_callback.record import EvalRecord, lowest_record
 
-NOT_ALIKE = "NOT ALIKE, compared anyway"
+NOT_COMPARABLE = "NOT COMPARABLE, compared anyway"
 _MAX_PAIRS = 28  # of 8 recipes
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of words; the first column's cells are names, the others are figures."""
+    """A table of text; the first column has names, the others have figures."""
 
     title: str
     columns: tuple[str, ...]
@@ -30,38 +32,37 @@ class TextTable:
 
 
 def make_tables(found: Comparison) -> list[TextTable]:
-    """The ranking, the differences behind it, and what each run would have saved."""
-    mark, result = f"{NOT_ALIKE}: " if found.mismatch else "", found.ranking
+    """The ranking, the differences it follows from, and where each run could have stopped."""
+    mark, result = f"{NOT_COMPARABLE}: " if found.mismatch else "", found.ranking
     ranked = [_make_ranking(found, result, mark), _make_differences(found, result, mark)] if result else []
     return [*ranked, _make_runs(found)]
 
 
 def state_verdict(found: Comparison) -> str | None:
-    """The outcome in a sentence; None if nothing is ranked."""
+    """The result in a sentence; None if nothing is ranked."""
     result = found.ranking
     if result is None or result.x is None:
         return None
     names = _names(found, result)
     where = _format_position(result.axis, result.x)
-    mark = f"{NOT_ALIKE}. " if found.mismatch else ""
+    mark = f"{NOT_COMPARABLE}. " if found.mismatch else ""
     if not any(pair.differs for pair in result.pairs):
         return f"{mark}No difference beyond noise at {where}: {', '.join(names)}."
     lowest = min(range(len(names)), key=result.mean)
     alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
     tied = [name for index, name in enumerate(names) if {index, lowest} in alike]
-    more = f"; not told apart from it by the noise: {', '.join(tied)}" if tied else ""
+    more = f"; no difference beyond noise to {', '.join(tied)}" if tied else ""
     return f"{mark}Lowest MIR at {where}: {names[lowest]}{more}."
 
 
 def list_remarks(found: Comparison) -> list[str]:
-    """What is to be known about a comparison, in sentences."""
-    remarks = [] if found.mismatch is None else [f"the values are not alike: {found.mismatch}"]
+    """Notes on a comparison: noise, what was skipped, what may mislead."""
+    remarks = [] if found.mismatch is None else [f"the values are not comparable: {found.mismatch}"]
     for result in found.axes:
         if result.axis == found.by or result.x is None:
             remarks += [f"by {result.axis}: {message}" for message in result.messages]
         if result.doubt is not None:
-            shown = f"such positions are in the tables with --by {result.axis} only"
-            remarks.append(f"by {result.axis}: {result.doubt}; {shown}")
+            remarks.append(f"by {result.axis}: {result.doubt}; shown in the tables only with --by {result.axis}")
     return remarks + list(found.remarks)
 
 
@@ -83,8 +84,8 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
             there = other.members.index(index) if index in other.members else None
             cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
-    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = shares its rank)"
-    columns = ("recipe", "rank", "runs", "MIR", "std of a run", *(f"at {x}" for _, x in others))
+    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = marks a tie)"
+    columns = ("recipe", "rank", "runs", "MIR", "seed std", *(f"at {x}" for _, x in others))
     return TextTable(title, columns, tuple(rows))
 
 
@@ -103,18 +104,19 @@ def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextT
         )
         for pair in result.pairs[:_MAX_PAIRS]
     )
-    title = f"{mark}Differences (beyond noise where p < {found.level:g}, adjusted for {len(result.pairs)} of them)"
+    adjusted = f"; p is adjusted for {len(result.pairs)} comparisons" if len(result.pairs) > 1 else ""
+    title = f"{mark}Differences (beyond noise if p < {found.level:g}{adjusted})"
     if len(result.pairs) > _MAX_PAIRS:
         title += f", the first {_MAX_PAIRS}"
-    columns = ("difference", "MIR", "standard error", "of the probe", "of the runs", "p", "max seed std", "so")
+    columns = ("difference", "MIR", "SE", "SE of probe", "SE of seeds", "p", "differs if seed std <", "verdict")
     return TextTable(title, columns, rows)
 
 
 def _make_runs(found: Comparison) -> TextTable:
     labelled = [(found.recipes[index].label(run), run, stop) for index, _, run, stop in _each_run(found)]
     rows = tuple((label, *_describe(run), *_describe_stop(stop)) for label, run, stop in labelled)
-    title = f"Runs, and where {found.rule} would have stopped them"
-    columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "stop", "saves", "missed gain")
+    title = f"Runs, and where {_format_rule(found.rule)} would have stopped them"
+    columns = ("run", "evaluations", "last MIR", "lowest MIR after step 0", "would stop", "saves", "missed gain")
     return TextTable(title, columns, rows)
 
 
@@ -131,15 +133,15 @@ def _describe(run: Run) -> tuple[str, ...]:
 
 def _describe_stop(stop: Stop) -> tuple[str, ...]:
     if stop.step is None:
-        return f"none ({stop.reason.partition(':')[0]})", "-", "-"
+        return f"no ({stop.reason.partition(':')[0]})", "-", "-"
     saves = f"{stop.saved_steps} steps, {stop.saved_share:.0%}"
     if stop.saved_seconds is not None:
         saves += f", {_format_seconds(stop.saved_seconds)}"
-    return f"step {stop.step}", saves, "-" if stop.missed_gain is None else f"{stop.missed_gain:+.4f}"
+    return f"at step {stop.step}", saves, "-" if stop.missed_gain is None else f"{stop.missed_gain:+.4f}"
 
 
 def _each_run(found: Comparison) -> Iterator[tuple[int, int, Run, Stop]]:
-    """All runs, with the index of their recipe and their own in it."""
+    """All runs and their stops, with the index of the recipe and that of the run in it."""
     for index, (recipe, stops) in enumerate(zip(found.recipes, found.stops, strict=True)):
         for number, (run, stop) in enumerate(zip(recipe.runs, stops, strict=True)):
             yield index, number, run, stop
@@ -151,6 +153,12 @@ def _names(found: Comparison, result: AxisResult) -> list[str]:
 
 def _format_rank(ranks: Sequence[int], member: int) -> str:
     return f"{ranks[member]}{'=' if ranks.count(ranks[member]) > 1 else ''}"
+
+
+def _format_rule(rule: PlateauRule) -> str:
+    """The rule with the options that differ from the defaults."""
+    changed = [each.name for each in fields(rule) if getattr(rule, each.name) != each.default]
+    return f"PlateauRule({', '.join(f'{name}={getattr(rule, name)!r}' for name in changed)})"
 
 
 def _format_position(axis: Axis, x: float) -> str:
@@ -167,7 +175,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 def to_json(found: Comparison) -> str:
-    """Everything a comparison found, but the records themselves."""
+    """The whole comparison, without the records."""
     recipes: list[dict[str, Any]] = [{"name": recipe.name, "runs": []} for recipe in found.recipes]
     for index, _, run, stop in _each_run(found):
         entry = {"name": run.name, "path": str(run.path), "source": str(run.source), "evaluations": len(run.records)}
@@ -178,7 +186,7 @@ def to_json(found: Comparison) -> str:
         "ranked_by": found.by if found.ranking is not None else None,
         "mismatch": found.mismatch,
         "level": found.level,
-        "rule": found.rule,
+        "rule": repr(found.rule),
         "recipes": recipes,
         "axes": {result.axis: _axis(found, result) for result in found.axes},
         "remarks": list(found.remarks),
@@ -213,7 +221,7 @@ def _brief(record: EvalRecord | None) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Infinite degrees of freedom are null in JSON."""
+    """A JSON value with None for infinite numbers (degrees of freedom)."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -222,8 +230,8 @@ def _plain(value: Any) -> Any:
 
 
 def to_csv(found: Comparison) -> str:
-    """A line for each run."""
-    columns = ["recipe", "run", "rank", "alike", "evaluations", "last_step", "last_mir", "last_mir_se"]
+    """One line per run."""
+    columns = ["recipe", "run", "rank", "comparable", "evaluations", "last_step", "last_mir", "last_mir_se"]
     columns += ["lowest_step", "lowest_mir"]
     columns += [name for axis in AXES for name in (f"equal_{axis}", f"mir_at_equal_{axis}")]
     saved = ["saved_steps", "saved_share", "saved_seconds", "missed_gain"]
@@ -234,7 +242,7 @@ def to_csv(found: Comparison) -> str:
     for index, number, run, stop in _each_run(found):
         last, lowest = run.measured[-1], lowest_record(run.records)
         row: dict[str, Any] = {"recipe": found.recipes[index].name, "run": run.name, "stop_step": stop.step}
-        row |= {"alike": "no" if found.mismatch else "yes", "evaluations": len(run.records)}
+        row |= {"comparable": "no" if found.mismatch else "yes", "evaluations": len(run.records)}
         row |= {"last_step": last.step, "last_mir": last.mir, "last_mir_se": last.mir_se}
         row |= {name: getattr(stop, name) for name in saved}
         if lowest is not None:
@@ -251,7 +259,7 @@ def to_csv(found: Comparison) -> str:
 
 
 def to_markdown(found: Comparison) -> str:
-    """The tables of the terminal, and what there is to know."""
+    """The verdict, tables and remarks, as on the terminal."""
     parts = [f"**{_escape(verdict)}**"] if (verdict := state_verdict(found)) else []
     for table in make_tables(found):
         rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
@@ -263,8 +271,8 @@ def to_markdown(found: Comparison) -> str:
 
 
 def _escape(text: str) -> str:
-    """Names come from folders: nothing in them may become a cell, a heading or a tag."""
-    text = "".join(sign if sign.isprintable() or sign.isspace() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    """Text without Markdown, HTML or control characters: names of folders can contain anything."""
+    text = printable(" ".join(text.split()))
     for sign in ("\\", "|", "*", "_", "`", "<", "["):
         text = text.replace(sign, "\\" + sign)
-    return " ".join(text.split())
+    return text

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models on disk: which checkpoints there are, how each is opened, and their values in a history file."""
+"""Checkpoints on disk: find, load and evaluate them, and store their values."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate one checkpoint: open it, measure it, and make the record that a run measuring itself would have made."""
+"""Evaluate one checkpoint, into the record that the run would have written at that step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.probe.probe import Probe
 from mir_callback.record import CIRCUMSTANCES, EvalRecord
 
-# What must be the same for a live value to be that of its checkpoint, and what to do where it is not.
+# What has to be equal for a value measured during training to be that of the checkpoint, and what to do if it is not.
 _REMEDIES = {
-    "probe_fingerprint": "give --probe the run's own",
-    "tokens_fingerprint": "give --processor (for LLaVA --conversation) that of the run",
-    "root": "give --root that of the run",
-    "pixels_fingerprint": "the image processor has other settings or its image library another version",
-    "dtype": "give --dtype or --autocast as the run had it",
+    "probe_fingerprint": "pass the probe of the run: --probe",
+    "tokens_fingerprint": "pass the processor of the run: --processor (for LLaVA: --conversation)",
+    "root": "pass the root of the run: --root",
+    "pixels_fingerprint": "the image processor's settings or its image library differ",
+    "dtype": "pass the precision of the run: --dtype or --autocast",
 }
 _UNKNOWN_STEP = (
-    "nothing tells the step of these weights: their value is recorded as that of step 0, and none of the run's own "
-    "stands beside it; put trainer_state.json beside them (trainer.save_state() writes it)"
+    "the step of these weights is unknown: they are recorded as step 0 and not compared with the values of the run. "
+    "Write trainer_state.json beside them (trainer.save_state())"
 )
 
 
@@ -46,12 +46,12 @@ class EvalOptions:
 
     loading: LoadOptions = field(default_factory=LoadOptions)
     device: torch.device = torch.device("cpu")  # of this rank
-    autocast: str | None = None  # a name of DTYPES, as runs with bf16=True or fp16=True train; None: the weights' own
+    autocast: str | None = None  # bfloat16 or float16, as with bf16=True or fp16=True in training; None for none
     config: MIRConfig = field(default_factory=MIRConfig)
 
 
 def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord | None:
-    """The record of the same evaluation made before, None if there is none or it failed. Ranks: collective."""
+    """The record of an earlier evaluation with the same options; None if there is none or it failed. Collective."""
     record = next((record for record in results.records if record.step == checkpoint.step), None)
     with distributed.fail_together():
         method = _describe_method(checkpoint, probe, options) if distributed.is_main() else {}
@@ -62,11 +62,11 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord:
-    """Evaluate one checkpoint and put its record among the results; MIRError if that fails. Ranks: collective.
+    """Evaluate one checkpoint and store its record in the results; MIRError if that fails. Ranks: collective.
 
-    Where the hidden states define no value the record's `mir` is None, and its `error` says why.
+    If the hidden states give no MIR (e.g. NaN), the record has `mir` None, and the reason in `error`.
     """
-    gc.collect()  # the model before, which a failure may still refer to
+    gc.collect()  # the previous model, which an exception may still refer to
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     started = time.perf_counter()
@@ -92,7 +92,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
 
 
 def _describe_method(checkpoint: Checkpoint, probe: Probe, options: EvalOptions) -> dict[str, Any]:
-    """The fields that are equal in two records of the same evaluation."""
+    """The record's fields that identify how it was evaluated."""
     return {
         "probe_fingerprint": probe.fingerprint,
         "root": options.config.root,
@@ -103,7 +103,7 @@ def _describe_method(checkpoint: Checkpoint, probe: Probe, options: EvalOptions)
 
 @contextmanager
 def _explain_misfit() -> Iterator[None]:
-    """Around encoding and forwards, which fail in any way where a processor is of another model."""
+    """For encoding and forwards: with the wrong processor these fail with any kind of error."""
     try:
         yield
     except MIRError:
@@ -112,41 +112,40 @@ def _explain_misfit() -> Iterator[None]:
         if not distributed.is_shared(error):
             raise
         raise ConfigError(
-            f"the forward fails on what the processor makes: {shorten_message(error)}; see whether --processor is the "
-            "model's own, and memory enough for --batch-size"
+            f"The model failed on the probe: {shorten_message(error)}. Check that the processor is the model's own "
+            "(--processor), and that memory suffices for --batch-size."
         ) from error
 
 
 def _require_known_tokens(model: nn.Module, evaluator: Evaluator) -> None:
-    """Refuse ids that the model has no embedding of: on a GPU they would end the process."""
+    """Refuse token ids beyond the model's vocabulary, which on a GPU would crash the process."""
     top: Any = unwrap(model)
     known = int(top.get_input_embeddings().weight.shape[0])
     highest = max(int(batch.inputs["input_ids"].max()) for batch in evaluator.batches)
     if highest >= known:
         raise ConfigError(
-            f"the processor is not the model's: it makes token id {highest} for a vocabulary of {known}; give "
-            "--processor the folder or hub name of the model's own"
+            f"The processor is not the model's: it gives token id {highest}, the vocabulary has {known}. Pass the "
+            "model's own: --processor FOLDER_OR_HUB_NAME."
         )
 
 
 class LiveValues:
-    """A run's own values, to be looked at beside those of its checkpoints, if its output folder has a history."""
+    """The values a run measured during training, to be shown beside those of its checkpoints."""
 
     def __init__(self, run: Path) -> None:
-        self.problem: str | None = None  # why there are none although there is a history
-        self._said: set[str] = set()
+        self.problem: str | None = None  # why its history could not be read
+        self._noted: set[str] = set()
         records, path = [], run / FILE_NAME
         try:
             records = read_history(path) if path.exists() else []
         except (HistoryError, OSError) as error:
-            self.problem = f"the values of the run itself cannot be shown beside: {error}"
+            self.problem = f"values of the run itself are not shown: {error}"
         self._by_step = {record.step: record for record in records if record.mir is not None}
 
     def find(self, record: EvalRecord, *, step_known: bool) -> tuple[float | None, list[str]]:
-        """The live value of a record's step that was made the same way, and what to know before comparing the two.
+        """The run's value at a record's step, if measured the same way; and notes about differences, each once.
 
-        These are sentences, each only the first time. Without ``step_known`` the record's step is not that of its
-        weights, only where such values are put.
+        Without ``step_known`` the record's step is only a placeholder.
         """
         if not step_known:
             return None, [_UNKNOWN_STEP] if self._by_step else []
@@ -155,10 +154,9 @@ class LiveValues:
             return None, []
         changed = [name for name in _REMEDIES if None not in (live[name], record[name]) and live[name] != record[name]]
         notes = [
-            f"the run measured itself with {name} {live[name]}, its checkpoints are with {record[name]}: "
-            f"{_REMEDIES[name]}"
+            f"{name} was {live[name]} during training and is {record[name]} now: {_REMEDIES[name]}"
             for name in changed
-            if name not in self._said
+            if name not in self._noted
         ]
-        self._said.update(changed)
+        self._noted.update(changed)
         return (live.mir if set(changed) <= set(CIRCUMSTANCES) else None), notes

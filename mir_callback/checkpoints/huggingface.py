@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of transformers' own vision-language models: whole, as a PEFT adapter, as DeepSpeed ZeRO shards."""
+"""Load checkpoints of transformers' vision-language models: whole weights, PEFT adapters, DeepSpeed ZeRO shards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def opens(config: Mapping[str, Any]) -> bool:
-    """Everything that no other family opens."""
+    """Always: it is the last family to be tried."""
     return True
 
 
@@ -52,13 +52,13 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     for flag, value in (("--conversation", options.conversation), ("--vision-dtype", options.vision_dtype)):
         if value not in (None, AUTO):
             raise ConfigError(
-                f"{flag} {value} is for models of the package llava, and {folder} is one of transformers; leave it out"
+                f"{flag} {value} is for models of the package llava, {folder} is one of transformers. Leave it out."
             )
     storage = find_storage(checkpoint)
     if storage == PROJECTOR:
         raise ConfigError(
-            f"{folder} holds {PROJECTOR_FILE} without a configuration of LLaVA's (with mm_vision_tower) beside it; it "
-            "was saved by a code base not known here"
+            f"{folder} has {PROJECTOR_FILE}, but its config.json is not LLaVA's (no mm_vision_tower). Projectors of "
+            "other code bases cannot be loaded."
         )
     places = [folder, checkpoint.run]
     if (folder / ADAPTER_CONFIG).is_file():
@@ -77,13 +77,13 @@ def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
     folder = checkpoint.folder
     if find_storage(checkpoint) != WHOLE:
         raise ConfigError(
-            f"the base model {folder} is no folder of whole weights; give --base the model that training started from"
+            f"The base model {folder} has no whole weights. Pass the model that training started from: --base."
         )
     return _load(checkpoint, _find_class(folder), str(folder), DTYPES.get(options.dtype, AUTO))
 
 
 def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
-    """The architecture is from the configuration beside a Trainer's shards, or else of the base or the run."""
+    """Load ZeRO shards into the architecture of the config.json beside them, else of the base model or the run."""
     folder = checkpoint.folder
     if not (folder / "config.json").is_file():
         if options.base is not None:
@@ -92,8 +92,8 @@ def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
             folder = checkpoint.run
         else:
             raise ConfigError(
-                f"{folder} holds DeepSpeed shards without a config.json, and none is in {checkpoint.run}; give --base "
-                "the folder or hub name of a model of the same architecture"
+                f"{folder} has DeepSpeed shards without a config.json, and {checkpoint.run} has none either. Pass a "
+                "model of the same architecture: --base FOLDER_OR_HUB_NAME."
             )
     kind, config = _find_class(folder), transformers.AutoConfig.from_pretrained(str(folder))
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
@@ -102,7 +102,7 @@ def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
 
 
 def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **given: Any) -> nn.Module:
-    """What `from_pretrained` makes, if every weight has found its place."""
+    """`from_pretrained`, and a check that every weight was loaded."""
     given[_DTYPE_ARGUMENT] = dtype
     model, found = kind.from_pretrained(source, output_loading_info=True, **given)
     others = [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
@@ -111,30 +111,28 @@ def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **g
 
 
 def _find_class(folder: Path) -> Any:
-    """The class that a configuration names."""
+    """The model class that config.json names."""
     names = read_json(folder / "config.json").get("architectures")
     kind = getattr(transformers, str(names[0]), None) if names else None
     if kind is None:
         raise ConfigError(
-            f"architectures in {folder / 'config.json'} names no class of transformers {transformers.__version__}: "
-            f"{names}; install the transformers that has it, or measure it in Python with evaluate_mir"
+            f"transformers {transformers.__version__} has no class {names} (architectures in "
+            f"{folder / 'config.json'}). Install a version that has it, or use evaluate_mir in Python."
         )
     return kind
 
 
 def _load_adapter(checkpoint: Checkpoint, base: nn.Module, *, sharded: bool) -> nn.Module:
-    """The base model with the adapter in place, not merged, as it was while it trained."""
+    """The base model with the adapter, not merged, as in training."""
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(
-            f"the adapter in {checkpoint.folder} needs peft, which cannot be imported: {error}; pip install peft"
-        ) from error
+        raise ConfigError(f"The adapter in {checkpoint.folder} needs peft: {error}. Run pip install peft.") from error
     folder = str(checkpoint.folder)
     model: Any
-    if sharded:  # what trained must be in the shards; frozen weights may be, and then go in as well
+    if sharded:  # trained weights must be in the shards, frozen ones may be
         config = peft.PeftConfig.from_pretrained(folder)
-        config.inference_mode = False  # so that the model says which of its weights train
+        config.inference_mode = False  # so that requires_grad shows which weights were trained
         model = peft.PeftModel(base, config)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         weights = read_shards(checkpoint)
@@ -150,66 +148,65 @@ def _load_adapter(checkpoint: Checkpoint, base: nn.Module, *, sharded: bool) -> 
 
 
 def _load_processor(given: str | None, places: list[Path]) -> Any:
-    """The processor given, or the first one found beside the weights."""
+    """The processor ``given``, else the first one found in ``places``."""
     if given is not None:
         folder = fetch_folder(given, weights=False, what="--processor")
     else:
         found = [place for place in places if any((place / name).is_file() for name in _PROCESSOR_FILES)]
         if not found:
             raise ConfigError(
-                f"there is no processor in {', '.join(str(place) for place in dict.fromkeys(places))}; give "
-                "--processor a folder or hub name, and let the Trainer save it: processing_class=processor"
+                f"Found no processor in {', '.join(str(place) for place in dict.fromkeys(places))}. Pass --processor "
+                "FOLDER_OR_HUB_NAME. A Trainer with processing_class=processor saves it with each checkpoint."
             )
         folder = found[0]
     try:
         processor = transformers.AutoProcessor.from_pretrained(str(folder))
     except Exception as error:  # of transformers, of missing image libraries: any kind
         raise ConfigError(
-            f"transformers cannot open the processor in {folder}: {shorten_message(error)}; give --processor the "
-            "folder or hub name of the model's own"
+            f"Could not load the processor in {folder}: {shorten_message(error)}. Pass the model's own: --processor "
+            "FOLDER_OR_HUB_NAME."
         ) from error
     if any(getattr(processor, part, None) is None for part in ("tokenizer", "image_processor")):
         raise ConfigError(
-            f"the processor in {folder}, a {type(processor).__name__}, does not handle images and text (has no "
-            "image_processor or tokenizer); give --processor the folder or hub name of the model's own"
+            f"The processor in {folder} ({type(processor).__name__}) has no image_processor or no tokenizer. Pass the "
+            "model's own: --processor FOLDER_OR_HUB_NAME."
         )
     return processor
 
 
 def read_shards(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights of DeepSpeed's shards (`global_stepN` folders) by their names in training, float32, on the CPU."""
+    """All weights of DeepSpeed's ZeRO shards (`global_stepN`), by their names in training, float32, on the CPU."""
     folder = checkpoint.folder
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
         raise ConfigError(
-            f"the ZeRO shards in {folder} need deepspeed, which cannot be imported: {error}; pip install deepspeed, or "
-            "make whole weights of them elsewhere with the zero_to_fp32.py beside them"
+            f"The ZeRO shards in {folder} need deepspeed: {error}. Run pip install deepspeed, or merge them elsewhere "
+            "with the zero_to_fp32.py beside them."
         ) from error
     tag = checkpoint.shards
     if tag is None and not (folder / "latest").is_file():
         found = sorted(path.name for path in folder.glob("global_step*"))
         if len(found) != 1:
             raise ConfigError(
-                f"nothing in {folder} (no file `latest`) says which of its shards to open: {', '.join(found) or 'none'}"
-                f"; name one: {folder / (found[-1] if found else 'global_stepN')}"
+                f"{folder} has no file `latest` that names its shards, and {len(found)} folders of shards "
+                f"({', '.join(found) or 'none'}). Name one: {folder / (found[-1] if found else 'global_stepN')}"
             )
         tag = found[0]
     try:
-        with redirect_stdout(io.StringIO()):  # it says its every step; its progress bars stay
-            # NOTE: DeepSpeed unpickles the shards with weights_only=False: the one place here where a file that
-            # somebody hands over could run code.
+        with redirect_stdout(io.StringIO()):  # it prints each step
+            # NOTE: DeepSpeed unpickles shards with weights_only=False: here a file from someone else could run code.
             weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
-    except Exception as error:  # missing and damaged shards lead to errors of any kind
+    except Exception as error:  # any kind, for missing or damaged shards
         raise ConfigError(
-            f"{folder} does not hold all shards of a DeepSpeed checkpoint of ZeRO stage 1 to 3: "
-            f"{shorten_message(error)}; copy the shards of every rank into it"
+            f"Could not merge the ZeRO shards in {folder}: {shorten_message(error)}. Check that the shards of every "
+            "rank are there."
         ) from error
     return {name: torch.as_tensor(tensor) for name, tensor in weights.items()}
 
 
 def read_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """The weights that save_pretrained wrote whose names hold ``part``, on the CPU in their own dtype."""
+    """The weights saved by save_pretrained whose names contain ``part``, on the CPU in their own dtype."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{whole}.index.json"
         places = read_json(index).get("weight_map", {}) if index.is_file() else {part: whole}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs and recipes as they are named on a command line, and files to write."""
+"""Runs, recipes and output files as command line arguments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mir_callback.errors import ConfigError
 from mir_callback.fs import write_atomic
 
 RUNS = """\
-A RUN is an output folder, a history file, a checkpoint in a run's folder, or the folder of a run's wandb artifact.
-NAME=RUN,RUN,... is a recipe: runs that differ in nothing but the seed; patterns such as NAME='runs/a_seed*' will do."""
+A RUN is an output folder, a history file, a checkpoint of a run, or the folder of a run's wandb artifact.
+NAME=RUN,RUN,... is a recipe: runs that differ only in the seed. Patterns work too: NAME='runs/a_seed*'."""
 
 
 def read_recipes(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
-    """The recipes that words name, and what could not be read, in sentences; ConfigError if a word names nothing."""
+    """Read the recipes of some arguments; also returns messages about runs that could not be read."""
     groups = [(name, *read_runs(paths)) for name, paths in map(_split, words)]
     missing = [message for _, _, failed in groups for message in failed]
     distinct = iter(make_names_unique([run for _, runs, _ in groups for run in runs]))
@@ -30,40 +30,40 @@ def read_recipes(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
             recipes.append(Recipe(name or own[0].name, own))
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"there are two recipes called {', '.join(twice)}; call one otherwise")
+        raise ConfigError(f"Two recipes are called {', '.join(twice)}. Rename one.")
     return recipes, missing
 
 
 def _split(word: str) -> tuple[str | None, list[str]]:
-    """A recipe's name and the paths of its runs; no name for a plain run."""
+    """The name (None for a plain run) and the run paths of an argument."""
     if os.path.exists(os.path.expanduser(word)) or "=" not in word:
         return None, [word]
     name, _, rest = word.partition("=")
-    # A pattern that matches nothing stays as it is: reading it says that it does not exist.
+    # A pattern without matches is kept, and reported as missing when it is read.
     paths = [path for part in rest.split(",") if part for path in sorted(glob.glob(os.path.expanduser(part))) or [part]]
     if not name or not paths:
-        raise ConfigError(f"{word!r} is neither a path nor NAME=RUN,RUN,...; write e.g. long=runs/long_1,runs/long_2")
+        raise ConfigError(f"{word!r} is neither a path nor NAME=RUN,RUN,... such as long=runs/long_1,runs/long_2")
     return name, paths
 
 
 def check_output(flag: str, words: str, runs: Sequence[Run] = ()) -> Path:
-    """The file that a flag names, links followed; ConfigError if it cannot be one, or holds what a run has measured."""
+    """The output file of a flag, links resolved; ConfigError if it is no file, or one with measured values."""
     if not words or words == "-":
-        raise ConfigError(f"{flag} needs the name of a file to write, got {words!r}")
+        raise ConfigError(f"{flag} needs the name of a file, got {words!r}")
     path = Path(os.path.realpath(os.path.expanduser(words)))
     if path.is_dir():
-        raise ConfigError(f"{flag} {words} is a folder; add the name of a file")
+        raise ConfigError(f"{flag} {words} is a folder. Add the name of a file.")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{flag} {words} is no regular file; name another")
+        raise ConfigError(f"{flag} {words} is not a regular file. Choose another.")
     if path.suffix == ".jsonl" or path in {run.source.resolve() for run in runs}:
-        raise ConfigError(f"{flag} {words} would write over measured values; choose another name")
+        raise ConfigError(f"{flag} {words} would overwrite measured values. Choose another name.")
     return path
 
 
 def write_output(flag: str, path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads half of it; ConfigError if it cannot be written, what was there stays."""
+    """Write a file atomically; ConfigError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode(errors="backslashreplace"))  # names of folders need not be text
+        write_atomic(path, text.encode(errors="backslashreplace"))  # folder names may not be valid text
     except OSError as error:
-        raise ConfigError(f"{flag} cannot be written to {path}: {error.strerror or error}; choose another") from error
+        raise ConfigError(f"Could not write {path} ({flag}): {error.strerror or error}. Choose another.") from error

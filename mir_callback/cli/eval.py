@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mir eval`: the value of finished models, and of every checkpoint of a run."""
+"""`mir eval`: MIR of saved models, and of every checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -21,62 +21,69 @@ from mir_callback.checkpoints.load import AUTO, DTYPES, LoadOptions, fetch_folde
 from mir_callback.checkpoints.results import RESULTS_NAME, Results
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, MIRError
+from mir_callback.fs import printable
 from mir_callback.metric.frechet import ROOTS
 from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord
 
 EPILOG = f"""\
-a run is a Trainer's output folder: each checkpoint-N in it is measured, and the weights in the folder itself if
-something there tells that they are of another step. Values go to {RESULTS_NAME} in it, once for each checkpoint.
+Of a run (a Trainer's output folder) every checkpoint-N is measured, and the weights in the folder itself if they are
+known to be of another step. Values go to {RESULTS_NAME} in the run's folder.
+With several GPUs: torchrun --nproc_per_node 4 -m mir_callback eval ...
 
-examples:
+example:
   mir eval checkpoints/llava-pretrain --probe probe.zip
-  mir eval llava-hf/llava-1.5-7b-hf --probe probe.zip --dtype bfloat16
-  mir eval checkpoints/llava-pretrain --base lmsys/vicuna-7b-v1.5 --images textvqa/val --texts cnn/stories
-  torchrun --nproc_per_node 4 -m mir_callback eval checkpoints/llava-pretrain --probe probe.zip --every 500
 """
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a run, a checkpoint, a model folder, a hub name")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a run, a checkpoint, a model folder or a hub name")
     which = parser.add_argument_group("which checkpoints")
-    which.add_argument("--steps", type=_steps, metavar="N,N,...", help="only those of these steps")
-    which.add_argument("--every", type=int, metavar="N", help="only those of steps that are multiples of N")
-    which.add_argument("--again", action="store_true", help="measure also what has been measured already")
+    which.add_argument("--steps", type=_steps, metavar="N,N,...", help="only these steps")
+    which.add_argument("--every", type=int, metavar="N", help="only steps that are multiples of N")
+    which.add_argument("--again", action="store_true", help="measure again what has been measured already")
     probe = parser.add_argument_group("the probe")
     probe.add_argument("--probe", metavar="PATH", help=f"a saved probe (default: {RUN_PROBE} in the run's folder)")
     probe.add_argument("--images", metavar="DIR", help="or draw it from this folder of images")
     probe.add_argument("--texts", metavar="DIR", help="and this folder of texts")
-    probe.add_argument("--num-samples", type=int, metavar="N", help="of the draw (default: 100)")
-    probe.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
-    opening = parser.add_argument_group("how models are opened")
-    opening.add_argument("--base", metavar="NAME", help="base model of partial checkpoints, if not the one they name")
-    opening.add_argument("--processor", metavar="NAME", help="if not the one saved with the model")
-    opening.add_argument("--conversation", metavar="NAME", help="LLaVA's template (default: plain for projectors)")
+    probe.add_argument("--num-samples", type=int, metavar="N", help="image and text pairs to draw (default: 100)")
+    probe.add_argument("--seed", type=int, metavar="N", help="seed of the draw (default: 0)")
+    opening = parser.add_argument_group("loading")
+    opening.add_argument(
+        "--base", metavar="NAME", help="base model of partial checkpoints (default: the one they name)"
+    )
+    opening.add_argument("--processor", metavar="NAME", help="(default: the one saved with the model)")
+    opening.add_argument(
+        "--conversation", metavar="NAME", help="LLaVA's conversation template (default: plain for projectors)"
+    )
     opening.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: that of the weights)")
-    opening.add_argument("--vision-dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: as LLaVA trains)")
-    opening.add_argument("--autocast", choices=["bfloat16", "float16"], help="as runs with --bf16 or --fp16 train")
+    opening.add_argument(
+        "--vision-dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: as in LLaVA's training)"
+    )
+    opening.add_argument("--autocast", choices=["bfloat16", "float16"], help="as in training with --bf16 or --fp16")
     opening.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    opening.add_argument("--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples a forward")
+    opening.add_argument(
+        "--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples per forward"
+    )
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
-    result = parser.add_argument_group("what becomes of the values")
+    result = parser.add_argument_group("output")
     result.add_argument("--history", metavar="FILE", help=f"(default: {RESULTS_NAME} in the run's folder)")
-    result.add_argument("--json", action="store_true", help="print records, one JSON object a line")
+    result.add_argument("--json", action="store_true", help="print records, one JSON object per line")
 
 
 def run(options: Namespace) -> None:
-    """Measure everything that can be measured, and say of the rest why not.
+    """Measure all checkpoints, and print why one could not be measured.
 
     Raises:
-        MIRError: a flag breaks its rule, or at the end, if anything could not be measured.
-        SystemExit: likewise on other ranks than the first, which does the talking.
+        MIRError: a flag is invalid; or, at the end, a checkpoint could not be measured.
+        SystemExit: the same on other ranks than rank 0, without a message.
 
     Ranks: collective.
     """
-    transformers_logging.disable_progress_bar()  # one for every checkpoint on every rank
-    transformers_logging.set_verbosity_error()  # it warns of what is refused here
+    transformers_logging.disable_progress_bar()  # one per checkpoint and rank otherwise
+    transformers_logging.set_verbosity_error()  # what it warns of is an error here
     device = _find_device(options.device)
     with distributed.joined(on_gpu=device.type == "cuda"):
         try:
@@ -86,7 +93,7 @@ def run(options: Namespace) -> None:
             config = MIRConfig(root=options.root, batch_size=options.batch_size)
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
-                raise ConfigError(f"{len(failed)} could not be measured: {', '.join(failed)}; see above")
+                raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")
         except MIRError:
             if distributed.is_main():
                 raise
@@ -94,7 +101,7 @@ def run(options: Namespace) -> None:
 
 
 def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) -> list[str]:
-    """Evaluate one run after the other; names of what could not be."""
+    """Evaluate one run after the other; returns the names of what failed."""
     failed: list[str] = []
     for name in options.models:
         try:
@@ -102,9 +109,9 @@ def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) 
                 found = find_checkpoints(fetch_folder(name))
                 run = found.checkpoints[0].run
                 if found.error is not None and options.steps is None and options.every is None:
-                    failed.append(_say_failure(str(run), found.error))  # all there is was asked for
+                    failed.append(_print_failure(str(run), found.error))  # all checkpoints were asked for
                 elif found.error is not None or found.note is not None:
-                    _say(options, f"NOTE: {found.error or found.note}")
+                    _note(options, f"NOTE: {found.error or found.note}")
                 chosen = select_checkpoints(found.checkpoints, options.steps, options.every)
                 probe = _load_probe(source, run)
             distributed.require_same(checkpoints=[checkpoint.name for checkpoint in chosen])
@@ -113,7 +120,7 @@ def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) 
         except MIRError as error:
             if len(options.models) == 1:
                 raise
-            failed.append(_say_failure(name, error))
+            failed.append(_print_failure(name, error))
         else:
             failed += _evaluate_run(chosen, probe, how, results, options)
     return failed
@@ -122,13 +129,13 @@ def _evaluate_models(options: Namespace, source: ProbeSource, how: EvalOptions) 
 def _evaluate_run(
     chosen: list[Checkpoint], probe: Probe, how: EvalOptions, results: Results, options: Namespace
 ) -> list[str]:
-    """Every checkpoint of one run: evaluated, or known, or said why not; the folders of the last. Collective."""
+    """Evaluate the checkpoints of a run that are not known yet; returns the folders that failed. Collective."""
     run, failed = chosen[0].run, []
-    _say(options, f"{run}: probe {probe.fingerprint} of {len(probe)} samples, values go to {results.path}")
+    _note(options, f"{run}: probe {probe.fingerprint} ({len(probe)} samples), writing to {results.path}")
     live = LiveValues(run)
     if live.problem:
-        _say(options, f"  NOTE: {live.problem}")
-    said: str | None = None
+        _note(options, f"  NOTE: {live.problem}")
+    problem: str | None = None
     for checkpoint in tqdm(chosen, desc="checkpoints", disable=None if distributed.is_main() else True, leave=False):
         record = None if options.again else find_record(checkpoint, probe, how, results)
         known = record is not None
@@ -137,11 +144,11 @@ def _evaluate_run(
         except Exception as error:
             if not distributed.is_shared(error):
                 raise
-            failed.append(_say_failure(str(checkpoint.folder), error))
+            failed.append(_print_failure(str(checkpoint.folder), error))
             continue
-        if results.problem != said:
-            said = results.problem
-            _say(options, f"  NOTE: {said}")
+        if results.problem != problem:
+            problem = results.problem
+            _note(options, f"  NOTE: {problem}")
         _print(record, known, live, options, step_known=checkpoint.step_known)
         if record.mir is None:
             failed.append(str(checkpoint.folder))
@@ -149,16 +156,16 @@ def _evaluate_run(
 
 
 def _load_probe(source: ProbeSource, run: Path) -> Probe:
-    """The probe that the flags name, or the one saved in the run's folder."""
+    """The probe of the flags, else the one in the run's folder."""
     if source.is_given:
         return source.load()
     if not (run / RUN_PROBE).exists():
-        raise ConfigError(f"there is no {run / RUN_PROBE}; give --probe (see mir probe), or --images and --texts")
+        raise ConfigError(f"There is no {run / RUN_PROBE}. Pass --probe (see mir probe), or --images and --texts.")
     return Probe.load(run / RUN_PROBE)
 
 
 def _choose_file(options: Namespace, name: str, run: Path) -> Path:
-    """Where values go: as named, else in the run's folder, of a hub name in this one."""
+    """The file to write: --history, else in the run's folder, or for a hub name in the current one."""
     if options.history is not None:
         return Path(os.path.expanduser(options.history)).resolve()
     if is_local(name):
@@ -167,56 +174,58 @@ def _choose_file(options: Namespace, name: str, run: Path) -> Path:
 
 
 def _print(record: EvalRecord, known: bool, live: LiveValues, options: Namespace, *, step_known: bool) -> None:
-    """One record, as a line for people or for programs."""
+    """Print one record, as text or JSON."""
     if options.json:
         _write(record.to_line().rstrip("\n"), sys.stdout)
-        sys.stdout.flush()  # a program that reads along has each as soon as it is there
+        sys.stdout.flush()  # for a program that reads along
         return
     value, notes = live.find(record, step_known=step_known)
     for note in notes:
-        _say(options, f"  NOTE: {note}")
-    shown = f"MIR {record.mir:.4f}" if record.mir is not None else f"no MIR: {record.error}"
-    beside = f"  live {value:.4f} ({record.mir - value:+.1e})" if value is not None and record.mir is not None else ""
-    cost = "measured before" if known else f"{(record.load_seconds or 0.0) + (record.seconds or 0.0):.1f} s"
+        _note(options, f"  NOTE: {note}")
+    shown = f"MIR {record.mir:.4f}" if record.mir is not None else f"failed: {record.error}"
+    beside = (
+        f"  in training {value:.4f} ({record.mir - value:+.1e})" if value is not None and record.mir is not None else ""
+    )
+    cost = "cached" if known else f"{(record.load_seconds or 0.0) + (record.seconds or 0.0):.1f} s"
     _write(f"  step {record.step:>7}  {shown}{beside}  {cost}  {record.checkpoint}", sys.stdout)
 
 
-def _say_failure(name: str, error: Exception) -> str:
-    """Why something could not be measured; its name."""
-    why = str(error) if isinstance(error, MIRError) else f"unforeseen {shorten_message(error)}; please report this"
+def _print_failure(name: str, error: Exception) -> str:
+    """Print why something could not be measured; returns its name."""
+    why = str(error) if isinstance(error, MIRError) else f"unexpected {shorten_message(error)}. Please report this."
     _write(f"mir eval: {why if name in why else f'{name}: {why}'}", sys.stderr)
     return name
 
 
-def _say(options: Namespace, line: str) -> None:
-    """Something for people only."""
+def _note(options: Namespace, line: str) -> None:
+    """Print something that is not part of the JSON output."""
     _write(line, sys.stderr if options.json else sys.stdout)
 
 
 def _write(line: str, stream: Any) -> None:
-    """A line past the progress bar, said once for all ranks."""
+    """Print a line above the progress bar, on rank 0."""
     if distributed.is_main():
-        tqdm.write(line, file=stream)
+        tqdm.write(printable(line), file=stream)
 
 
 def _check_flags(options: Namespace) -> None:
-    """Refuse flags that break their rules or contradict each other."""
+    """ConfigError if flags are invalid or contradict each other."""
     for name, value in vars(options).items():
         if value == "" or (name == "models" and "" in value):
             flag = "MODEL" if name == "models" else f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is empty; is a shell variable unset?")
+            raise ConfigError(f"{flag} is empty. Is a shell variable unset?")
     if options.every is not None and options.every < 1:
-        raise ConfigError(f"--every must be at least 1, got {options.every}; leave it out for all checkpoints")
+        raise ConfigError(f"--every must be at least 1, got {options.every}. Leave it out for all checkpoints.")
     if options.steps is not None and options.every is not None:
-        raise ConfigError("give --steps or --every to choose checkpoints, not both")
+        raise ConfigError("--steps and --every exclude each other. Leave one out.")
     if options.images is None and (options.num_samples is not None or options.seed is not None):
-        raise ConfigError("--num-samples and --seed are of a draw, and need --images and --texts; leave them out")
+        raise ConfigError("--num-samples and --seed need --images and --texts to draw from. Leave them out.")
     if options.history is not None and len(options.models) > 1:
-        raise ConfigError(f"--history is of one run, got {len(options.models)}; leave it out, and each has its own")
+        raise ConfigError(f"--history is for a single run, got {len(options.models)}. Leave it out.")
 
 
 def _find_device(name: str | None) -> torch.device:
-    """The device of this rank: the one named, else its own GPU, else the CPU."""
+    """The device of this rank: --device, else its GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
@@ -224,10 +233,10 @@ def _find_device(name: str | None) -> torch.device:
             device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # how PyTorch refuses names and absent devices
+    except (AssertionError, RuntimeError) as error:  # of PyTorch, for unknown and missing devices
         raise ConfigError(
-            f"--device {name or 'cuda'} is no device of this machine: {shorten_message(error)}; use cpu, cuda or "
-            "cuda:0, and no more ranks than there are GPUs"
+            f"Could not use --device {name or 'cuda'}: {shorten_message(error)}. Use cpu, cuda or cuda:0, and no more "
+            "ranks than there are GPUs."
         ) from error
     return device
 
@@ -236,4 +245,4 @@ def _steps(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
+        raise ArgumentTypeError(f"takes integers separated by commas, got {text!r}") from None

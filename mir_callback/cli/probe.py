@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mir probe`: build a probe from where samples are, or open a saved one; look at it, save it."""
+"""`mir probe`: build a probe or open a saved one, inspect it, save it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from mir_callback.probe.sources import open_dataset
 EPILOG = """\
 examples:
   mir probe --images textvqa/val --texts cnn/stories --save probe.zip --show probe.png
-  mir probe --questions TextVQA_0.5.1_val.json --images textvqa/train_images --texts cnn/stories --save probe.zip
-  mir probe --llava-json blip_laion_cc_sbu_558k.json --images images --save probe.zip
-  mir probe --dataset lmms-lab/textvqa --split validation --texts cnn/stories --save probe.zip
-  mir probe probe.zip --model llava-hf/llava-1.5-7b-hf --show probe.png
+  mir probe probe.zip --model llava-hf/llava-1.5-7b-hf
 """
 _SOURCES = ("questions", "llava_json", "dataset")  # none of them: two folders
 _DATASET_FLAGS = ("split", "image_column", "text_column")
@@ -33,61 +30,63 @@ _BUILDING = ("images", "texts", *_SOURCES, *_DATASET_FLAGS, *_DRAW)
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
-    parser.add_argument("probe", nargs="?", help="a saved probe to open; leave it out to build one")
-    source = parser.add_argument_group("where the samples come from")
+    parser.add_argument("probe", nargs="?", help="a saved probe to open (default: build one)")
+    source = parser.add_argument_group("source of the samples")
     source.add_argument("--images", metavar="DIR", help="folder of images, searched recursively")
     source.add_argument("--texts", metavar="DIR", help="folder of texts (.txt, .md, .story), searched recursively")
-    source.add_argument("--questions", metavar="FILE", help="TextVQA question file: only its images of --images")
+    source.add_argument("--questions", metavar="FILE", help="TextVQA question file: use only its images in --images")
     source.add_argument("--llava-json", metavar="FILE", help="LLaVA-format JSON: images and texts of its records")
     source.add_argument("--dataset", metavar="NAME", help="Hugging Face dataset: a hub name or a folder")
     source.add_argument("--split", metavar="NAME", help="of --dataset (default: validation)")
     source.add_argument("--image-column", metavar="NAME", help="of --dataset (default: image)")
     source.add_argument("--text-column", metavar="NAME", help="of --dataset (default: text)")
     drawing = parser.add_argument_group("the draw")
-    drawing.add_argument("--num-samples", type=int, metavar="N", help="image + text pairs (default: 100)")
-    drawing.add_argument("--seed", type=int, metavar="N", help="of the draw (default: 0)")
+    drawing.add_argument("--num-samples", type=int, metavar="N", help="number of image and text pairs (default: 100)")
+    drawing.add_argument("--seed", type=int, metavar="N", help="of the random draw (default: 0)")
     drawing.add_argument("--max-text-tokens", type=int, metavar="N", help=f"(default: {DEFAULT_MAX_TEXT_TOKENS})")
-    result = parser.add_argument_group("what becomes of it")
-    result.add_argument("--save", metavar="PATH", help="write it: one file (.zip) or a folder")
+    result = parser.add_argument_group("output")
+    result.add_argument("--save", metavar="PATH", help="save it as one file (.zip) or as a folder")
     result.add_argument("--show", metavar="PNG", help="draw a contact sheet of all samples")
-    result.add_argument("--model", metavar="NAME", help="count tokens as this model has them; fetches no weights")
+    result.add_argument("--model", metavar="NAME", help="count tokens for this model, without its weights")
 
 
 def run(options: Namespace) -> None:
-    """Build or open the probe, say what it is, and do what was asked with it.
+    """Build or open the probe, print what is in it, and write the output that was asked for.
 
     Raises:
-        MIRError: a flag, a file or a sample breaks its rule.
+        MIRError: a flag, a file or a sample is invalid.
     """
     for name, value in vars(options).items():
         if value == "":
-            raise ConfigError(f"{_flag(name)} is empty; is a shell variable unset?")
+            raise ConfigError(f"{_flag(name)} is empty. Is a shell variable unset?")
     if options.show:
         check_sheet_path(options.show)
     probe = _open_or_build(options)
-    if options.save:  # before anything is said, as nobody may be listening
+    if options.save:  # first, as the output pipe may be closed
         probe.save(options.save)
-    print(f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens")
+    print(f"probe {probe.fingerprint}: {len(probe)} samples, texts of at most {probe.max_text_tokens} tokens")
     sizes = [sample.open_image().size for sample in probe.samples]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
     print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")
     counts = _count_tokens(probe, options.model) if options.model else None
     if options.save:
-        print(f"saved to {options.save}")
+        print(f"saved {options.save}")
     if options.show:
-        print(f"contact sheet in {draw_sheet(probe, options.show, counts)}")
+        print(f"wrote contact sheet {draw_sheet(probe, options.show, counts)}")
 
 
 def _open_or_build(options: Namespace) -> Probe:
     if options.probe:
         if given := _pick(options, _BUILDING):
-            raise ConfigError(f"{options.probe} is a saved probe; leave it out, or {', '.join(map(_flag, given))}")
+            raise ConfigError(
+                f"A saved probe ({options.probe}) excludes {', '.join(map(_flag, given))}. Leave one out."
+            )
         return Probe.load(options.probe)
     draw, sources = _pick(options, _DRAW), list(_pick(options, _SOURCES))
     if len(sources) > 1:
-        raise ConfigError(f"a probe has one source, got {' and '.join(map(_flag, sources))}; leave the others out")
+        raise ConfigError(f"{' and '.join(map(_flag, sources))} exclude each other. Pass one source.")
     if options.dataset is None and (stray := list(_pick(options, _DATASET_FLAGS))):
-        raise ConfigError(f"{_flag(stray[0])} is for --dataset, which is not given; see mir probe --help")
+        raise ConfigError(f"{_flag(stray[0])} needs --dataset. See mir probe --help.")
     match sources:
         case ["questions"]:
             _check_folders(options, "with --questions", images=True, texts=True)
@@ -106,7 +105,7 @@ def _open_or_build(options: Namespace) -> Probe:
 
 
 def _pick(options: Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the options that were given."""
+    """The options that were given, of these."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
@@ -115,17 +114,17 @@ def _flag(name: str) -> str:
 
 
 def _check_folders(options: Namespace, where: str, **needed: bool) -> None:
-    """Refuse --images or --texts where the source has its own, and their absence where it has none."""
+    """ConfigError if a source lacks --images or --texts, or if it has its own."""
     for name, need in needed.items():
         value = getattr(options, name)
         if need and value is None:
-            raise ConfigError(f"--{name} is needed {where}; see mir probe --help")
+            raise ConfigError(f"--{name} is needed {where}. See mir probe --help.")
         if not need and value is not None:
-            raise ConfigError(f"--{name} {value} is of no use {where}, which brings its own; leave it out")
+            raise ConfigError(f"--{name} {value} cannot be used {where}, which has its own. Leave it out.")
 
 
 def _count_tokens(probe: Probe, name: str) -> TokenCounts:
-    """Count and show tokens by a model's processor, or by its tokenizer where it has no processor for images."""
+    """Count and print tokens with a model's processor, or with its tokenizer if it has no image processor."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     failures = []
@@ -133,12 +132,10 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
         try:
             processor = kind.from_pretrained(name)
             break
-        except Exception as error:  # whatever a hub client or a damaged folder leads to
+        except Exception as error:  # any kind, of the hub client or a damaged folder
             failures.append(f"{kind.__name__}: {error}")
     else:
-        raise ConfigError(
-            f"--model {name} is no model folder or hub name with a processor or tokenizer: {'; '.join(failures)}"
-        )
+        raise ConfigError(f"Could not load a processor or tokenizer of --model {name}: {'; '.join(failures)}")
     if getattr(processor, "image_processor", None) is None:
         counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
@@ -147,9 +144,9 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
         counts = counts_of_model(probe, HuggingFaceAdapter(model, processor))
     for modality, tokens in (("vision", counts.vision), ("text", counts.text)):
         if tokens is not None:
-            print(f"  {modality + ' tokens':13} {_range(tokens)} a sample, {sum(tokens):,} in all")
+            print(f"  {modality + ' tokens':13} {_range(tokens)} per sample, {sum(tokens):,} in total")
     known = f"tokens fingerprint {counts.fingerprint}" if counts.fingerprint else None
-    print(f"  {known or 'vision tokens are not counted: the model has a tokenizer only'}")
+    print(f"  {known or 'vision tokens not counted: the model has only a tokenizer'}")
     return counts
 
 

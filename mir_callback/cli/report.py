@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mir report`: one HTML page about one or several runs, finished or still training."""
+"""`mir report`: an HTML page about runs, finished or still training."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mir_callback.analysis.page import render_report
 from mir_callback.analysis.page.views import RunView
 from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
+from mir_callback.fs import printable
 from mir_callback.probe.probe import Probe
 
 FILE_NAME = "mir_report.html"
@@ -25,89 +26,85 @@ EPILOG = f"""\
 {RUNS}
 
 examples:
-  mir report runs/demo                               # writes runs/demo/{FILE_NAME}
-  mir report runs/demo --watch 30                    # again every 30 seconds, while it trains
-  mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # several runs in the same pictures, and compared
-  mir report short='runs/short_seed*' long='runs/long_seed*' -o captions.html
-  mir report runs/demo --no-probe                    # without the samples MIR was measured on
+  mir report runs/demo --watch 30                    # writes runs/demo/{FILE_NAME}, again every 30 seconds
+  mir report runs/lr-1e-3 runs/lr-2e-3 -o lr.html    # compares runs
 """
 
 
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this subcommand."""
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run, which may be training, or NAME=RUN,RUN,... for a recipe")
+    add("runs", nargs="+", metavar="RUN", help="a run, or NAME=RUN,RUN,... for a recipe")
     add("-o", "--output", metavar="FILE", help=f"page to write (default: {FILE_NAME} in the run's folder, or here)")
-    add("--probe", metavar="PATH", help="saved probe, to show its samples (default: one that lies in the run's folder)")
-    add("--no-probe", action="store_true", help="show no samples, though the probe may be at hand")
-    add("--watch", type=float, metavar="SECONDS", help="write the page again and again; it reloads itself; end with ^C")
+    add("--probe", metavar="PATH", help="saved probe, to show its samples (default: the one in the run's folder)")
+    add("--no-probe", action="store_true", help="show no samples")
+    add("--watch", type=float, metavar="SECONDS", help="update the page periodically until Ctrl-C; it reloads itself")
 
 
 def run(options: Namespace) -> None:
-    """Read the runs, write the page, and with ``--watch`` go on doing so until interrupted; MIRError if that fails."""
+    """Read the runs and write the page, with ``--watch`` again and again until Ctrl-C; MIRError if that fails."""
     for flag in ("output", "probe"):
         if getattr(options, flag) == "":
-            raise ConfigError(f"--{flag} is empty, ''; is a shell variable unset?")
+            raise ConfigError(f"--{flag} is empty. Is a shell variable unset?")
     if options.probe and options.no_probe:
-        raise ConfigError(f"--probe {options.probe} and --no-probe exclude each other; leave one out")
+        raise ConfigError(f"--probe {options.probe} and --no-probe exclude each other. Leave one out.")
     if options.watch is not None and not (math.isfinite(options.watch) and options.watch >= 1):
-        raise ConfigError(f"--watch takes 1 second or more, not {options.watch:g}; use e.g. 30")
+        raise ConfigError(f"--watch takes at least 1 second, got {options.watch:g}. Use e.g. 30.")
     page = _choose_page(options)
     probe = Probe.load(options.probe) if options.probe else None
-    said: set[str] = set()
-    _write(page, options, probe, said)
+    seen: set[str] = set()
+    _write(page, options, probe, seen)
     if not options.watch:
-        print(f"report in {page}")
+        print(f"wrote {printable(str(page))}")
         return
-    print(f"report in {page}, written again every {options.watch:g} s until Ctrl-C", flush=True)
+    print(f"writing {printable(str(page))} every {options.watch:g} s until Ctrl-C", flush=True)
     try:
         while True:
             time.sleep(options.watch)
             try:
-                _write(page, options, probe, said)
-            except HistoryError as error:  # a run that starts anew moves its history aside; the page waits
-                _say([str(error)], said)
+                _write(page, options, probe, seen)
+            except HistoryError as error:  # e.g. a new run has moved the history aside: wait for it
+                _warn([str(error)], seen)
     except KeyboardInterrupt:
         options.watch = None
-        _write(page, options, probe, said)  # the page that stays does not reload itself
-        print(f"\nreport in {page}")
+        _write(page, options, probe, seen)  # the last page does not reload itself
+        print(f"\nwrote {printable(str(page))}")
 
 
-def _write(page: Path, options: Namespace, probe: Probe | None, said: set[str]) -> None:
-    """Read everything anew and replace the page; what has gone wrong is said once and stands on the page."""
+def _write(page: Path, options: Namespace, probe: Probe | None, seen: set[str]) -> None:
+    """Read the runs and replace the page; problems are shown on the page, and printed the first time."""
     recipes, notes = read_recipes(options.runs)
     runs = [run for recipe in recipes for run in recipe.runs]
     if not runs:
-        raise HistoryError("; ".join(notes))
+        raise HistoryError(" ".join(notes))
     measured_on = {record.probe_fingerprint for run in runs for record in run.records} - {None}
     if probe is not None and measured_on and probe.fingerprint not in measured_on:
         notes.append(
-            f"--probe is {probe.fingerprint}, but the values are of {', '.join(sorted(map(str, measured_on)))}: "
-            "the samples shown are not those that were measured"
+            f"--probe {options.probe} is not the probe that the values were measured on: the samples shown are others"
         )
     if probe is None and not options.no_probe:
         probe = _find_probe(runs)
     views = [RunView.from_run(run, recipe) for recipe in recipes for run in recipe.runs]
-    _say([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], said)
+    _warn([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], seen)
     parts = {"comparison": _compare(recipes), "probe": probe, "notes": notes, "reload_seconds": options.watch}
     text = render_report(views, written=datetime.now().astimezone(), **parts)
     write_output("--output", check_output("--output", str(page), runs), text)
 
 
 def _compare(recipes: Sequence[Recipe]) -> Comparison | None:
-    """The comparison of several recipes; None where there is none, which the page itself explains."""
+    """The comparison of several recipes; None if they are not comparable, which the page explains."""
     measured = [recipe for recipe in recipes if any(run.measured for run in recipe.runs)]
     try:
         return compare(measured) if len(measured) > 1 else None
-    except HistoryError:  # their values are not alike
+    except HistoryError:
         return None
 
 
-def _say(messages: Sequence[str], said: set[str]) -> None:
+def _warn(messages: Sequence[str], seen: set[str]) -> None:
     for message in messages:
-        if message not in said:
-            said.add(message)
-            print(f"mir report: {message}", file=sys.stderr)
+        if message not in seen:
+            seen.add(message)
+            print(f"mir report: {printable(message)}", file=sys.stderr)
 
 
 def _choose_page(options: Namespace) -> Path:
@@ -120,7 +117,7 @@ def _choose_page(options: Namespace) -> Path:
 
 
 def _find_probe(runs: Sequence[Run]) -> Probe | None:
-    """A probe that lies in a run's folder and is the one its values were measured on."""
+    """The probe in a run's folder that its values were measured on, if there is one."""
     for run in runs:
         folder, measured_on = run.source.parent, {record.probe_fingerprint for record in run.records}
         for path in [*sorted(folder.glob("*.zip")), *sorted(file.parent for file in folder.glob("*/probe.json"))]:

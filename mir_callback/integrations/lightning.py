@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning's Trainer: its events become calls of a monitor. Needs the package lightning, or pytorch_lightning."""
+"""MIR in Lightning's Trainer, a callback around MIRMonitor. Needs lightning or pytorch_lightning."""
 
 from __future__ import annotations
 
@@ -24,28 +24,34 @@ except ImportError:
     from pytorch_lightning.callbacks import Callback
 
 
-class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not looked at
-    """Compute MIR while a Lightning Trainer trains, send it to its loggers, and stop on its plateau.
+class MIRLightningCallback(Callback):  # type: ignore[misc]  # mypy does not see its types
+    """Measure MIR during training with a Lightning Trainer, send it to its loggers, and stop on its plateau.
 
-    Evaluations happen before the first step, every ``every`` optimizer steps, and at the end; with ``also_on`` also at
-    each validation ("evaluate") and checkpoint ("save"). What they find lies in `trainer.default_root_dir`, and not in
-    a logger's folder, which is another one when a fit is resumed (`ckpt_path`) and continues its history.
+    The events of ``also_on`` are "start", "end", "evaluate" (after each validation) and "save" (at each checkpoint).
+    History and probe go to `trainer.default_root_dir`, where a resumed fit (`ckpt_path`) continues the history.
 
     Args:
         probe: the fixed samples; the same on every rank.
-        processor: the model's processor; by default the LightningModule's attribute `processor`.
-        adapter: for models that no registered adapter knows.
-        model: where the vision-language model is, an attribute of the LightningModule ("student.vlm") or a function
-            of it; by default its only Hugging Face model.
+        processor: the model's processor; default: `processor` of the LightningModule.
+        adapter: for models without a registered adapter.
+        model: the vision-language model in the LightningModule, as an attribute ("student.vlm") or a function of the
+            module; default: its only Hugging Face model.
         **options: of :class:`MIRConfig`.
 
     Raises:
-        ConfigError: an option breaks its rule, or at the start of training, no model is found or several.
+        ConfigError: an option is invalid; or, when training starts, the module has no or several models.
+        UnsupportedModelError: when training starts, with FSDPStrategy.
 
-    Ranks: construct it on every rank with the same arguments.
+    Ranks: construct it on every rank, with the same arguments.
+
+    Attributes:
+        history: records of the evaluations so far, newest last.
 
     Example:
-        ``Trainer(callbacks=[MIRLightningCallback(probe, every=50, stop=PlateauRule())]).fit(module)``
+        ```
+        callback = MIRLightningCallback(probe, every=50, stop=PlateauRule())
+        Trainer(max_epochs=1, callbacks=[callback]).fit(module)
+        ```
     """
 
     def __init__(
@@ -62,14 +68,14 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
         self._probe, self._processor, self._adapter, self._model = probe, processor, adapter, model
         self._options = options
         self._monitor: MIRMonitor | None = None  # while training
-        self.history: list[EvalRecord] = []  # newest last
+        self.history: list[EvalRecord] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check everything, open the history and evaluate before the first step. Errors here end the run."""
+        """Open the history and evaluate before the first step; errors end the run."""
         if type(trainer.strategy).__name__ == "FSDPStrategy":
             raise UnsupportedModelError(
-                "FSDPStrategy shards the LightningModule as a whole, in which MIR cannot call "
-                "the model by itself; use DDP or ModelParallelStrategy"
+                "FSDPStrategy wraps the whole LightningModule, so that MIR cannot call the model inside of it. Use "
+                "DDPStrategy or ModelParallelStrategy."
             )
         planned, self._step = trainer.estimated_stepping_batches, trainer.global_step
         with trainer.precision_plugin.forward_context():
@@ -96,7 +102,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
         trainer.should_stop = trainer.should_stop or self._monitor.should_stop
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Evaluate if an optimizer step is done and one is due, and stop training if the rule says so."""
+        """Evaluate if due after an optimizer step, and stop training if the stop rule fires."""
         if trainer.global_step == self._step:  # gradients accumulate
             return
         self._step = trainer.global_step
@@ -106,25 +112,25 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # its types are not
         self._call(trainer, lambda monitor: monitor.step(self._step, loss=loss, epoch=_epoch(trainer)))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate if asked to."""
+        """Evaluate if "evaluate" is in ``also_on``."""
         if "evaluate" in self._config.also_on:
             self._call(trainer, MIRMonitor.evaluate)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Evaluate the weights of a checkpoint, if asked to."""
+        """Evaluate if "save" is in ``also_on``."""
         if "save" in self._config.also_on:
             self._call(trainer, MIRMonitor.evaluate)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluate the final weights if the last step has not been."""
+        """Evaluate the final weights, unless the last step was evaluated already."""
         self._call(trainer, MIRMonitor.close)
         self._monitor = None
 
-    def _call(self, trainer: Any, what: Callable[[MIRMonitor], Any]) -> None:
-        """Forwards of the probe are to be made as those of training are, under autocast for one."""
+    def _call(self, trainer: Any, method: Callable[[MIRMonitor], Any]) -> None:
+        """Call the monitor in the same context as Lightning's forwards, e.g. under autocast."""
         if self._monitor is not None:
             with trainer.precision_plugin.forward_context():
-                what(self._monitor)
+                method(self._monitor)
             trainer.should_stop = trainer.should_stop or self._monitor.should_stop
 
 
@@ -132,25 +138,25 @@ MIRLightningCallback.__init__ = with_options(MIRLightningCallback.__init__)  # t
 
 
 def find_model(module: nn.Module, where: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """The vision-language model of a LightningModule; ConfigError where it is not said which, and there is not one."""
+    """The vision-language model of a LightningModule; ConfigError if not given and there is not exactly one."""
     if where is not None:
         found: nn.Module = attrgetter(where)(module) if isinstance(where, str) else where(module)
         return found
-    names: list[str] = []  # outer modules come first; what is inside of one found is a part of it
+    names: list[str] = []  # outer modules come first; modules inside of one found are parts of it
     for name, child in module.named_modules():
         is_part = any(name.startswith(f"{outer}.") for outer in names)
         if name and not is_part and hasattr(child, "save_pretrained") and hasattr(child, "config"):
             names.append(name)
     if len(names) != 1:
         raise ConfigError(
-            f"{type(module).__name__} holds {' and '.join(names) or 'no'} Hugging Face model{'s' * (len(names) > 1)}; "
-            "say which one MIR is of: MIRLightningCallback(..., model='ATTRIBUTE')"
+            f"{type(module).__name__} has {len(names)} Hugging Face models ({', '.join(names) or 'none'}), MIR needs "
+            "one. Name it: MIRLightningCallback(..., model='ATTRIBUTE')."
         )
     return module.get_submodule(names[0])
 
 
 def _epoch(trainer: Any) -> float:
-    """Epochs done, with fraction; whole ones where the data have no length."""
+    """Epochs done, with fraction if the length of the data is known."""
     batches = trainer.num_training_batches
     return (trainer.fit_loop.total_batch_idx + 1) / batches if 0 < batches < math.inf else float(trainer.current_epoch)
 

@@ -94,7 +94,7 @@ def test_standard_error_is_that_of_the_metric():
 def test_unpaired_errors_are_used_and_told_when_influences_are_missing():
     result = compare([make_run("a", falling(3.0), mir_se=0.03), make_run("b", falling(3.5), mir_se=0.04)]).ranking
     assert (result.pairs[0].probe.kind, result.pairs[0].probe.se) == ("unpaired", pytest.approx(0.05))
-    assert any("unpaired" in sentence for sentence in result.messages)
+    assert any("influences" in sentence for sentence in result.messages)
 
 
 def test_the_noise_used_is_said_for_each_kind():
@@ -103,7 +103,7 @@ def test_the_noise_used_is_said_for_each_kind():
     assert "as given" in compare(single, seed_std=0.001).ranking.noise.message
     assert compare(single).ranking.ranks == (1, 1)
     assert compare(single, seed_std=0.001).ranking.ranks == (1, 2)
-    assert "replicates" in compare([seeds("a", [3.0, 3.1]), single[1]]).ranking.noise.message
+    assert "measured" in compare([seeds("a", [3.0, 3.1]), single[1]]).ranking.noise.message
 
 
 def test_a_difference_says_which_noise_it_bears():
@@ -215,7 +215,7 @@ def test_influences_of_another_probe_are_not_paired():
 
 def test_an_unknown_definition_is_refused():
     nothing = make_run("b", [3.0, 2.0], **dict.fromkeys(HOW))
-    with pytest.raises(HistoryError, match="probe_fingerprint .* of b,"):
+    with pytest.raises(HistoryError, match="probe_fingerprint of b "):
         compare([make_run("a", falling(3.0)), nothing])
 
 
@@ -228,7 +228,7 @@ def test_records_of_an_earlier_definition_are_left_out_and_told():
     mixed = make_run("a", falling(3.0), probe_fingerprint=lambda number: "old" if number < 4 else "p")
     found = compare([mixed, make_run("b", falling(3.0, count=31))])
     assert len(found.recipes[0].runs[0].records) == 26
-    assert any("4 of its 30 evaluations are left out" in remark for remark in found.remarks)
+    assert any("4 of 30 evaluations" in remark for remark in found.remarks)
 
 
 def test_runs_without_common_steps_are_described_and_not_ranked():
@@ -249,8 +249,8 @@ def test_runs_without_values_are_left_out_and_none_at_all_is_refused():
     failed = make_run("b", [None, None])
     found = compare([make_run("a", falling(3.0)), failed])
     assert [recipe.name for recipe in found.recipes] == ["a"]
-    assert "b is left out" in found.remarks
-    with pytest.raises(HistoryError, match="no run has a value"):
+    assert "skipped b" in found.remarks
+    with pytest.raises(HistoryError, match="No run has a MIR"):
         compare([failed])
 
 
@@ -258,7 +258,7 @@ def test_a_copy_of_a_run_is_no_replicate():
     twins = Recipe("a", (make_run("a1", falling(3.0)), make_run("a2", falling(3.0))))
     found = compare([twins, make_run("b", falling(3.4))])
     assert found.ranking.noise.kind == "assumed"
-    assert any("a2 is left out, it has the values of a1" in remark for remark in found.remarks)
+    assert any("skipped a2" in remark and "a1" in remark for remark in found.remarks)
 
 
 def test_part_of_a_run_is_no_replicate_and_the_fuller_one_is_kept():
@@ -268,7 +268,7 @@ def test_part_of_a_run_is_no_replicate_and_the_fuller_one_is_kept():
     for order in ((part, whole), (whole, part)):
         found = compare([Recipe("a", order), seeds("b", [3.2, 3.3])])
         assert [run.name for run in found.recipes[0].runs] == ["whole"]
-        assert "part is left out, it has the values of whole: a copy, or the same seed again" in found.remarks
+        assert any("skipped part" in remark and "whole" in remark for remark in found.remarks)
     shared_start = [make_run("s1", [2.0, 5.0, 4.0]), make_run("s2", [2.0, 5.1, 4.1])]
     assert len(compare([Recipe("a", tuple(shared_start))]).recipes[0].runs) == 2
 
@@ -276,7 +276,7 @@ def test_part_of_a_run_is_no_replicate_and_the_fuller_one_is_kept():
 def test_one_run_in_two_recipes_is_told():
     run = make_run("x", falling(3.0))
     found = compare([Recipe("a", (run,)), Recipe("b", (run,))])
-    assert "x and x are the same run, in a and in b" in found.remarks
+    assert "x and x are the same run, in both a and b" in found.remarks
 
 
 def test_a_single_run_is_not_made_quieter_by_a_quiet_recipe_beside_it():
@@ -297,7 +297,7 @@ def test_every_recipe_that_is_not_told_from_the_lowest_is_named():
     a, b, c = seeds("A", [0.8, 1.5]), seeds("B", [1.31, 1.312, 1.314]), seeds("C", [1.61, 1.612, 1.614])
     found = compare([a, b, c])
     assert [pair.differs for pair in found.ranking.pairs] == [False, False, True]
-    assert state_verdict(found) == "Lowest MIR at step 290: A; not told apart from it by the noise: B, C."
+    assert state_verdict(found) == "Lowest MIR at step 290: A; no difference beyond noise to B, C."
 
 
 def test_time_is_left_out_of_the_tables_when_runs_of_one_recipe_were_not_equally_fast():
@@ -311,7 +311,7 @@ def test_time_is_left_out_of_the_tables_when_runs_of_one_recipe_were_not_equally
         (time,) = (result for result in found.axes if result.axis == "time")
         assert (time.doubt is not None) is doubtful
         assert (" s" in "".join(make_tables(found)[0].columns[5:])) is not doubtful
-    assert any("a step takes 9.0 times as long" in remark for remark in list_remarks(found))
+    assert any("9.0 times as long" in remark for remark in list_remarks(found))
 
 
 def test_a_rule_looks_ahead_by_the_planned_length_that_the_trainer_saved():
@@ -322,8 +322,8 @@ def test_a_rule_looks_ahead_by_the_planned_length_that_the_trainer_saved():
     found = compare([planned, bare, lost])
     stops = [stop.step for (stop,) in found.stops]
     assert stops[0] == stops[1] is not None
-    assert any(remark.startswith("lost: its planned length is unknown") for remark in found.remarks)
-    assert not any(remark.startswith("bare: its planned length") for remark in found.remarks)
+    assert any(remark.startswith("lost: max_steps is unknown") for remark in found.remarks)
+    assert not any(remark.startswith("bare: max_steps") for remark in found.remarks)
 
 
 def test_steps_are_written_in_full():

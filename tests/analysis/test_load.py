@@ -60,7 +60,7 @@ def test_a_checkpoint_gives_the_run_up_to_its_step(trained):
 def test_a_checkpoint_says_so_when_its_step_was_not_measured(run_folder):
     (run_folder / "checkpoint-2").rename(run_folder / "checkpoint-7")
     run = read_run(run_folder / "checkpoint-7")
-    assert "step 7, where MIR was not measured" in run.problems[0]
+    assert "not measured at its step 7" in run.problems[0]
 
 
 def test_a_downloaded_artifact_is_read_like_the_folder_of_a_run(trained, tmp_path):
@@ -84,14 +84,14 @@ def test_damaged_lines_are_told_and_the_rest_is_read(run_folder, trained):
     run = read_run(run_folder)
     assert [record.step for record in run.records] == [0, 2, 3, 4]
     assert len(run.problems) == 3
-    assert "line 2 is left out" in run.problems[0]
+    assert "line 2 " in run.problems[0]
 
 
 def test_an_empty_history_is_a_run_without_values(tmp_path):
     (tmp_path / "mir_history.jsonl").touch()
     run = read_run(tmp_path)
     assert run.records == ()
-    assert "holds no value of MIR: it is empty" in run.problems[0]
+    assert "no MIR in" in run.problems[0]
 
 
 def test_a_damaged_trainer_state_is_told_and_the_one_before_is_read(run_folder, trained):
@@ -99,14 +99,14 @@ def test_a_damaged_trainer_state_is_told_and_the_one_before_is_read(run_folder, 
         state.write_text('{"log_history": [')
     run = read_run(run_folder)
     assert list(run.losses) == losses(trained[1])[:2]
-    assert sum("no Trainer's state" in problem for problem in run.problems) == 2
+    assert sum("trainer_state.json" in problem for problem in run.problems) == 2
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: folder / "none", "there is no .*none"),
-        (lambda folder: folder, "holds no mir_history.jsonl"),
+        (lambda folder: folder / "none", "none does not exist"),
+        (lambda folder: folder, "no mir_history.jsonl in"),
         (lambda folder: _touched(folder / "x" / "mir_history.jsonl", folder), "e.g. .*/x$"),
         (lambda folder: _touched(folder / "checkpoint-3" / "config.json", folder / "checkpoint-3"), "mir eval"),
     ],
@@ -159,7 +159,7 @@ def test_steps_are_put_in_order_and_the_last_of_each_counts(tmp_path):
     path.write_text("".join(json.dumps({**line, "root": "odd"}) + "\n" for line in lines))
     records, messages = read_records(path)
     assert [(record.step, record.mir) for record in records] == [(0, None), (1, 4.0), (2, 5.0)]
-    assert [word in " ".join(messages) for word in ("put in order", "same step", "root 'odd' is unknown")] == [True] * 3
+    assert [word in " ".join(messages) for word in ("order of steps", "same step", "root 'odd'")] == [True] * 3
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -171,7 +171,12 @@ def test_roots_of_the_metric_are_known(tmp_path, root):
 def test_the_first_findings_of_a_kind_are_said_and_the_others_counted(tmp_path):
     (tmp_path / "h.jsonl").write_text(5 * "?\n" + '{"step": 1, "mir": 2.0}\n')
     messages = read_records(tmp_path / "h.jsonl")[1]
-    assert [message.split()[:2] for message in messages] == [["line", "1"], ["line", "2"], ["line", "3"], ["2", "more"]]
+    assert [re.findall(r"line \d|\d more", message) for message in messages] == [
+        ["line 1"],
+        ["line 2"],
+        ["line 3"],
+        ["2 more"],
+    ]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.just("exact")

@@ -117,7 +117,7 @@ def test_colour_bar_lies_beside_its_picture_when_there_is_a_loss(tmp_path, monke
 
 
 def test_error_when_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(HistoryError, match="nothing to draw"):
+    with pytest.raises(HistoryError, match="no evaluation has a MIR"):
         plot_run([{"step": 0, "mir": None, "per_layer": None}], [], tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()
 
@@ -145,5 +145,5 @@ def test_columns_can_be_chosen(probe, tmp_path):
 
 
 def test_error_names_the_file_when_it_is_no_image_file(probe, tmp_path):
-    with pytest.raises(ConfigError, match="the sheet must be an image file, got .*sheet.txt"):
+    with pytest.raises(ConfigError, match=r"sheet\.txt"):
         draw_sheet(probe, tmp_path / "sheet.txt")

@@ -115,22 +115,26 @@ def test_another_probe_is_refused_unless_told_to_and_then_marked(runs, capsys):
     assert error.count("\n") == 1
     status, said, _ = mir(capsys, "a1", "other", "--allow-mismatch", "--markdown", "c.md", "--csv", "c.csv")
     assert status == 0
-    assert "NOT ALIKE, compared anyway" in said
-    assert "NOT ALIKE, compared anyway" in (runs / "c.md").read_text()
-    assert {line["alike"] for line in csv.DictReader(io.StringIO((runs / "c.csv").read_text()))} == {"no"}
+    assert "NOT COMPARABLE, compared anyway" in said
+    assert "NOT COMPARABLE, compared anyway" in (runs / "c.md").read_text()
+    assert {line["comparable"] for line in csv.DictReader(io.StringIO((runs / "c.csv").read_text()))} == {"no"}
 
 
 def test_what_cannot_be_read_is_left_out_and_told(runs, capsys):
     lines = (runs / "a2" / "mir_history.jsonl").read_text().splitlines()
     lines[2] = lines[2][:50]
+    lines[3] = '{"step": 3, "mir": 1e400}'
+    lines[4] = '{"step": 4, "mir": 2, "own": ' + 90 * "[" + 90 * "]" + "}"
+    lines[5] = lines[5].replace('"loss": ', '"own": 1' + 400 * "0" + ', "loss": 1' + 400 * "0" + ', "old": ')
     (runs / "a2" / "mir_history.jsonl").write_text("\n".join(lines))
     (runs / "empty").mkdir()
     (runs / "empty" / "mir_history.jsonl").touch()
     status, said, error = mir(capsys, "a1", "a2", "gone", "empty")
     assert status == 0
-    assert "left out: there is no gone" in error
-    assert "a2: line 3 is left out" in said
-    assert "empty is left out" in said
+    assert "skipped: gone does not exist" in error
+    assert [f"a2: skipped damaged line {line} " in said for line in (3, 4, 5)] == [True] * 3
+    assert "a2: step 5: ignored loss=1000" in said
+    assert "skipped empty" in said
     assert "No difference beyond noise at step 6: a1, a2." in said
 
 
@@ -160,27 +164,27 @@ def test_one_run_is_described(runs, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gone", "nothing"], "there is no gone"),
-        (["empty.jsonl"], "no run has a value"),
+        (["gone", "nothing"], "gone does not exist"),
+        (["empty.jsonl"], "empty.jsonl"),
         (["a="], "'a='"),
         (["=a1"], "'=a1'"),
-        (["x=a1", "x=a2"], "two recipes called x"),
-        (["a1", "a2", "--rule", "speed=1"], "--rule takes window"),
-        (["a1", "a2", "--rule", "window=soon"], "window of --rule"),
+        (["x=a1", "x=a2"], "recipes are called x"),
+        (["a1", "a2", "--rule", "speed=1"], "--rule has no option 'speed=1'"),
+        (["a1", "a2", "--rule", "window=soon"], "--rule window=soon"),
         (["a1", "a2", "--rule", "log_steps=3"], "log_steps must be"),
         (["a1", "a2", "--rule", "window=1"], "window must be an integer of at least 4"),
-        (["a1", "a2", "--at", "99"], "at=99 is not where all runs were measured"),
-        (["a1", "--json", "-", "--csv", "-"], "'-' can be given for one of"),
-        (["a1", "--json", "empty.jsonl/x.json"], "--json cannot be written to"),
-        (["a1", "--csv", "a2/mir_history.jsonl"], "--csv a2/mir_history.jsonl would write over"),
+        (["a1", "a2", "--at", "99"], "at=99"),
+        (["a1", "--json", "-", "--csv", "-"], "can be '-'"),
+        (["a1", "--json", "empty.jsonl/x.json"], "x.json (--json)"),
+        (["a1", "--csv", "a2/mir_history.jsonl"], "--csv a2/mir_history.jsonl"),
         (["a1", "--csv", "."], "--csv . is a folder"),
-        (["a1", "--markdown", ""], "--markdown needs the name of a file to write, got ''"),
-        (["a1", "--markdown", "/dev/null"], "--markdown /dev/null is no regular file"),
-        ([""], "RUN is empty"),
-        (["~nobody-of-this-name/run"], "there is no ~nobody"),
-        (["long=" + ",".join(f"seed_{n}" for n in range(60)), "nowhere"], "there is no nowhere"),
-        (["a1", "a2", "--seed-std", "1e300"], "seed_std is"),
-        (["a1", "--rule", "min_delta=" + 400 * "9"], "min_delta of --rule"),
+        (["a1", "--markdown", ""], "--markdown needs the name of a file, got ''"),
+        (["a1", "--markdown", "/dev/null"], "--markdown /dev/null"),
+        ([""], "path is empty"),
+        (["~nobody-of-this-name/run"], "~nobody-of-this-name/run does not exist"),
+        (["long=" + ",".join(f"seed_{n}" for n in range(60)), "nowhere"], "nowhere does not exist"),
+        (["a1", "a2", "--seed-std", "1e300"], "seed_std"),
+        (["a1", "--rule", "min_delta=" + 400 * "9"], "--rule min_delta=9"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(runs, capsys, arguments, words):
@@ -197,7 +201,7 @@ def test_what_stood_in_an_output_stays_when_it_cannot_be_written(runs, capsys):
     with no_room_for_files():
         status, _, error = mir(capsys, "a1", "--csv", "kept.csv")
     assert status == 2
-    assert "--csv cannot be written to" in error
+    assert "kept.csv (--csv)" in error
     assert (runs / "kept.csv").read_text() == "mine"
     assert sorted(path.name for path in runs.glob(".kept*")) == []
 
@@ -212,7 +216,11 @@ def test_links_are_followed_when_an_output_is_one(runs, capsys):
 def test_names_that_are_no_text_are_written_all_the_same(runs, capsys):
     name = os.fsdecode(b"bad\xff\x1b[31m")
     (runs / "a1").rename(runs / name)
-    assert mir(capsys, name, "--csv", "c.csv", "--markdown", "c.md")[0] == 0
+    status, said, _ = mir(capsys, name, "a2", "--csv", "c.csv", "--markdown", "c.md")
+    assert status == 0
+    assert "bad\\udcff\\x1b[31m" in said
+    assert "\x1b" not in said
+    assert "\x1b" not in mir(capsys, name, "a2", "--at", "99")[2]
     assert "bad\\udcff" in (runs / "c.csv").read_text()
     assert "\x1b" not in (runs / "c.md").read_text()
 
@@ -256,7 +264,7 @@ def test_a_run_that_its_own_rule_ended_is_told(runs, capsys):
     lines = records_of(runs / "a1")
     lines[-1] |= {"verdict": "plateau", "reason": "level"}
     (runs / "a1" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "a1 was stopped at step 6 by its own rule" in mir(capsys, "a1")[1]
+    assert "a1 was stopped by its stop rule at step 6" in mir(capsys, "a1")[1]
 
 
 def test_an_axis_that_no_run_knows_ranks_nothing_and_says_so(runs, capsys):
@@ -266,7 +274,7 @@ def test_an_axis_that_no_run_knows_ranks_nothing_and_says_so(runs, capsys):
         (runs / name / "trainer_state.json").unlink()
     status, said, _ = mir(capsys, "a1", "a2", "--by", "tokens")
     assert status == 0
-    assert said.splitlines()[-1] == "Nothing is ranked by tokens; the sentences above say why."
+    assert said.splitlines()[-1] == "No ranking by tokens; see the notes above."
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(runs, capsys):

@@ -64,10 +64,10 @@ def test_final_weights_are_not_taken_for_step_zero_when_nothing_tells_their_step
     status, told, error = mir(capsys, "run", *PROBE)
     assert status == 0, error
     assert values() == without(live, 0)
-    assert f"NOTE: the weights in {tmp_path / 'run'} itself are left out: nothing there tells their step" in told
+    assert f"NOTE: skipped the weights in {tmp_path / 'run'} itself" in told
     status, told, error = mir(capsys, "run", *PROBE, "--steps", 0)
     assert status == 2
-    assert "are left out: nothing there tells their step" in told
+    assert "skipped the weights in" in told
     assert "no checkpoint of step 0" in error
     (tmp_path / "run" / "trainer_state.json").write_text('{"global_step": 5}')
     status, told, error = mir(capsys, "run", *PROBE)
@@ -82,8 +82,8 @@ def test_finished_model_is_not_compared_with_the_runs_first_value_when_nothing_t
     status, told, error = mir(capsys, "run", *PROBE)
     assert status == 0, error
     assert values() == {0: pytest.approx(live[4], abs=1e-6)}
-    assert "NOTE: nothing tells the step of these weights: their value is recorded as that of step 0" in told
-    assert "  live " not in told
+    assert "NOTE: the step of these weights is unknown" in told
+    assert "in training" not in told
     (tmp_path / "run" / "mir_history.jsonl").unlink()
     status, told, error = mir(capsys, "run", *PROBE)
     assert status == 0, error
@@ -94,7 +94,7 @@ def test_first_checkpoint_is_compared_when_its_name_tells_that_it_is_step_zero(l
     (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "run" / "checkpoint-0")
     status, told, error = mir(capsys, "run", *PROBE, "--steps", 0)
     assert status == 0, error
-    assert f"live {live[0]:.4f}" in told
+    assert f"in training {live[0]:.4f}" in told
 
 
 def edit_state(folder, change):
@@ -125,7 +125,7 @@ def test_error_is_of_the_damaged_state_alone_when_a_run_has_one(live, tmp_path, 
     status, _, error = mir(capsys, "run", *PROBE)
     assert status == 2
     assert values() == without(live, 0)
-    assert f"{state} cannot be read" in error
+    assert f"Could not read {state}" in error
     assert len(error.splitlines()) == 2
     # Named by their steps, others are not what was asked for.
     assert mir(capsys, "run", *PROBE, "--steps", 2)[0] == 0
@@ -141,7 +141,7 @@ def test_damaged_state_of_a_checkpoint_is_told_before_the_forward(live, tmp_path
     (state.parent / "model.safetensors").write_bytes(b"torn")
     status, _, error = mir(capsys, "run", *PROBE)
     assert status == 2
-    assert f"{state} cannot be read" in error
+    assert f"Could not read {state}" in error
     assert list(values()) == [4]
 
 
@@ -150,7 +150,7 @@ def test_each_checkpoint_is_measured_once_when_names_are_alike(live, tmp_path, c
     shutil.copytree("run/checkpoint-4", "run/checkpoint-٣")
     assert mir(capsys, "run", *PROBE)[0] == 0
     assert values() == without(live, 0)
-    assert mir(capsys, "run", *PROBE)[1].count("measured before") == 2
+    assert mir(capsys, "run", *PROBE)[1].count("  cached  ") == 2
 
 
 def test_checkpoint_on_another_disk_belongs_to_the_run_that_links_to_it(live, tmp_path, capsys):
@@ -158,9 +158,9 @@ def test_checkpoint_on_another_disk_belongs_to_the_run_that_links_to_it(live, tm
     (tmp_path / "run" / "checkpoint-2").symlink_to(tmp_path / "disk" / "moved")
     status, told, error = mir(capsys, "run/checkpoint-2")  # with the probe that lies in its run
     assert status == 0, error
-    assert f"live {live[2]:.4f}" in told
+    assert f"in training {live[2]:.4f}" in told
     assert list(values()) == [2]
-    assert mir(capsys, "run")[1].count("measured before") == 1
+    assert mir(capsys, "run")[1].count("  cached  ") == 1
 
 
 @pytest.mark.parametrize("flags", [["~nosuchuser/run"], ["run", "--history", "~nosuchuser/h.jsonl", "--steps", "2"]])
@@ -179,7 +179,7 @@ def test_place_of_values_is_told_as_a_plan_when_nothing_can_be_measured(live, tm
         (tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"torn")
     status, told, _ = mir(capsys, "run", *PROBE)
     assert status == 2
-    assert f"values go to {tmp_path / 'run' / 'mir_eval.jsonl'}" in told
+    assert f"writing to {tmp_path / 'run' / 'mir_eval.jsonl'}" in told
     assert not (tmp_path / "run" / "mir_eval.jsonl").exists()
 
 
@@ -201,7 +201,7 @@ def test_what_was_measured_is_kept_when_the_reader_of_records_has_gone(live, tmp
     assert list(kept) == list(range(2, 2 + 2 * count, 2))
     status, told, error = mir(capsys, "run", *PROBE)
     assert status == 0, error
-    assert told.count("measured before") == count
+    assert told.count("  cached  ") == count
     assert list(values()) == list(range(2, 16, 2))
 
 

@@ -75,12 +75,12 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
     flags = ["--images", folders[0], "--texts", folders[1], "--num-samples", 4]
     status, told, error = mir(capsys, *flags, "--model", "model")
     assert status == 0, error
-    assert "vision tokens 16 a sample, 64 in all" in told
+    assert "vision tokens 16 per sample, 64 in total" in told
     assert "tokens fingerprint" in told
     status, told, error = mir(capsys, *flags, "--model", "tokenizer")
     assert status == 0, error
     assert "text tokens" in told
-    assert "vision tokens are not counted" in told
+    assert "vision tokens not counted" in told
 
 
 @pytest.mark.parametrize(
@@ -89,28 +89,28 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
         ([], "--images is needed to build a probe (or name a saved one)"),
         (["--images", "images"], "--texts is needed to build a probe"),
         (["--images", "images", "--texts", "texts"], "num_samples=100, but images has only 8 usable items"),
-        (["--llava-json", "x", "--dataset", "y"], "one source, got --llava-json and --dataset"),
+        (["--llava-json", "x", "--dataset", "y"], "--llava-json and --dataset exclude each other"),
         (["--llava-json", "x", "--texts", "texts"], "--images is needed with --llava-json"),
-        (["--dataset", "x", "--images", "images"], "--images images is of no use with --dataset"),
+        (["--dataset", "x", "--images", "images"], "--images images cannot be used with --dataset"),
         (["p.zip"], "There is no probe at p.zip"),
         (["images"], "folder images is not a saved probe"),
         (["/dev/null"], "/dev/null is not a saved probe"),
         (["--images", "", "--texts", "texts"], "--images is empty"),
-        (["--images", "images", "--texts", "texts", "--split", "train"], "--split is for --dataset"),
+        (["--images", "images", "--texts", "texts", "--split", "train"], "--split needs --dataset"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/proc/p.zip"],
             "Could not write the probe to /proc/p.zip",
         ),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--show", "/proc/p.png"],
-            "the sheet must have a place to be written to, got /proc/p.png",
+            "/proc/p.png",
         ),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
             "overwrite /dev/full",
         ),
-        (["p.zip", "--seed", "1"], "p.zip is a saved probe; leave it out, or --seed"),
-        (["--images", "images", "--texts", "texts", "--show", "p.txt"], "the sheet must be an image file, got p.txt"),
+        (["p.zip", "--seed", "1"], "(p.zip) excludes --seed"),
+        (["--images", "images", "--texts", "texts", "--show", "p.txt"], "The contact sheet p.txt"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--model", "nowhere"],
             "--model nowhere",

@@ -39,8 +39,8 @@ def test_every_rank_reports_the_same_value(ranks):
 
 
 EXPECTED = {
-    "different_probe": ("ConfigError: probe_fingerprint must be the same on every rank", None),
-    "different_batch_size": ("ConfigError: batch_size must be the same on every rank", None),
+    "different_probe": ("ConfigError: probe_fingerprint differs between ranks", None),
+    "different_batch_size": ("ConfigError: batch_size differs between ranks", None),
     "processor_fails_on_rank_1": (
         "ConfigError: rank 1 failed: ConfigError: LlavaProcessor",
         "ConfigError: LlavaProcessor",

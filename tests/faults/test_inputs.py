@@ -26,7 +26,7 @@ def change(path):
     ("break_file", "elsewhere", "here"),
     [
         (damage, "ProbeError: rank 1 failed: ProbeError: probe image of part1/001.png", "ProbeError: probe image of"),
-        (change, "ConfigError: probe_fingerprint must be the same on every rank", None),
+        (change, "ConfigError: probe_fingerprint differs between ranks", None),
     ],
 )
 def test_every_rank_refuses_before_the_first_step_when_one_has_another_image(tmp_path, break_file, elsewhere, here):
@@ -80,6 +80,6 @@ def test_resume_is_refused_when_a_text_of_the_probe_was_edited_between_runs(tmp_
     samples = [(image, text + " edited") for image, text in pairs(4)]
     resumed = make_trainer(tmp_path / "run", steps=4)
     MIRCallback(Probe.from_pairs(samples), every=1).attach(resumed)
-    with pytest.raises(HistoryError, match="use the same probe"):
+    with pytest.raises(HistoryError, match="probe_fingerprint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert (tmp_path / "run" / "mir_history.jsonl").read_text() == before

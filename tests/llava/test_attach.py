@@ -37,7 +37,7 @@ def test_a_probe_or_where_one_was_saved_takes_the_place_of_the_folders(tmp_path,
 def test_the_words_of_the_flags_name_a_stop_rule(tmp_path, folders):
     for word, rule in (("plateau", PlateauRule()), ("observe", PlateauRule(observe_only=True)), ("none", None)):
         assert attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop=word).config.stop == rule
-    with pytest.raises(ConfigError, match="stop must be one of none, observe, plateau, a rule or None, got 'soon'"):
+    with pytest.raises(ConfigError, match="stop.*'soon'"):
         attach_mir(make_trainer(tmp_path), **folders, num_samples=4, stop="soon")
 
 

@@ -123,13 +123,13 @@ def test_a_second_fit_has_a_history_of_its_own(tmp_path, probe):
 def test_the_model_is_the_only_one_of_hugging_face():
     module = Module(head=torch.nn.Linear(2, 2))
     assert find_model(module, None) is module.vlm  # and not its tower or its language model
-    with pytest.raises(ConfigError, match="Module holds vlm and teacher Hugging Face models; say which one MIR is of"):
+    with pytest.raises(ConfigError, match="Module has 2 .*vlm, teacher"):
         find_model(Module(teacher=tiny_models.llava()[0]), None)
     two = Module(teacher=tiny_models.llava()[0])
     assert find_model(two, "teacher") is two.teacher
     assert find_model(two, "vlm.model.language_model") is two.vlm.model.language_model
     assert find_model(two, lambda module: module.vlm) is two.vlm
-    with pytest.raises(ConfigError, match="Linear holds no Hugging Face model; say which one"):
+    with pytest.raises(ConfigError, match="Linear has 0 "):
         find_model(torch.nn.Linear(2, 2), None)
 
 
@@ -137,9 +137,9 @@ def test_what_cannot_be_watched_is_refused_before_the_first_forward(tmp_path, pr
     class FSDPStrategy:
         """As Lightning's, which needs a GPU."""
 
-    with pytest.raises(UnsupportedModelError, match="use DDP or ModelParallelStrategy"):
+    with pytest.raises(UnsupportedModelError, match="FSDPStrategy"):
         MIRLightningCallback(probe).on_train_start(SimpleNamespace(strategy=FSDPStrategy()), Module())
-    with pytest.raises(ConfigError, match="there is no option 'batchsize'"):
+    with pytest.raises(ConfigError, match="'batchsize'"):
         MIRLightningCallback(probe, batchsize=3)
 
 

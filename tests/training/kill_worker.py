@@ -64,19 +64,24 @@ def record(step: int) -> EvalRecord:
     return EvalRecord(step=step, mir=3.0 - step / 100, **DEFINITION)
 
 
+def append(history: History, record: EvalRecord) -> None:
+    history.records.append(record)
+    history.write()
+
+
 def history_is_continued(folder: Path, step: int, moment: int) -> bool:
     """Resume at ``step`` a history of steps 0, 50 and 100, and write a line; killed at a moment."""
     shutil.rmtree(folder, ignore_errors=True)
     whole = History()
     whole.open(folder, 0, DEFINITION)
     for past in (0, 50, 100):
-        whole.append(record(past))
+        append(whole, record(past))
 
     def work() -> None:
         die_at(moment, "mir_history")
         history = History()
         history.open(folder, step, DEFINITION)
-        history.append(record(150))
+        append(history, record(150))
 
     return killed(work)
 
@@ -91,7 +96,7 @@ def line_is_written(folder: Path, size: int) -> bool:
     shutil.rmtree(folder, ignore_errors=True)
     history = History()
     history.open(folder, 0, DEFINITION)
-    history.append(record(0))
+    append(history, record(0))
 
     def work() -> None:
         import resource
@@ -101,7 +106,7 @@ def line_is_written(folder: Path, size: int) -> bool:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (whole + size, whole + size))
-        history.append(record(50))
+        append(history, record(50))
         raise AssertionError("the line was written whole")
 
     return killed(work)
@@ -185,7 +190,7 @@ def main(folder: str) -> None:
         assert line_is_written(root / "lines", size)
         history = History()
         history.open(root / "lines", 50, DEFINITION)
-        history.append(record(60))
+        append(history, record(60))
         found["lines"].append([entry.step for entry in read_history(root / "lines" / FILE_NAME)])
     while best_is_replaced(root / "best", len(found["best"]) + 1):
         found["best"].append(best_after_restart(root / "best"))

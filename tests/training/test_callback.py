@@ -256,7 +256,7 @@ def test_resume_with_another_probe_is_refused(tmp_path, probe):
     trainer.train()
     resumed = make_trainer(tmp_path, steps=6)
     MIRCallback(Probe.from_pairs(pairs(5, seed=1)), every=2).attach(resumed)
-    with pytest.raises(HistoryError, match="with another probe_fingerprint"):
+    with pytest.raises(HistoryError, match="probe_fingerprint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert [record.step for record in file_records(tmp_path)] == [0, 2, 3]
 
@@ -273,11 +273,11 @@ def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be an integer of at least 1 optimizer step, got 0"),
+        ({"every": 0}, "every.* 0"),
         ({"root": "fast"}, "root .*exact, paper_fast.*'fast'"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1 .samples., got 0"),
-        ({"stop": PlateauRule}, r"stop must be None or a rule with verdict\(records\), got <class"),
-        ({"stop": True}, r"stop must be None or a rule with verdict\(records\), got True"),
+        ({"batch_size": 0}, "batch_size.* 0"),
+        ({"stop": PlateauRule}, "stop=<class"),
+        ({"stop": True}, "stop=True"),
         ({"probe": "folder"}, "probe='folder'"),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_failing_save_warns_training_goes_on_and_the_older_best_stays(tmp_path
                 (tmp_path / "mir_best.new").write_text("")
 
     trainer.add_callback(FullDisk())
-    with logged("step 2: the best model could not be saved, what was"):
+    with logged("step 2: could not save the best weights"):
         trainer.train()
     assert trainer.state.global_step == 4
     assert note_of(tmp_path)["step"] == 1
@@ -175,7 +175,7 @@ def test_the_lowest_value_is_that_of_what_is_kept_or_else_of_the_history(tmp_pat
 
 def test_error_when_the_saver_writes_no_weights(tmp_path):
     best = opened(tmp_path, saver=Files("training_args.bin"))
-    with logged(r"no weights were written into .*config\.json, training_args\.bin"):
+    with logged(r"no weights were saved to .*config\.json, training_args\.bin"):
         best.offer(record(1, 2.0))
     assert list(tmp_path.iterdir()) == []
 

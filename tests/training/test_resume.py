@@ -108,10 +108,10 @@ def test_resumes_from_a_checkpoint_made_without_the_callback(tmp_path, probe):
 
 def test_error_leaves_everything_alone_when_the_run_is_resumed_with_another_probe(stopped_run, tmp_path, probe):
     other = Probe.from_pairs(pairs(4, seed=1))
-    with pytest.raises(HistoryError, match=r"another probe_fingerprint.*or move the file away to start"):
+    with pytest.raises(HistoryError, match="probe_fingerprint"):
         resume(stopped_run, tmp_path / "run", other, 4)
     assert (tmp_path / "run" / "mir_history.jsonl").read_bytes() == (stopped_run / "mir_history.jsonl").read_bytes()
-    with pytest.raises(HistoryError, match="another root.*now it is paper_fast"):
+    with pytest.raises(HistoryError, match="root.*paper_fast"):
         resume(stopped_run, tmp_path / "again", probe, 4, root="paper_fast")
 
 
@@ -121,7 +121,7 @@ def test_other_image_processor_settings_are_said_once_and_not_refused(stopped_ru
     trainer = make_trainer(folder, steps=8, **SAVE)
     trainer.processing_class.image_processor.image_mean = [0.1, 0.2, 0.3]
     callback = MIRCallback(probe, every=2).attach(trainer)
-    with logged("step 6: MIR is measured otherwise than before") as messages:
+    with logged("step 6: the conditions of the measurement have changed") as messages:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     (message,) = messages
     assert "pixel inputs (settings of the image processor" in message

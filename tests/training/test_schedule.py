@@ -2,6 +2,7 @@
 """When an evaluation is due."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -92,29 +93,26 @@ def test_a_number_means_optimizer_steps_and_a_schedule_itself():
 
 @pytest.mark.parametrize("every", [0, -5, 2.0, True, None, EverySteps])
 def test_error_when_every_is_no_positive_integer(every):
-    with pytest.raises(ConfigError, match="every must be an integer of at least 1 optimizer step, got"):
+    with pytest.raises(ConfigError, match=f"every.*{re.escape(repr(every))}"):
         as_schedule(every)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: EveryEpochs(0),
-            r"EveryEpochs must get a positive number \(epochs\), got 0; use e.g. EveryEpochs\(0.1",
-        ),
-        (lambda: EveryEpochs(math.inf), "EveryEpochs must get a positive number"),
-        (lambda: EveryEpochs("1"), "EveryEpochs must get a positive number"),
-        (lambda: TimeShare(-0.1), r"TimeShare must get a positive number \(of the time\), got -0.1"),
-        (lambda: TimeShare(5), r"TimeShare must get a part below 1, got 5; 5 % is TimeShare\(0.05\)"),
-        (lambda: LogSpaced(0), "LogSpaced must get an integer of at least 1 evaluation per decade, got 0"),
-        (lambda: AtSteps(10), "AtSteps must get whole optimizer steps, got 10"),
-        (lambda: AtSteps("10"), "AtSteps must get whole optimizer steps, got '10'"),
-        (lambda: AtSteps((1.5,)), "AtSteps must get whole optimizer steps"),
-        (lambda: AtSteps((-1, 2)), "AtSteps must get steps of at least 0, got -1"),
-        (lambda: check_events("save,stop"), "also_on must be a collection of start, end, evaluate, save"),
-        (lambda: check_events(["stop"]), r"also_on must be a collection of .*, got \['stop'\]"),
-        (lambda: check_events([["save"]]), r"also_on must be a collection of .*, got \[\['save'\]\]"),
+        (lambda: EveryEpochs(0), r"EveryEpochs.* 0"),
+        (lambda: EveryEpochs(math.inf), "EveryEpochs.*inf"),
+        (lambda: EveryEpochs("1"), "EveryEpochs.*'1'"),
+        (lambda: TimeShare(-0.1), "TimeShare.*-0.1"),
+        (lambda: TimeShare(5), "TimeShare.* 5"),
+        (lambda: LogSpaced(0), "LogSpaced.* 0"),
+        (lambda: AtSteps(10), "AtSteps.* 10"),
+        (lambda: AtSteps("10"), "AtSteps.*'10'"),
+        (lambda: AtSteps((1.5,)), "AtSteps.*1.5"),
+        (lambda: AtSteps((-1, 2)), "AtSteps.*-1"),
+        (lambda: check_events("save,stop"), "also_on.*start, end, evaluate, save.*'stop'"),
+        (lambda: check_events(["stop"]), r"also_on.*\['stop'\]"),
+        (lambda: check_events([["save"]]), r"also_on.*\[\['save'\]\]"),
     ],
 )
 def test_error_names_the_schedule_when_it_breaks_its_rule(make, message):
