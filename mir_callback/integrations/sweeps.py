@@ -162,7 +162,7 @@ def _checked(trainer: Any, objective: str, backend: str | None, options: Mapping
     backend = str(getattr(backend, "value", backend))
     if backend not in BACKENDS:
         raise ConfigError(
-            f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; for a wandb sweep see docs/sweeps.md"
+            f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; for a wandb sweep see docs/comparing.md"
         )
     if options.get("pruner") is not None and distributed.world_size() > 1 and _evaluates(trainer.args):
         raise ConfigError(

@@ -218,7 +218,7 @@ def test_all_ranks_train_the_same_trials_when_there_are_several(tmp_path, pruned
         ({"objective": "loss"}, "objective must be one of mir, mir_best, got 'loss'"),
         ({"direction": "maximize"}, "direction must be left out .* lower MIR is better"),
         ({"compute_objective": min}, "compute_objective must be left out"),
-        ({"backend": "wandb"}, "backend must be one of optuna, ray, got 'wandb'; .*docs/sweeps.md"),
+        ({"backend": "wandb"}, "backend must be one of optuna, ray, got 'wandb'; .*docs/comparing.md"),
     ],
 )
 def test_option_is_refused_before_any_trial_when_it_breaks_its_rule(tmp_path, options, told):
