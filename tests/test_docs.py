@@ -249,16 +249,17 @@ def run_command(words):
 
 
 def parse_mir(words):
-    _make_parser(words).parse_args([word for word in words if word != "--help"] or words)
+    if "--help" not in words:
+        _make_parser(words).parse_args(words)
 
 
 def shape_of(line):
-    """Its cells, numbers in them as #; where there are numbers, of the words only the first cell's."""
+    """Its cells, numbers in them as #; beside numbers, cells of words but the first may say anything."""
     cells = re.split(r"\s{2,}", line.strip())
     shapes = [re.sub(r"\b[0-9a-f]{16}\b|[-+]?\d(?:[\d.,]|e[-+])*", "#", cell) for cell in cells]
     if "#" not in "".join(shapes):
         return tuple(shapes)
-    return (shapes[0], *("#" if "#" in shape else "" for shape in shapes[1:]))
+    return (shapes[0], *(shape if "#" in shape else "" for shape in shapes[1:]))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
