@@ -99,7 +99,7 @@ def lingering(runs: int) -> None:
             rows.append((f"{size}", f"{memory:.1f}", *summary(*pooled(RULE, setting, runs)), *falls))
     head = ("noise", "autocorrelation", "false stops, falling", "false stops, saturating", "in time, saturating")
     more = tuple(f"steady fall by {factor} min_delta is stopped" for factor in (1.5, 2))
-    table("Noise that lingers (44 evaluations)", (*head, *more), rows)
+    table("Autocorrelated noise (44 evaluations)", (*head, *more), rows)
 
 
 def stopped_falls(factor: float, setting: Setting, runs: int) -> int:
