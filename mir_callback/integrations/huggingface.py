@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mir_callback import distributed
 from mir_callback.best_model import FOLDER_NAME, WeightSaver
@@ -313,13 +313,14 @@ def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
 def _log_through(trainer: Any) -> Callable[[dict[str, float], EvalRecord], None]:
     """Log through `Trainer.log`, which reaches every reporter and `state.log_history`, on all ranks.
 
-    Logging clears `control.should_log`, which would swallow the loss of the same step: it is put back.
+    Logging clears `control.should_log`, which would swallow the loss of the same step: it is put back. An override of
+    `log` is passed by: TRL's moves averages since the last row (entropy, token accuracy) to the row at hand.
     """
 
     def write(values: dict[str, float], record: EvalRecord) -> None:
         is_due = trainer.control.should_log
         try:
-            trainer.log(values)
+            Trainer.log(trainer, values)
         finally:
             trainer.control.should_log = is_due
 
