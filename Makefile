@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu docs clean distclean preflight \
+.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu docs dist clean distclean preflight \
   llava-left-out browser-left-out
 
 help: ## show this list
@@ -100,6 +100,17 @@ bench-gpu: $(STAMP) ## on a GPU: an evaluation of a 7B model, alone and while it
 
 docs: $(STAMP) ## write docs/reference.md, and the table of what is supported into docs/integrations.md and README.md
 	$(PY) docs/generate.py
+
+WHEEL_VENV := .cache/wheel
+dist: $(STAMP) ## build sdist and wheel in dist/, check them, and use the wheel in an empty environment
+	@$(PIP) build twine
+	rm -rf dist build *.egg-info $(WHEEL_VENV)
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt dist/*.whl
+	$(WHEEL_VENV)/bin/python -I .ci/check_wheel.py dist/*.whl
+	@grep -q '^SOURCE = "https' setup.py || echo "NOTE: before a release, put the repository's address into setup.py (SOURCE)"
 
 clean: ## remove caches and build products; .venv/ and runs/ stay
 	rm -rf .cache build dist *.egg-info .hypothesis

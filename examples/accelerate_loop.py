@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from tiny_llava.collator import CaptionCollator
-from tiny_llava.untrained import make_data, make_model, make_probe, parse_options
+from tiny_llava.untrained import make_data, make_model, make_probe, parse_options, say_where
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -48,21 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
         start = int((checkpoint / "step.txt").read_text())
 
     # --- MIR ---
-    monitor = None
-    if options.mir:
-        monitor = MIRMonitor(
-            model,
-            make_probe(),
-            processor=processor,
-            optimizer=optimizer,
-            output_dir=options.output,
-            total_steps=options.steps,
-            start_step=start,
-            log=accelerator,
-            every=2,
-            stop=PlateauRule(window=4, warmup=2) if options.stop else None,
-            keep_best=options.keep_best,
-        )
+    monitor = MIRMonitor(
+        model,
+        make_probe(),
+        processor=processor,
+        optimizer=optimizer,
+        output_dir=options.output,
+        total_steps=options.steps,
+        start_step=start,
+        log=accelerator,
+        every=2,
+        stop=PlateauRule(),
+    )
     # -----------
 
     step, losses = start, []
@@ -81,17 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
             accelerator.save_state(checkpoint)
             (checkpoint / "step.txt").write_text(str(step))
         # --- MIR ---
-        if monitor is not None and monitor.step(step, loss=loss).stop:  # every rank
+        if monitor.step(step, loss=loss).stop:  # every rank
             break
         # -----------
     # --- MIR ---
-    if monitor is not None:
-        monitor.close()
+    monitor.close()
     # -----------
 
     accelerator.end_training()
-    if accelerator.is_main_process and options.mir:
-        print(f"look at it: mir report {options.output}, or tensorboard --logdir {options.output}")
+    if accelerator.is_main_process:
+        say_where(options.output)
     return model, losses
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_llava.collator import CaptionCollator
-from tiny_llava.untrained import make_data, make_model, make_probe, parse_options
+from tiny_llava.untrained import make_data, make_model, make_probe, parse_options, say_where
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
         ModelCheckpoint(options.output / "checkpoints", every_n_train_steps=SAVE_EVERY, save_last=True)
     ]
     # --- MIR ---
-    if options.mir:
-        stop = PlateauRule(window=4, warmup=2) if options.stop else None
-        callbacks.append(MIRLightningCallback(make_probe(), every=2, stop=stop, keep_best=options.keep_best))
+    callbacks.append(MIRLightningCallback(make_probe(), every=2, stop=PlateauRule()))
     # -----------
     trainer = Trainer(
         accelerator="cpu",
@@ -82,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
     )
     trainer.fit(module, loader, ckpt_path=options.output / "checkpoints" / "last.ckpt" if options.resume else None)
 
-    if trainer.is_global_zero and options.mir:
-        print(f"look at it: mir report {options.output}, or {trainer.logger.log_dir}/metrics.csv")
+    if trainer.is_global_zero:
+        say_where(options.output)
     return module, module.losses
 
 

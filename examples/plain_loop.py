@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from tiny_llava.collator import CaptionCollator
-from tiny_llava.untrained import make_data, make_model, make_probe, parse_options
+from tiny_llava.untrained import make_data, make_model, make_probe, parse_options, say_where
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -51,21 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
     writer = SummaryWriter(options.output, purge_step=start + 1) if rank == 0 else None
 
     # --- MIR ---
-    monitor = None
-    if options.mir:
-        monitor = MIRMonitor(
-            model,
-            make_probe(),
-            processor=processor,
-            optimizer=optimizer,
-            output_dir=options.output,
-            total_steps=options.steps,
-            start_step=start,
-            log=writer,
-            every=2,
-            stop=PlateauRule(window=4, warmup=2) if options.stop else None,
-            keep_best=options.keep_best,
-        )
+    monitor = MIRMonitor(
+        model,
+        make_probe(),
+        processor=processor,
+        optimizer=optimizer,
+        output_dir=options.output,
+        total_steps=options.steps,
+        start_step=start,
+        log=writer,
+        every=2,
+        stop=PlateauRule(),
+    )
     # -----------
 
     losses = []
@@ -86,18 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> tuple[nn.Module, list[float]
         if step % SAVE_EVERY == 0:
             save(checkpoint, model, optimizer, step)
         # --- MIR ---
-        if monitor is not None and monitor.step(step, loss=loss).stop:  # every rank
+        if monitor.step(step, loss=loss).stop:  # every rank
             break
         # -----------
     # --- MIR ---
-    if monitor is not None:
-        monitor.close()
+    monitor.close()
     # -----------
 
     if writer is not None:
         writer.close()
-    if rank == 0 and options.mir:
-        print(f"look at it: mir report {options.output}, or tensorboard --logdir {options.output}")
+    if rank == 0:
+        say_where(options.output)
     return model, losses
 
 

@@ -7,24 +7,30 @@ All but the vision tower is trained, with dropout. The values of MIR mean nothin
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from mir_callback import Probe
+from mir_callback.history import FILE_NAME
 
 from .language import language_config
 from .prose import split_prose
 from .scenes import Scenes
 from .settings import Settings
-from .tokenizer import IMAGE, train_tokenizer
+from .tokenizer import EOS, IMAGE, train_tokenizer
 from .vision import FEATURE_LAYER, make_image_processor, vision_config
 
 SIZES = Settings(
     **{"vocab": 512, "hidden": 32, "layers": 3, "intermediate": 64, "probe_samples": 12},
     **{"vision_hidden": 32, "vision_layers": 2, "vision_heads": 2, "vision_intermediate": 64},
+)
+# An image is one token, and nothing marks who speaks.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    f"{{{{ '{IMAGE}' if part.type == 'image' else part.text }}}}{{% endfor %}}{{% endfor %}}{EOS}"
 )
 
 
@@ -38,6 +44,7 @@ def make_model() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         patch_size=SIZES.patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
     config = LlavaConfig(
         vision_config=vision_config(SIZES).to_dict(),
@@ -64,14 +71,16 @@ def make_probe() -> Probe:
     return Probe.from_pairs([(scenes.scene(index).image, text) for index, text in enumerate(held_out)])
 
 
-def parse_options(about: str | None, arguments: Any, output: str) -> argparse.Namespace:
+def parse_options(about: str | None, arguments: Sequence[str] | None, output: str) -> argparse.Namespace:
     """The command line of an example of a loop."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the run")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW; 0 is a plateau from the start")
-    parser.add_argument("--stop", action="store_true", help="end training when MIR has reached its plateau")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
-    parser.add_argument("--no-mir", dest="mir", action="store_false", help="train without watching MIR")
-    parser.add_argument("--keep-best", action="store_true", help="keep the weights with the lowest MIR")
     return parser.parse_args(arguments)
+
+
+def say_where(output: Path) -> None:
+    """Where to look when the run has ended."""
+    print(f"\nThe values are in {output / FILE_NAME}. As a page: mir report {output}")

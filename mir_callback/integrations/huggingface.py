@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -345,7 +346,8 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
     """Log through `Trainer.log`, which reaches every tracker and `state.log_history`, on all ranks.
 
     Callbacks that print get the values without those of the layers, unless ``log_layers``. Logging clears
-    `control.should_log`, which would swallow the loss of the same step: it is restored.
+    `control.should_log`, which would swallow the loss of the same step: it is restored. Overrides of `log` are bypassed:
+    TRL's would move its averages since the last row (entropy, token accuracy) into the row at hand.
     """
 
     def write(values: dict[str, float], record: EvalRecord) -> None:
@@ -354,7 +356,7 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
         printers = [] if log_layers else [each for each in every if isinstance(each, _PRINTERS)]
         try:
             handler.callbacks = [each for each in every if each not in printers]
-            trainer.log(values)
+            Trainer.log(trainer, values)
             handler.callbacks = printers
             brief = {name: value for name, value in values.items() if not name.startswith("mir_layer/")}
             handler.on_log(trainer.args, trainer.state, trainer.control, brief | {"epoch": trainer.state.epoch or 0})

@@ -8,23 +8,46 @@ import importlib
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from lightning.pytorch.callbacks import Callback
 
-from mir_callback import MIRMonitor, evaluate_mir
+from mir_callback import MIRMonitor, PlateauRule, evaluate_mir
 from mir_callback.history import read_history
+from mir_callback.integrations.lightning import MIRLightningCallback
 from tests.distributed.launch import ROOT, write_rank
 from tests.training.digest import digest
 
-EXAMPLES = ["plain_loop", "accelerate_loop", "lightning_module"]
+# What watches in each of them.
+WATCHERS: dict[str, Any] = {
+    "plain_loop": MIRMonitor,
+    "accelerate_loop": MIRMonitor,
+    "lightning_module": MIRLightningCallback,
+}
+EXAMPLES = list(WATCHERS)
 EVERY, ACCUMULATION = 2, 2
 STEPS = 5
-# What a plateau is that is there from the start: the learning rate is 0.
-PLATEAU = ("--stop", "--learning-rate", "0", "--steps", "14")
-SCRIPT = {"plain": ("--no-mir",), "watched": ("--keep-best",), "stopped": PLATEAU}
+# Options of the watcher that are not the example's own, and its command line. None: nobody watches.
+# A plateau is there from the start: the learning rate is 0.
+SCRIPT: dict[str, Any] = {
+    "plain": (None,),
+    "watched": ({"keep_best": True},),
+    "stopped": ({"stop": PlateauRule(window=4, warmup=2)}, "--learning-rate", "0", "--steps", "14"),
+}
+
+
+class Nobody:
+    """A monitor that does nothing."""
+
+    def step(self, *given: Any, **named: Any) -> SimpleNamespace:
+        return SimpleNamespace(stop=False)
+
+    def close(self) -> None:
+        pass
 
 
 def example(name: str) -> Any:
@@ -34,12 +57,19 @@ def example(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+def run(name: str, folder: Path, options: dict[str, Any] | None, *arguments: str) -> dict[str, Any]:
     """Run an example in this process; what it left, and the value of the weights at its end.
 
     A loss for each step: of the micro-batches that Lightning tells of, the last of a step.
     """
-    module = example(name)  # importing it draws random numbers
+    module, watcher = example(name), WATCHERS[name]  # importing it draws random numbers
+
+    def watch(*given: Any, **named: Any) -> Any:
+        if options is None:
+            return Callback() if name == "lightning_module" else Nobody()
+        return watcher(*given, **{**named, **options})
+
+    setattr(module, watcher.__name__, watch)
     random.seed(4)
     np.random.seed(4)
     model, losses = module.main(["--output", str(folder), "--steps", str(STEPS), *arguments])
@@ -51,7 +81,7 @@ def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
         "random": [hashlib.sha256(repr(stream).encode()).hexdigest() for stream in streams],
         "history": [],
     }
-    if "--no-mir" not in arguments:
+    if options is not None:
         vlm = getattr(model, "vlm", model)
         found["mir"] = evaluate_mir(vlm, module.make_probe(), processor=module.make_model()[1]).mir
         found["history"] = read_history(folder / "mir_history.jsonl")  # rank 0 has written it by now
@@ -59,11 +89,10 @@ def run(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
-    """Every example with every set of arguments, in one process group, which Accelerate would end with its first."""
+    """Every example in every way, in one process group, which Accelerate would end with its first."""
     Accelerator.end_training = lambda accelerator: [tracker.finish() for tracker in accelerator.trackers]
     found = {
-        name: {what: run(name, Path(folder) / name / what, *arguments) for what, arguments in SCRIPT.items()}
-        for name in EXAMPLES
+        name: {what: run(name, Path(folder) / name / what, *how) for what, how in SCRIPT.items()} for name in EXAMPLES
     }
     rank = torch.distributed.get_rank()
     model, processor = example("plain_loop").make_model()

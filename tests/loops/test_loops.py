@@ -89,11 +89,11 @@ def test_plateau_ends_training_and_a_resumed_run_stays_stopped(one_process, fold
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_resumed_run_continues_the_history(tmp_path, name):
     """From the checkpoint of step 10; Lightning begins the data anew in the middle of an epoch, the others do not."""
-    whole = run(name, tmp_path / "whole", "--steps", "13")
+    whole = run(name, tmp_path / "whole", {}, "--steps", "13")
     for what in ("watched", "plain"):
         shutil.copytree(tmp_path / "whole", tmp_path / what)
-    resumed = run(name, tmp_path / "watched", "--steps", "13", "--resume")
-    plain = run(name, tmp_path / "plain", "--steps", "13", "--resume", "--no-mir")
+    resumed = run(name, tmp_path / "watched", {}, "--steps", "13", "--resume")
+    plain = run(name, tmp_path / "plain", None, "--steps", "13", "--resume")
     for field in ("losses", "weights", "random"):
         assert resumed[field] == plain[field], field
     assert [record.step for record in resumed["history"]] == [0, 2, 4, 6, 8, 10, 12, 13]
