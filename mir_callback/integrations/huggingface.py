@@ -346,8 +346,8 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
     """Log through `Trainer.log`, which reaches every tracker and `state.log_history`, on all ranks.
 
     Callbacks that print get the values without those of the layers, unless ``log_layers``. Logging clears
-    `control.should_log`, which would swallow the loss of the same step: it is restored. Overrides of `log` are bypassed:
-    TRL's would move its averages since the last row (entropy, token accuracy) into the row at hand.
+    `control.should_log`, which would swallow the loss of the same step: it is restored. An override of `log` is not
+    called: TRL's would move its averages since the last row (entropy, token accuracy) into the row at hand.
     """
 
     def write(values: dict[str, float], record: EvalRecord) -> None:
