@@ -287,7 +287,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
         (["run", "--every", "0"], "--every must be at least 1, got 0"),
         (["run", "--steps", "2", "--every", "2"], "--steps or --every"),
         (["run", "--images", "x"], "images='x'"),
-        (["run", "--images", "x", "--texts", "y"], "either a probe or images and texts"),
+        (["run", "--images", "x", "--texts", "y"], "either a probe, or images and texts"),
         (["run", "--seed", "1"], "--num-samples and --seed are of a draw"),
         (["run", "other", "--history", "h.jsonl"], "--history is of one run, got 2"),
         (["run", "--device", "gpu"], "--device gpu is no device of this machine"),
