@@ -196,8 +196,11 @@ def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, o
     for flags, told in [
         (["run", "--probe", "another.zip"], "another probe_fingerprint"),
         (["run", "--probe", "probe.zip", "--root", "paper_fast"], "another root: it was exact"),
-        (["run/checkpoint-4", "--probe", "probe.zip", "--history", "run/mir_history.jsonl"], "a run that measures"),
-        (["other", "--probe", "probe.zip", "--history", "run/mir_eval.jsonl"], "checkpoints of ../other;"),
+        (
+            ["run/checkpoint-4", "--probe", "probe.zip", "--history", "run/mir_history.jsonl"],
+            "has values of a run, written in training",
+        ),
+        (["other", "--probe", "probe.zip", "--history", "run/mir_eval.jsonl"], "not of checkpoints of ../other."),
     ]:
         shutil.copytree("run/checkpoint-6", "other", dirs_exist_ok=True)
         status, _, error = mir(capsys, *flags)
@@ -220,11 +223,11 @@ def test_a_processor_of_another_model_is_refused(run, capsys):
             ["run", "--steps", 2, "--processor", "foreign"],
             "the model's own forward failed on probe samples",
         ),
-        (["small", "--processor", "run/checkpoint-2"], "for a vocabulary of 300"),
+        (["small", "--processor", "run/checkpoint-2"], "the vocabulary has 300"),
         (["run", "--steps", 2, "--processor", "nowhere"], "--processor nowhere"),
-        (["run", "--steps", 2, "--processor", "run/checkpoint-2/tokenizer.json"], "a file; name the folder it is in"),
-        (["run", "--steps", 2, "--processor", "tokenizer"], "transformers cannot open the processor in tokenizer"),
-        (["run", "--steps", 2, "--processor", "bare"], "the processor in bare"),
+        (["run", "--steps", 2, "--processor", "run/checkpoint-2/tokenizer.json"], "tokenizer.json is a file"),
+        (["run", "--steps", 2, "--processor", "tokenizer"], "the processor in tokenizer"),
+        (["run", "--steps", 2, "--processor", "bare"], "processor in bare"),
         (["run", "--steps", 2, "--conversation", "v1"], "--conversation v1 is for models of the package llava"),
     ]:
         status, _, error = mir(capsys, *flags, "--probe", "probe.zip")
