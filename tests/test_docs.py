@@ -304,7 +304,7 @@ def anchors_of(path):
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_the_tests_a_page_names_exist(page):
+def test_links_files_and_tests_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith("http"):
@@ -312,7 +312,7 @@ def test_links_and_the_tests_a_page_names_exist(page):
             path = page.parent / file if file else page
             assert path.exists(), target
             assert not anchor or anchor in anchors_of(path), target
-    for file, test in re.findall(r"(tests/[\w/]*\w(?:\.\w+)?)(?:::(\w+))?", text):
+    for file, test in re.findall(r"((?:benchmarks|examples|tests)/[\w/]*\w(?:\.\w+)?)(?:::(\w+))?", text):
         assert (ROOT / file).exists(), file
         assert not test or test in functions_of(ROOT / file), f"{file}::{test}"
     known = set().union(*(functions_of(path) for path in ROOT.glob("tests/**/test_*.py")))
