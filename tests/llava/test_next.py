@@ -129,7 +129,7 @@ def test_value_equals_the_authors_procedure_when_the_models_are_real(tmp_path):
     assets = tmp_path / "assets"
     run_process(["-m", "tests.llava.next_assets", str(assets)], python=REAL)
     environment = {"HF_HUB_CACHE": str(assets / "hub"), "HF_HUB_OFFLINE": "1"}
-    options = {"processes": 1, "python": REAL, "torchrun": False, "environment": environment, "timeout": 1200}
+    options = {"processes": None, "python": REAL, "environment": environment, "timeout": 1200}
     values = run_ranks("tests.llava.next_worker", tmp_path / "values", str(assets), **options)[0]
     assert set(values) == set(CASES)
     for case, found in values.items():

@@ -25,7 +25,7 @@ EXAMPLE = ROOT / "examples" / "llava_v1_5"
 @pytest.fixture(scope="module")
 def values(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("values")
-    return run_ranks("tests.llava.value_worker", folder, str(assets), processes=1, python=PYTHON, torchrun=False)[0]
+    return run_ranks("tests.llava.value_worker", folder, str(assets), processes=None, python=PYTHON)[0]
 
 
 @pytest.mark.parametrize("case", VALUE_CASES)
@@ -97,15 +97,13 @@ def runs(assets, tmp_path_factory):
     def run(zero, watched):
         if (zero, watched) not in done:
             folder = tmp_path_factory.mktemp(f"llava-{zero}-{watched}")
-            command = [watched, "--", *arguments(assets, folder / "output", zero)]
+            command = [watched, str(assets / "probe"), "--", *arguments(assets, folder / "output", zero)]
             ranks = run_ranks(
                 "tests.llava.train_worker",
                 folder,
                 *command,
-                processes=1 if zero is None else 2,
+                processes=None if zero is None else 2,
                 python=PYTHON,
-                torchrun=zero is not None,
-                environment={"MIR_TEST_PROBE": str(assets / "probe")},
             )
             done[zero, watched] = folder / "output", ranks
         return done[zero, watched]
@@ -173,11 +171,9 @@ def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
     ranks = run_ranks(
         "tests.llava.train_worker",
         tmp_path,
-        *["best", "--", *whole],
-        processes=1,
+        *["best", str(assets / "probe"), "--", *whole],
+        processes=None,
         python=PYTHON,
-        torchrun=False,
-        environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
     best = lowest_record(ranks[0]["history"])
     kept = load_file(tmp_path / "output" / "mir_best" / "model.safetensors")
@@ -212,11 +208,9 @@ def test_relaunching_the_same_command_works(assets, runs):
     again = run_ranks(
         "tests.llava.train_worker",
         output.parent / "again",
-        *["on", "--", *arguments(assets, output, None)],
-        processes=1,
+        *["on", str(assets / "probe"), "--", *arguments(assets, output, None)],
+        processes=None,
         python=PYTHON,
-        torchrun=False,
-        environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
     assert [record["step"] for record in again[0]["history"]] == [0, 2, 4]
     assert len(list(output.glob("mir_history*.jsonl"))) == 2
