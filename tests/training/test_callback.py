@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from mir_callback import MIRCallback, PlateauRule, Probe, Verdict, evaluate_mir
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.history import read_history
-from tests import tiny_models
+from tests import reference, tiny_models
 from tests.logs import logged
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer, weights
@@ -263,11 +263,14 @@ def test_resume_with_another_probe_is_refused(tmp_path, probe):
 
 def test_mixed_precision_training_is_measured_under_its_autocast(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=1, bf16=True)
-    single = evaluate_mir(tiny_models.llava(dropout=0.1)[0], probe, processor=trainer.processing_class)
-    callback = MIRCallback(probe).attach(trainer)
+    model, processor = tiny_models.llava(dropout=0.1)
+    single = evaluate_mir(model, probe, processor=processor).mir
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = reference.hidden_rows(model, processor, pairs(6))
+    callback = MIRCallback(probe, batch_size=1).attach(trainer)
     trainer.train()
-    assert callback.history[0].mir == pytest.approx(single.mir, abs=0.05)
-    assert callback.history[0].mir != pytest.approx(single.mir, abs=1e-7)
+    assert callback.history[0].mir == pytest.approx(reference.rate(*rows)[0], abs=1e-6)
+    assert callback.history[0].mir != pytest.approx(single, abs=1e-7)
 
 
 @pytest.mark.parametrize(
