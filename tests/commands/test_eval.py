@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mir_callback import MIRCallback, Probe, evaluate_mir
 from mir_callback.history import read_history
 from tests import tiny_models
-from tests.commands.running import run_command
+from tests.commands.running import messages_of, run_command
 from tests.distributed.adapter_worker import adapted
 from tests.samples import pairs, write_folders
 from tests.training.runs import make_trainer
@@ -115,7 +115,7 @@ def test_weights_that_do_not_load_completely_are_refused_by_name_and_the_rest_is
     status, _, error = mir(capsys, "run", "--probe", "probe.zip")
     assert status == 2
     assert [record.step for record in results()] == [6]
-    lines = error.splitlines()
+    lines = messages_of(error, "eval")
     assert any("checkpoint-2" in line and "missing" in line for line in lines)
     assert any("layers.1.mlp.up_proj.weight" in line for line in lines)
     assert any("checkpoint-4" in line and "unexpected of.another.model" in line for line in lines)
@@ -301,4 +301,4 @@ def test_an_error_is_one_line_and_status_two(run, capsys, flags, message):
     assert status == 2
     assert message in error
     assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("mir eval: error: ")
+    assert messages_of(error, "eval")[-1].startswith("mir eval: error: ")

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_verdict_depends_on_the_history_only():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value"),
     [
         ({"window": 3}, "window=3"),
         ({"window": 8.0}, "window=8.0"),
@@ -165,9 +166,9 @@ def test_verdict_depends_on_the_history_only():
         ({"observe_only": "yes"}, "observe_only='yes'"),
     ],
 )
-def test_error_names_the_option_when_it_breaks_its_rule(options, message):
-    with pytest.raises(ConfigError, match=message):
-        PlateauRule(**options)
+def test_error_names_the_option_when_it_breaks_its_rule(option, value):
+    with pytest.raises(ConfigError, match=rf"{option}.*{re.escape(repr(value))}"):
+        PlateauRule(**{option: value})
 
 
 def judged(rule, records):
