@@ -51,10 +51,12 @@ def run_job(command: list[str], processes: int | None, output: str, timeout: flo
         for rank in ranks:
             rank.start()
         end = time.monotonic() + timeout
-        while time.monotonic() < end and any(rank.exitcode is None for rank in ranks):
-            wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=end - time.monotonic())
+        running = ranks
+        while running and time.monotonic() < end:
+            wait([rank.sentinel for rank in running], timeout=end - time.monotonic())
+            running = [rank for rank in running if rank.exitcode is None]
             if any(rank.exitcode for rank in ranks):
-                end = min(end, time.monotonic() + 10)  # to say what they make of it
+                end = min(end, time.monotonic() + 10)  # the others may still say what they make of it
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill()
