@@ -40,8 +40,11 @@ def run_job(command: list[str], processes: int | None, output: str, timeout: flo
         common = {
             "WORLD_SIZE": processes,
             "LOCAL_WORLD_SIZE": processes,
+            "GROUP_RANK": 0,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": port,  # by which Lightning knows that the other ranks are there
+            "TORCHELASTIC_RESTART_COUNT": 0,
         }
         variables = [{"RANK": rank, "LOCAL_RANK": rank, **common} for rank in range(processes)] if processes else [{}]
         ranks = [
