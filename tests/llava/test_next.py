@@ -127,7 +127,8 @@ def test_template_that_needs_a_tokenizer_gets_the_runs_own(make_model, tokenizer
 @pytest.mark.skipif(REAL is None, reason="MIR_LLAVA_NEXT_PYTHON names no environment with the real repository")
 def test_value_equals_the_authors_procedure_when_the_models_are_real(tmp_path):
     assets = tmp_path / "assets"
-    run_process(["-m", "tests.llava.next_assets", str(assets)], python=REAL)
+    made = run_process(["-m", "tests.llava.next_assets", str(assets)], python=REAL)
+    assert made.returncode == 0, made.stderr
     environment = {"HF_HUB_CACHE": str(assets / "hub"), "HF_HUB_OFFLINE": "1"}
     options = {"processes": None, "python": REAL, "environment": environment, "timeout": 1200}
     values = run_ranks("tests.llava.next_worker", tmp_path / "values", str(assets), **options)[0]
