@@ -3,7 +3,6 @@
 
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -148,7 +147,7 @@ def test_verdict_depends_on_the_history_only():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("options", "message"),
     [
         ({"window": 3}, "window=3"),
         ({"window": 8.0}, "window=8.0"),
@@ -166,9 +165,9 @@ def test_verdict_depends_on_the_history_only():
         ({"observe_only": "yes"}, "observe_only='yes'"),
     ],
 )
-def test_error_names_the_option_when_it_breaks_its_rule(option, value):
-    with pytest.raises(ConfigError, match=rf"{option}.*{re.escape(repr(value))}"):
-        PlateauRule(**{option: value})
+def test_error_names_the_option_when_it_breaks_its_rule(options, message):
+    with pytest.raises(ConfigError, match=message):
+        PlateauRule(**options)
 
 
 def judged(rule, records):
