@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 STAMP := $(VENV)/.installed
 EXTENSION := .cache/extension.log
+LLAVA_EXTENSION := .cache/extension-llava.log
 # The original LLaVA needs transformers of its time, and so an environment of its own, on Python 3.12 or older.
 LLAVA_VENV := .venv-llava
 LLAVA_PY := $(LLAVA_VENV)/bin/python
@@ -39,7 +40,7 @@ demo: $(EXTENSION) ## pre-train a tiny LLaVA under ZeRO-3 and watch its MIR; res
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node $$processes examples/tiny_llava_pretrain.py
 
 ifeq ($(LLAVA_RUNS),yes)
-LLAVA_READY := $(LLAVA_STAMP)
+LLAVA_READY := $(LLAVA_EXTENSION)
 LLAVA_LEFT_OUT :=
 else
 LLAVA_READY := llava-left-out
@@ -141,9 +142,14 @@ $(STAMP): constraints.txt setup.py
 
 # DeepSpeed would build this at its first start, in every process at once.
 $(EXTENSION): $(STAMP)
+$(EXTENSION): BUILDER := $(PY)
+$(LLAVA_EXTENSION): $(LLAVA_STAMP)
+$(LLAVA_EXTENSION): BUILDER := $(LLAVA_PY)
+$(LLAVA_EXTENSION): export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions/$(LLAVA_VENV)
+$(EXTENSION) $(LLAVA_EXTENSION):
 	@echo "building DeepSpeed's extension for CPU (a minute or two, once)"
 	@mkdir -p $(@D)
-	@DS_ACCELERATOR=cpu $(PY) -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.part 2>&1 || \
+	@DS_ACCELERATOR=cpu $(BUILDER) -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.part 2>&1 || \
 	  { cat $@.part; exit 1; }
 	@mv $@.part $@
 

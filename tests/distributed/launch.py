@@ -29,7 +29,7 @@ def run_process(
     """Run a Python command from the repository's root; its exit code is left to the caller to judge."""
     command = [str(python), *arguments]
     pipe = subprocess.PIPE
-    surroundings = _surroundings(environment)
+    surroundings = _surroundings(python, environment)
     with subprocess.Popen(command, env=surroundings, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
@@ -85,12 +85,20 @@ def _fork_server(python: str | Path) -> Any:
     """The process that forks this session's ranks; it ends with its stdin, which is ours."""
     command = [str(python), "-m", "tests.distributed.fork_server", *IMPORTED]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=_surroundings(None), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    return subprocess.Popen(command, env=_surroundings(python), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
 
-def _surroundings(environment: Mapping[str, str] | None) -> dict[str, str]:
+def _surroundings(python: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    built = os.environ.get("TORCH_EXTENSIONS_DIR")
+    # An environment that finds another one's extension there builds its own in its place, for a minute.
+    own = (
+        {"TORCH_EXTENSIONS_DIR": f"{built}/{Path(python).parents[1].name}"}
+        if built and python != sys.executable
+        else {}
+    )
     return {
         **os.environ,
+        **own,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
