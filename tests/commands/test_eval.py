@@ -131,7 +131,7 @@ def test_damaged_and_unfinished_checkpoints_are_told_in_one_line_each(run, tmp_p
     assert [record.step for record in results()] == [6]
     assert "checkpoint-2: Safetensor" in error
     assert "checkpoint-4, only config.json, generation_config.json" in error
-    assert len(error.splitlines()) == 3
+    assert len(messages_of(error, "eval")) == 3
 
 
 def test_a_diverged_checkpoint_is_recorded_as_failed_and_tried_again(run, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_a_peft_adapter_has_the_value_the_run_measured_itself(trained, tmp_path,
     status, _, error = mir(capsys, *flags, "--again", "--base", "moved")
     assert status == 2
     assert "checkpoint-2 do not match PeftModel" in error
-    assert len(error.splitlines()) == 2
+    assert len(messages_of(error, "eval")) == 2
     assert mir(capsys, *flags, "--again", "--base", "run/checkpoint-4")[0] == 2
 
 

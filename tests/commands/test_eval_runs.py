@@ -126,7 +126,7 @@ def test_error_is_of_the_damaged_state_alone_when_a_run_has_one(live, tmp_path, 
     assert status == 2
     assert values() == without(live, 0)
     assert f"Could not read {state}" in error
-    assert len(error.splitlines()) == 2
+    assert len(messages_of(error, "eval")) == 2
     # Named by their steps, others are not what was asked for.
     assert mir(capsys, "run", *PROBE, "--steps", 2)[0] == 0
     (tmp_path / "run" / "model.safetensors").unlink()

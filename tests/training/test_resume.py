@@ -239,7 +239,7 @@ def test_loaded_weights_are_not_measured_as_the_last_step(tmp_path, probe):
 
 def test_error_when_transformers_would_take_the_highest_mir_for_the_best(tmp_path, probe):
     trainer, _ = choosing(tmp_path, probe, every=2)
-    with pytest.raises(ConfigError, match="greater_is_better.*mir"):
+    with pytest.raises(ConfigError, match="greater_is_better"):
         trainer.train()
 
 
