@@ -12,6 +12,19 @@ import scipy.linalg
 import torch
 
 
+@torch.no_grad()
+def hidden_rows(model, processor, samples):
+    """Vision and text rows of every layer, from the hidden states that the model itself returns for each sample."""
+    vision, text = [], []
+    for image, words in samples:
+        inputs = processor(images=[[image]], text=[processor.image_token + words], return_tensors="pt")
+        states = model.eval()(**inputs, output_hidden_states=True).hidden_states[1:]
+        image_at = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+        vision.append([state[0, image_at] for state in states])
+        text.append([state[0, image_at[-1] + 1 :] for state in states])
+    return [[torch.cat(layer) for layer in zip(*rows, strict=True)] for rows in (vision, text)]
+
+
 def to_numpy(rows: torch.Tensor) -> np.ndarray:
     """Rows as float64."""
     return rows.detach().to(torch.float64).numpy()

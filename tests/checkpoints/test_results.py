@@ -114,5 +114,5 @@ def test_records_are_written_and_the_danger_is_told_when_the_file_system_has_no_
 
 def test_records_are_written_under_a_lock_when_the_system_has_no_flock(tmp_path):
     done = run_process(["-c", WITHOUT_FLOCK, str(tmp_path)])
-    assert done.stdout == "None\n", done.stderr
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
     assert [each.step for each in read_history(tmp_path / RESULTS_NAME)] == [2]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mir_callback import MIRCallback, Probe, evaluate_mir
 from mir_callback.history import read_history
 from tests import tiny_models
-from tests.commands.running import run_command
+from tests.commands.running import messages_of, run_command
 from tests.distributed.adapter_worker import adapted
 from tests.samples import pairs, write_folders
 from tests.training.runs import make_trainer
@@ -115,7 +115,7 @@ def test_weights_that_do_not_load_completely_are_refused_by_name_and_the_rest_is
     status, _, error = mir(capsys, "run", "--probe", "probe.zip")
     assert status == 2
     assert [record.step for record in results()] == [6]
-    lines = error.splitlines()
+    lines = messages_of(error, "eval")
     assert any("checkpoint-2" in line and "missing" in line for line in lines)
     assert any("layers.1.mlp.up_proj.weight" in line for line in lines)
     assert any("checkpoint-4" in line and "unexpected of.another.model" in line for line in lines)
@@ -131,7 +131,7 @@ def test_damaged_and_unfinished_checkpoints_are_told_in_one_line_each(run, tmp_p
     assert [record.step for record in results()] == [6]
     assert "checkpoint-2: Safetensor" in error
     assert "checkpoint-4, only config.json, generation_config.json" in error
-    assert len(error.splitlines()) == 3
+    assert len(messages_of(error, "eval")) == 3
 
 
 def test_a_diverged_checkpoint_is_recorded_as_failed_and_tried_again(run, tmp_path, capsys):
@@ -251,7 +251,7 @@ def test_a_peft_adapter_has_the_value_the_run_measured_itself(trained, tmp_path,
     status, _, error = mir(capsys, *flags, "--again", "--base", "moved")
     assert status == 2
     assert "checkpoint-2 do not match PeftModel" in error
-    assert len(error.splitlines()) == 2
+    assert len(messages_of(error, "eval")) == 2
     assert mir(capsys, *flags, "--again", "--base", "run/checkpoint-4")[0] == 2
 
 
@@ -304,4 +304,4 @@ def test_an_error_is_one_line_and_status_two(run, capsys, flags, message):
     assert status == 2
     assert message in error
     assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("mir eval: error: ")
+    assert messages_of(error, "eval")[-1].startswith("mir eval: error: ")

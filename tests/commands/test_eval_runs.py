@@ -11,7 +11,7 @@ import pytest
 
 from mir_callback import MIRCallback, Probe
 from mir_callback.history import read_history
-from tests.commands.running import run_command
+from tests.commands.running import messages_of, run_command
 from tests.distributed.launch import ROOT
 from tests.samples import pairs
 from tests.training.runs import make_trainer
@@ -126,12 +126,12 @@ def test_error_is_of_the_damaged_state_alone_when_a_run_has_one(live, tmp_path, 
     assert status == 2
     assert values() == without(live, 0)
     assert f"Could not read {state}" in error
-    assert len(error.splitlines()) == 2
+    assert len(messages_of(error, "eval")) == 2
     # Named by their steps, others are not what was asked for.
     assert mir(capsys, "run", *PROBE, "--steps", 2)[0] == 0
     (tmp_path / "run" / "model.safetensors").unlink()
     status, told, error = mir(capsys, "run", *PROBE)
-    assert (status, error) == (0, "")
+    assert (status, messages_of(error, "eval")) == (0, [])
     assert "trainer_state" not in told
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 from mir_callback.record import EvalRecord, as_records
 
 ROOT = Path(__file__).parents[2]
+# By every environment that has ranks, before they are forked.
+IMPORTED = ("deepspeed", "transformers.trainer", "transformers.models.llava.modeling_llava")
 
 
 def run_process(
@@ -24,15 +27,9 @@ def run_process(
     timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python command from the repository's root; its exit code is left to the caller to judge."""
-    surroundings = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        **(environment or {}),
-    }
     command = [str(python), *arguments]
     pipe = subprocess.PIPE
+    surroundings = _surroundings(python, environment)
     with subprocess.Popen(command, env=surroundings, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
@@ -49,28 +46,64 @@ def run_ranks(
     module: str,
     folder: Path,
     *arguments: str,
-    processes: int = 2,
+    processes: int | None = 2,
     python: str | Path = sys.executable,
-    torchrun: bool = True,
     environment: Mapping[str, str] | None = None,
     timeout: float = 240,
 ) -> list[Any]:
-    """Run `python -m module folder arguments...` on several ranks, under torchrun or as one plain process.
+    """Run `python -m module folder arguments...` on several ranks, or as one plain process (``processes=None``).
 
-    Each rank writes `<folder>/rank<r>.json`. A run is judged by these files and not by its exit code: two-rank runs
-    on the CPU sometimes abort while the interpreter shuts down, also without anything of ours in them.
+    The processes are forks of one that has done its imports, or under torchrun where they need an ``environment`` of
+    their own. Each rank writes `<folder>/rank<r>.json`, and what it prints is in `<folder>/output.txt`.
 
     Returns:
         What each rank wrote, in rank order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if torchrun else []
-    command = [*launcher, "-m", module, str(folder), *arguments]
-    finished = run_process(command, python=python, environment=environment, timeout=timeout)
-    (folder / "output.txt").write_text(finished.stdout + finished.stderr)
-    missing = [rank for rank in range(processes) if not (folder / f"rank{rank}.json").exists()]
-    assert not missing, f"ranks {missing} wrote nothing:\n{finished.stdout[-4000:]}\n{finished.stderr[-8000:]}"
-    return [read_rank(folder / f"rank{rank}.json") for rank in range(processes)]
+    output = folder / "output.txt"
+    command = [module, str(folder), *arguments]
+    if environment:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        words = [*(torchrun if processes else []), "-m", *command]
+        finished = run_process(words, python=python, environment=environment, timeout=timeout)
+        output.write_text(finished.stdout + finished.stderr)
+        codes = [finished.returncode]
+    else:
+        job = {"command": command, "processes": processes, "output": str(output), "timeout": timeout}
+        server = _fork_server(python)
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+    assert not any(codes), (
+        f"{command} ended with {codes} (None: not done after {timeout} s):\n{output.read_text()[-12000:]}"
+    )
+    return [read_rank(folder / f"rank{rank}.json") for rank in range(processes or 1)]
+
+
+@functools.cache
+def _fork_server(python: str | Path) -> Any:
+    """The process that forks this session's ranks; it ends with its stdin, which is ours."""
+    command = [str(python), "-m", "tests.distributed.fork_server", *IMPORTED]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=_surroundings(python), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+def _surroundings(python: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    built = os.environ.get("TORCH_EXTENSIONS_DIR")
+    # An environment that finds another one's extension there builds its own in its place, for a minute.
+    own = (
+        {"TORCH_EXTENSIONS_DIR": f"{built}/{Path(python).parents[1].name}"}
+        if built and python != sys.executable
+        else {}
+    )
+    return {
+        **os.environ,
+        **own,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **(environment or {}),
+    }
 
 
 def write_rank(folder: str | Path, rank: int, value: Any) -> None:

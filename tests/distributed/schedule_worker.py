@@ -56,7 +56,7 @@ def main(folder: str) -> None:
         {
             "history": callback.history,
             "losses": losses(trainer),
-            "warnings": sum("could not be logged" in message for message in messages),
+            "warnings": sum("ConnectionError: no route" in message for message in messages),
             "exit": code,
             "steps": rehearsed.state.global_step,
             "left": sorted(os.listdir(Path(folder) / "rehearsal")) if (Path(folder) / "rehearsal").exists() else [],

@@ -185,6 +185,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
             "leftovers": {"gathered": leftovers.gathered.left, "reports": leftovers.reports} if leftovers else None,
         },
     )
+    dist.destroy_process_group()  # left open, it may abort the process at its exit
 
 
 if __name__ == "__main__":

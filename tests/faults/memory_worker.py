@@ -83,6 +83,7 @@ def main(folder: str) -> None:
         found[case] = {"error": error, "seconds": seconds, "value afterwards": value(name)}
     good = {case: healed(*where) for case, where in HEALED.items()}
     write_rank(folder, rank, {"healthy": healthy, "cases": found, "healed": good})
+    dist.destroy_process_group()  # left open, it may abort the process at its exit
 
 
 if __name__ == "__main__":

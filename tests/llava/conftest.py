@@ -15,5 +15,6 @@ PYTHON = Path(os.environ.get("MIR_LLAVA_PYTHON", ROOT / ".venv-llava" / "bin" / 
 def assets(tmp_path_factory):
     assert PYTHON.exists(), f"no LLaVA environment at {PYTHON}; `make test` builds it (or set MIR_LLAVA_PYTHON)"
     folder = tmp_path_factory.mktemp("assets")
-    run_process(["-m", "tests.llava.assets", str(folder)], python=PYTHON)
+    made = run_process(["-m", "tests.llava.assets", str(folder)], python=PYTHON)
+    assert made.returncode == 0, made.stderr
     return folder

@@ -23,11 +23,9 @@ def train(assets, folder, **changes):
     run_ranks(
         "tests.llava.train_worker",
         folder,
-        *["on", "--", *words],
-        processes=1 if "deepspeed" not in changes else 2,
+        *["on", str(assets / "probe"), "--", *words],
+        processes=2 if "deepspeed" in changes else None,
         python=PYTHON,
-        torchrun="deepspeed" in changes,
-        environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
     return folder / "output"
 

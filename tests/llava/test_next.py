@@ -127,9 +127,10 @@ def test_template_that_needs_a_tokenizer_gets_the_runs_own(make_model, tokenizer
 @pytest.mark.skipif(REAL is None, reason="MIR_LLAVA_NEXT_PYTHON names no environment with the real repository")
 def test_value_equals_the_authors_procedure_when_the_models_are_real(tmp_path):
     assets = tmp_path / "assets"
-    run_process(["-m", "tests.llava.next_assets", str(assets)], python=REAL)
+    made = run_process(["-m", "tests.llava.next_assets", str(assets)], python=REAL)
+    assert made.returncode == 0, made.stderr
     environment = {"HF_HUB_CACHE": str(assets / "hub"), "HF_HUB_OFFLINE": "1"}
-    options = {"processes": 1, "python": REAL, "torchrun": False, "environment": environment, "timeout": 1200}
+    options = {"processes": None, "python": REAL, "environment": environment, "timeout": 1200}
     values = run_ranks("tests.llava.next_worker", tmp_path / "values", str(assets), **options)[0]
     assert set(values) == set(CASES)
     for case, found in values.items():

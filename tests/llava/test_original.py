@@ -5,6 +5,7 @@
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ EXAMPLE = ROOT / "examples" / "llava_v1_5"
 @pytest.fixture(scope="module")
 def values(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("values")
-    return run_ranks("tests.llava.value_worker", folder, str(assets), processes=1, python=PYTHON, torchrun=False)[0]
+    return run_ranks("tests.llava.value_worker", folder, str(assets), processes=None, python=PYTHON)[0]
 
 
 @pytest.mark.parametrize("case", VALUE_CASES)
@@ -97,15 +98,13 @@ def runs(assets, tmp_path_factory):
     def run(zero, watched):
         if (zero, watched) not in done:
             folder = tmp_path_factory.mktemp(f"llava-{zero}-{watched}")
-            command = [watched, "--", *arguments(assets, folder / "output", zero)]
+            command = [watched, str(assets / "probe"), "--", *arguments(assets, folder / "output", zero)]
             ranks = run_ranks(
                 "tests.llava.train_worker",
                 folder,
                 *command,
-                processes=1 if zero is None else 2,
+                processes=None if zero is None else 2,
                 python=PYTHON,
-                torchrun=zero is not None,
-                environment={"MIR_TEST_PROBE": str(assets / "probe")},
             )
             done[zero, watched] = folder / "output", ranks
         return done[zero, watched]
@@ -173,11 +172,9 @@ def test_outside_stage_1_the_whole_model_is_kept(assets, tmp_path):
     ranks = run_ranks(
         "tests.llava.train_worker",
         tmp_path,
-        *["best", "--", *whole],
-        processes=1,
+        *["best", str(assets / "probe"), "--", *whole],
+        processes=None,
         python=PYTHON,
-        torchrun=False,
-        environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
     best = lowest_record(ranks[0]["history"])
     kept = load_file(tmp_path / "output" / "mir_best" / "model.safetensors")
@@ -197,8 +194,9 @@ def test_first_value_is_the_same_under_zero2_and_zero3(runs):
 def test_unmodified_script_runs_under_the_launcher(assets, tmp_path):
     flags = ["--mir_images", assets / "probe" / "images", "--mir_texts", assets / "probe" / "texts"]
     flags += ["--mir_num_samples", 5, "--mir_every", 2, "--"]
-    found = run_process(["-c", "import llava.train.train as t; print(t.__file__)"], python=PYTHON).stdout.split()[-1]
-    command = ["-m", "mir_callback.launch", *map(str, flags), found, *arguments(assets, tmp_path / "output", None)]
+    asked = ["-c", "from importlib.util import find_spec; print(find_spec('llava').submodule_search_locations[0])"]
+    found = Path(run_process(asked, python=PYTHON).stdout.strip()) / "train" / "train.py"
+    command = ["-m", "mir_callback.launch", *map(str, flags), str(found), *arguments(assets, tmp_path / "output", None)]
     done = run_process(command, python=PYTHON)
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
@@ -212,11 +210,9 @@ def test_relaunching_the_same_command_works(assets, runs):
     again = run_ranks(
         "tests.llava.train_worker",
         output.parent / "again",
-        *["on", "--", *arguments(assets, output, None)],
-        processes=1,
+        *["on", str(assets / "probe"), "--", *arguments(assets, output, None)],
+        processes=None,
         python=PYTHON,
-        torchrun=False,
-        environment={"MIR_TEST_PROBE": str(assets / "probe")},
     )
     assert [record["step"] for record in again[0]["history"]] == [0, 2, 4]
     assert len(list(output.glob("mir_history*.jsonl"))) == 2
@@ -279,8 +275,8 @@ def test_the_published_recipe_runs_as_written(assets, tmp_path, zero, probe_from
         python="bash",
         environment={name: str(value) for name, value in surroundings.items()},
     )
+    assert done.returncode == 0, done.stderr[-4000:]
     state = tmp_path / "output" / "trainer_state.json"
-    assert state.exists(), done.stderr[-4000:]
     log = json.loads(state.read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in log if "mir" in entry] == [0, 2, 4]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|best|off -- its arguments`.
+"""One rank of a run of the real LLaVA training script: `train_worker FOLDER on|best|off PROBE -- its arguments`.
 
 What the script can only do on a GPU is helped with here, and only here: accelerate 0.21 takes nccl and CUDA for
 granted under DeepSpeed, the script synchronises CUDA before it saves, and no seed is set before its projector is made.
@@ -63,7 +63,7 @@ class Projectors(TrainerCallback):
         )
 
 
-def main(folder: str, watched: str, arguments: list[str]) -> None:
+def main(folder: str, watched: str, probe: str, *arguments: str) -> None:
     """Train as the script does, with one line before `trainer.train()`, and write what this rank saw."""
     help_on_cpu()
     torch.manual_seed(3)
@@ -72,14 +72,13 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
 
     seen: dict[str, Any] = {"projectors": {}}
     original = LLaVATrainer.train
-    probe = Path(os.environ["MIR_TEST_PROBE"])
 
     def with_one_line(trainer: Any, *args: Any, **options: Any) -> Any:
         if watched != "off":
             seen["callback"] = llava_integration.attach_mir(
                 trainer,
-                images=probe / "images",
-                texts=probe / "texts",
+                images=Path(probe) / "images",
+                texts=Path(probe) / "texts",
                 num_samples=NUM_SAMPLES,
                 every=EVERY if watched == "on" else 1,
                 keep_best=watched == "best",
@@ -108,4 +107,4 @@ def main(folder: str, watched: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[4:])
+    main(*sys.argv[1:4], *sys.argv[5:])

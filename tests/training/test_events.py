@@ -92,7 +92,7 @@ def test_a_callback_added_in_the_middle_of_a_run_is_an_error(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=2)
     callback = MIRCallback(probe, every=1)
     trainer.state.global_step = 1
-    with pytest.raises(ConfigError, match="add it before trainer.train"):
+    with pytest.raises(ConfigError, match="before trainer.train"):
         callback.on_step_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 

@@ -13,7 +13,7 @@ from tests.distributed.launch import run_ranks
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    return run_ranks("tests.training.kill_worker", folder, processes=1, torchrun=False)[0]
+    return run_ranks("tests.training.kill_worker", folder, processes=None)[0]
 
 
 @pytest.mark.parametrize(("step", "kept"), [(100, [0, 50, 100]), (50, [0, 50]), (0, [])])

@@ -178,7 +178,7 @@ def test_error_before_the_first_step_when_a_trainer_has_two_callbacks(tmp_path, 
     trainer = make_trainer(tmp_path)
     for samples in (probe, Probe.from_pairs(pairs(5))):
         trainer.add_callback(MIRCallback(samples))
-    with pytest.raises(ConfigError, match="has a second MIRCallback"):
+    with pytest.raises(ConfigError, match="MIRCallback"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert not list(tmp_path.glob("mir_history.*.jsonl"))
@@ -239,7 +239,7 @@ def test_loaded_weights_are_not_measured_as_the_last_step(tmp_path, probe):
 
 def test_error_when_transformers_would_take_the_highest_mir_for_the_best(tmp_path, probe):
     trainer, _ = choosing(tmp_path, probe, every=2)
-    with pytest.raises(ConfigError, match="greater_is_better is True with metric_for_best_model='mir'"):
+    with pytest.raises(ConfigError, match="greater_is_better"):
         trainer.train()
 
 
