@@ -82,8 +82,7 @@ def _write(page: Path, options: Namespace, probe: Probe | None, said: set[str]) 
     measured_on = {record.probe_fingerprint for run in runs for record in run.records} - {None}
     if probe is not None and measured_on and probe.fingerprint not in measured_on:
         notes.append(
-            f"--probe is {probe.fingerprint}, but the values are of {', '.join(sorted(map(str, measured_on)))}: "
-            "the samples shown are not those that were measured"
+            f"--probe {options.probe} is not the probe that the values were measured on: the samples shown are others"
         )
     if probe is None and not options.no_probe:
         probe = _find_probe(runs)
@@ -91,7 +90,8 @@ def _write(page: Path, options: Namespace, probe: Probe | None, said: set[str]) 
     _say([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], said)
     parts = {"comparison": _compare(recipes), "probe": probe, "notes": notes, "reload_seconds": options.watch}
     text = render_report(views, written=datetime.now().astimezone(), **parts)
-    write_output("--output", check_output("--output", str(page), runs), text)
+    # A link in the default's place is replaced and not followed, as it may lead out of the run's folder.
+    write_output("--output", page if page.is_symlink() else check_output("--output", str(page), runs), text)
 
 
 def _compare(recipes: Sequence[Recipe]) -> Comparison | None:
