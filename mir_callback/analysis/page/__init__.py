@@ -107,7 +107,7 @@ def render_report(
                 {"label": axis.label, "ticks": x.ticks(7), "x": [x(axis.read(run.measured)).round(5).tolist() for run in drawn]}
                 for axis, x in axes
             ],
-            "quantities": {each.name: timeline.encode_layers(each, drawn) for each in list_quantities(drawn)},
+            "quantities": {each.name: timeline.encode_layers(each, drawn) for each in list_quantities(drawn) if drawn},
             "profiles": {each.quantity.name: {"x": each.x, "series": each.series} for each in profiles},
             "palette": _PALETTE,
         },
