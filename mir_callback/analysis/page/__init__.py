@@ -104,7 +104,11 @@ def render_report(
             "runs": [_read_out(run, kept) for run, kept in zip(shown, drawn, strict=True)],
             "moments": MOMENTS,
             "axes": [
-                {"label": axis.label, "ticks": x.ticks(7), "x": [x(axis.read(run.measured)).round(5).tolist() for run in drawn]}
+                {
+                    "label": axis.label,
+                    "ticks": x.ticks(7),
+                    "x": [x(axis.read(run.measured)).round(5).tolist() for run in drawn],
+                }
                 for axis, x in axes
             ],
             "quantities": {each.name: timeline.encode_layers(each, drawn) for each in list_quantities(drawn) if drawn},

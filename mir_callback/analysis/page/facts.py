@@ -132,17 +132,26 @@ def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
 
 def tabulate_definition(runs: Sequence[RunView]) -> tuple[list[Any], list[Any]]:
     """How the values were made: rows (name, a text for each run, whether they differ) for everybody, and the details."""
-    unknown = {name for run in runs for record in run.records for name, value in record.unknown.items() if _is_plain(value)}
+    unknown = {
+        name for run in runs for record in run.records for name, value in record.unknown.items() if _is_plain(value)
+    }
     others = [name for name in sorted(unknown) if all(len(run.distinct(name)) <= 1 for run in runs)]
     rows = [
         [(label, [run.distinct(name) for run in runs]) for name, label in _PLAIN.items()],
-        [(_NAMES.get(name, name.replace("_", " ")), [run.distinct(name) for run in runs]) for name in (*_DETAILS, *others)],
+        [
+            (_NAMES.get(name, name.replace("_", " ")), [run.distinct(name) for run in runs])
+            for name in (*_DETAILS, *others)
+        ],
     ]
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         values = [[value] if (value := run.settings.get(name)) else [] for run in runs]
         rows[name != PLANNED].append((name, values))
     plain, details = (
-        [(name, texts := [_join(values) for values in columns], len(set(texts)) > 1) for name, columns in part if any(columns)]
+        [
+            (name, texts := [_join(values) for values in columns], len(set(texts)) > 1)
+            for name, columns in part
+            if any(columns)
+        ]
         for part in rows
     )
     return plain, details
@@ -195,7 +204,9 @@ def make_cards(runs: Sequence[RunView], probe: Probe | None) -> tuple[list[Card]
     effects: list[float | None] = [influence / len(influences) for influence in influences]
     samples = [None] * len(effects) if probe is None else probe.samples
     cards = [
-        Card(index, effect) if sample is None else Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
+        Card(index, effect)
+        if sample is None
+        else Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
         for index, (sample, effect) in enumerate(zip(samples, effects or [None] * len(samples), strict=True))
     ]
     whose = f"{run.name} at step {record.step}" if run and record else ""

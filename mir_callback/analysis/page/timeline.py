@@ -90,7 +90,9 @@ def _draw_marks(run: RunView, x: Scale, y: Scale, alone: bool) -> tuple[Markup, 
     stages = [(a, b) for a, b in pairwise(r for r in run.measured if r.stage is not None) if a.stage != b.stage]
     for record in stops[:1]:
         shapes.append(charts.draw_upright(float(x([record.step])[0]), "stop"))
-        words.append(charts.draw_note(float(x([record.step])[0]), 1.0, f"{read_verdict(record)}, step {record.step}", "top"))
+        words.append(
+            charts.draw_note(float(x([record.step])[0]), 1.0, f"{read_verdict(record)}, step {record.step}", "top")
+        )
     for _, record in stages:
         shapes.append(charts.draw_upright(float(x([record.step])[0]), "stage"))
         text = f"other parameters train, step {record.step}"
@@ -126,7 +128,9 @@ def _draw_loss(runs: Sequence[RunView], x: Scale) -> Panel:
         for points, css in ((run.loss_points, "line loss"), (probed, "line loss on-probe")):
             at, heights = x([step for step, _ in points]), y([loss for _, loss in points])
             at = np.where((at >= 0) & (at <= 1), at, np.nan)
-            drawn = charts.draw_line(at, heights, css) if len(points) != 1 else charts.draw_dots(at, heights, "dot loss")
+            drawn = (
+                charts.draw_line(at, heights, css) if len(points) != 1 else charts.draw_dots(at, heights, "dot loss")
+            )
             shapes.append((number, drawn))
     title = "training loss" + ("; dashed: on the probe's texts" if any(on_probe) else "")
     known = [(run.name, run.loss_points[0][1], run.loss_points[-1][1]) for run in runs if run.loss_points]

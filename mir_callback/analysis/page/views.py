@@ -72,7 +72,9 @@ class RunView:
     def from_run(cls, run: Run, recipe: Recipe) -> RunView:
         """A run from disk, under its name among those of other recipes."""
         label, settings = recipe.label(run), {PLANNED: run.max_steps, "read from": str(run.source)}
-        return cls(label, run.records, run.losses, settings, run.problems, None if label == recipe.name else recipe.name)
+        return cls(
+            label, run.records, run.losses, settings, run.problems, None if label == recipe.name else recipe.name
+        )
 
     @cached_property
     def measured(self) -> list[EvalRecord]:
