@@ -46,7 +46,7 @@ class Quantity:
         return found or []
 
 
-DISTANCE = Quantity("per_layer", "distance FD", meaning="MIR is log10 of the sum; the last layer is behind the norm.")
+DISTANCE = Quantity("per_layer", "distance FD", meaning="MIR is log10 of the sum; the last layer is behind the final norm.")
 _COMPANIONS = (
     Quantity("mean_part", "FD: part of the means", meaning="Squared distance between the two mean vectors."),
     Quantity("covariance_part", "FD: part of the spreads", meaning="What differing covariances add to the distance."),
