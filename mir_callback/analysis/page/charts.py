@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
-Kind = Literal["linear", "log", "log1p"]
+Kind = Literal["linear", "log"]
 Ticks = list[tuple[float, str]]  # (position from 0 to 1, label)
 
 _LEAST_POWER = -300.0  # of ten, on a logarithmic scale: floats end not far below
@@ -20,7 +20,7 @@ _LEAST_POWER = -300.0  # of ten, on a logarithmic scale: floats end not far belo
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values from low..high to 0..1; "log1p" is a logarithmic kind that shows zero too."""
+    """Maps values from low..high to 0..1."""
 
     low: float
     high: float
@@ -28,35 +28,24 @@ class Scale:
 
     def __call__(self, values: np.ndarray | Sequence[float]) -> np.ndarray:
         """Positions of values, (n,) float64; outside 0..1 if outside the scale, NaN if it cannot show them."""
-        low, high = self._transform(np.array([self.low, self.high]))
-        found: np.ndarray = (self._transform(np.asarray(values, dtype=float)) - low) / (high - low)
-        return found
+        found, low, high = np.asarray(values, dtype=float), self.low, self.high
+        if self.kind == "log":
+            found = np.log10(np.where(found > 0, found, np.nan))
+            low, high = math.log10(low), math.log10(high)
+        return (found - low) / (high - low)
 
     def ticks(self, count: int) -> Ticks:
         """About ``count`` round values."""
-        values = MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
-        if self.kind != "linear":  # 1, 2, 5 of each decade, or powers of ten where that is too many
-            zero, low = ([0.0], max(self.low, 1.0)) if self.kind == "log1p" else ([], self.low)
-            fine, coarse = (
-                [value for value in LogLocator(subs=digits, numticks=99).tick_values(low, self.high) if value >= low]
-                for digits in ((1.0, 2.0, 5.0), (1.0,))
-            )
-            fine, coarse = ([*zero, *self._inside(found)] for found in (fine, coarse))
-            if len(coarse) >= 3 and len(fine) > 1.5 * count:
-                values = coarse[:: math.ceil(len(coarse) / (1.5 * count))]
-            elif len(fine) >= 3:
-                values = fine
-        values = self._inside(values)
+        values = self._inside(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
+        if self.kind == "log":  # 1, 2, 5 of each decade, or powers of ten where that is too many
+            fine = self._inside(LogLocator(subs=(1.0, 2.0, 5.0), numticks=999))
+            found = fine if len(fine) <= 1.5 * count else self._inside(LogLocator(numticks=count + 1))
+            values = found if len(found) >= 3 else values
         return [(float(at), format_tick(value)) for at, value in zip(self(values), values, strict=True)]
 
-    def _transform(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if self.kind == "log":
-                return np.where(values > 0, np.log10(np.where(values > 0, values, 1.0)), np.nan)
-            return np.log1p(values) if self.kind == "log1p" else values
-
-    def _inside(self, values: Iterable[float]) -> list[float]:
+    def _inside(self, locator: Locator) -> list[float]:
         slack = 1e-9 * (self.high - self.low) if self.kind == "linear" else 0.0
+        values = locator.tick_values(self.low, self.high)
         return [float(value) for value in values if self.low - slack <= value <= self.high + slack]
 
 
@@ -74,7 +63,7 @@ def fit_scale(values: Iterable[float | None], kind: Kind = "linear", padding: fl
         return Scale(10 ** max(low - room, _LEAST_POWER), 10 ** (high + room), "log")
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     room = padding * (high - low) if low < high else max(0.05 * abs(low), 0.5 if padding == 0 else 0.05)
-    return Scale(low if kind == "log1p" else low - room, high + room, "linear" if kind == "log" else kind)
+    return Scale(low - room, high + room)
 
 
 def format_tick(value: float) -> str:
@@ -96,7 +85,7 @@ def format_value(value: float | None, digits: int = 4) -> str:
 # are (n,) and NaN where a point has no position; ``css`` are class names.
 
 
-def draw_line(x: np.ndarray, y: np.ndarray, css: str = "line") -> Markup:
+def draw_line(x: np.ndarray | Sequence[float], y: np.ndarray | Sequence[float], css: str = "line") -> Markup:
     """A line through points; it is interrupted where a point has no position."""
     known = np.isfinite(x) & np.isfinite(y)
     pens = np.where(np.r_[False, known][:-1], "L", "M")
@@ -124,16 +113,6 @@ def draw_bar(left: float, right: float, css: str, title: str) -> Markup:
     """A bar over the whole height, with a text that shows where a pointer rests on it."""
     bar = Markup('<rect class="bar {}" x="{:.1f}" y="0" width="{:.1f}" height="1000"><title>{}</title></rect>')
     return bar.format(css, 1000 * left, 1000 * max(right - left, 0), title)
-
-
-def draw_upright(x: float, css: str) -> Markup:
-    """A line from the lower to the upper border."""
-    return _path(css, f"M{_point(x, 1.0)}V1000")
-
-
-def draw_across(y: float, css: str) -> Markup:
-    """A line from the left to the right border."""
-    return _path(css, f"M{_point(0.0, y)}H1000")
 
 
 def draw_note(x: float, y: float, text: str, css: str) -> Markup:

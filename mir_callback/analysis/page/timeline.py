@@ -41,10 +41,7 @@ def scale_axes(runs: Sequence[RunView]) -> list[tuple[Axis, Scale]]:
     for axis in views.find_axes(runs):
         values = np.concatenate([axis.read(run.records if axis.field == "step" else run.measured) for run in runs])
         # The ends a little outside the outermost values, so that their dots and columns are whole.
-        scale = fit_scale(values.tolist(), padding=0.02)
-        if axis.name == "log":
-            scale = Scale(float(values.min()), float(values.max()) * 1.08 + 0.5, "log1p")
-        found.append((axis, scale))
+        found.append((axis, fit_scale(values.tolist(), "log" if axis.name == "log" else "linear", padding=0.02)))
     return found
 
 
@@ -89,14 +86,13 @@ def _draw_marks(run: RunView, x: Scale, y: Scale, alone: bool) -> tuple[Markup, 
     stops = [record for record in run.measured if read_verdict(record) in (STOPPING, WOULD_STOP)]
     stages = [(a, b) for a, b in pairwise(r for r in run.measured if r.stage is not None) if a.stage != b.stage]
     for record in stops[:1]:
-        shapes.append(charts.draw_upright(float(x([record.step])[0]), "stop"))
-        words.append(
-            charts.draw_note(float(x([record.step])[0]), 1.0, f"{read_verdict(record)}, step {record.step}", "top")
-        )
+        left = float(x([record.step])[0])
+        shapes.append(charts.draw_line([left, left], [0, 1], "stop"))
+        words.append(charts.draw_note(left, 1.0, f"{read_verdict(record)}, step {record.step}", "top"))
     for _, record in stages:
-        shapes.append(charts.draw_upright(float(x([record.step])[0]), "stage"))
-        text = f"other parameters train, step {record.step}"
-        words.append(charts.draw_note(float(x([record.step])[0]), 0.93, text, "top faint"))
+        left = float(x([record.step])[0])
+        shapes.append(charts.draw_line([left, left], [0, 1], "stage"))
+        words.append(charts.draw_note(left, 0.93, f"other parameters train, step {record.step}", "top faint"))
     cross = Markup('<span class="cross-mark" style="left:{:.2%}" title="step {}: {}">\N{MULTIPLICATION SIGN}</span>')
     crosses = [
         cross.format(left, record.step, record.error or "failed")
@@ -195,7 +191,7 @@ def _draw_profile(
     y = fit_scale((value for _, _, values, _ in curves for value in values.tolist()), quantity.kind)
     shapes, says = [], []
     if quantity.name == "norm_ratio" and y.low < 1 < y.high:
-        shapes.append((0, charts.draw_across(float(y([1.0])[0]), "level")))
+        shapes.append((0, charts.draw_line([0, 1], [float(y([1.0])[0])] * 2, "level")))
     for number, moment, values, errors in curves:
         at, band = x(np.arange(1, len(values) + 1)), Markup("")
         if quantity is views.DISTANCE and len(errors) == len(values):

@@ -46,7 +46,9 @@ class Quantity:
         return found or []
 
 
-DISTANCE = Quantity("per_layer", "distance FD", meaning="MIR is log10 of the sum; the last layer is behind the final norm.")
+DISTANCE = Quantity(
+    "per_layer", "distance FD", meaning="MIR is log10 of the sum; the last layer is behind the final norm."
+)
 _COMPANIONS = (
     Quantity("mean_part", "FD: part of the means", meaning="Squared distance between the two mean vectors."),
     Quantity("covariance_part", "FD: part of the spreads", meaning="What differing covariances add to the distance."),
@@ -155,10 +157,11 @@ class Axis:
     label: str  # with the unit
     field: str = "step"  # of a record
     unit: float = 1.0  # values are divided by it
+    least: float = 0.0  # lower ones lie there, as zero on a logarithmic axis
 
     def read(self, records: Sequence[EvalRecord]) -> np.ndarray:
         """Where evaluations lie on it, (n,) float64."""
-        return np.array([record[self.field] / self.unit for record in records], dtype=float)
+        return np.array([max(record[self.field] / self.unit, self.least) for record in records], dtype=float)
 
 
 def find_axes(runs: Sequence[RunView]) -> list[Axis]:
@@ -175,7 +178,7 @@ def find_axes(runs: Sequence[RunView]) -> list[Axis]:
         Axis("tokens", "training tokens seen", "tokens_seen"),
         Axis("epoch", "epoch", "epoch"),
     ]
-    steps = [Axis("step", "optimizer step"), Axis("log", "optimizer step, logarithmic")]
+    steps = [Axis("step", "optimizer step"), Axis("log", "optimizer step, logarithmic", least=0.5)]
     return steps + [axis for axis in others if all(_runs_on(run, axis.field) for run in runs)]
 
 
