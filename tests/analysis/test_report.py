@@ -246,9 +246,7 @@ def test_samples_are_shown_with_what_they_add():
         assert np.abs(small[0] - small[1]).mean() < 6
     foreign = parse(page_of(view("run", records(3, samples=5)), probe=probe)).one("ol", "samples")
     assert not foreign.all("span", "effect"), "influences of another probe's samples"
-    bare = parse(page_of(view("run", history))).one("ol", "samples")
-    assert len(bare.all("span", "effect")) == 5
-    assert not bare.all("img")
+    assert not parse(page_of(view("run", history))).all("ol", "samples")
 
 
 def test_axes_are_those_that_all_runs_have():

@@ -69,9 +69,9 @@ def render_report(
     least, together, most = _DRAWN
     drawn = [run.thin(max(least, min(most, together // len(shown)))) for run in shown]
     axes = timeline.scale_axes(drawn) if drawn else []
-    profiles = list(timeline.draw_profiles(drawn))
     owners = [number if run.recipe is None else run.recipe for number, run in enumerate(ordered)]
     own = [(f"{run.name}: " if len(ordered) > 1 else "", run) for run in ordered]
+    cards, effects_of = facts.make_cards(shown, probe) if probe else ([], "")
     script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
     return _TEMPLATES.get_template("page.html").render(
         version=metadata.version("mir-callback"),
@@ -96,10 +96,11 @@ def render_report(
         definition=facts.tabulate_definition(ordered),
         axes=[axis for axis, _ in axes],
         panels=timeline.draw_timeline(drawn, axes[0][1]) if drawn else {},
-        profiles=profiles,
+        profiles=list(timeline.draw_profiles(drawn)),
         steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
         seen_verdicts=list(dict.fromkeys(read_verdict(record) for run in shown for record in run.records)),
-        cards=facts.make_cards(shown, probe),
+        cards=cards,
+        effects_of=effects_of,
         data={
             "runs": [_read_out(run, kept) for run, kept in zip(shown, drawn, strict=True)],
             "moments": MOMENTS,
@@ -112,7 +113,6 @@ def render_report(
                 for axis, x in axes
             ],
             "quantities": {each.name: timeline.encode_layers(each, drawn) for each in list_quantities(drawn) if drawn},
-            "profiles": {each.quantity.name: {"x": each.x, "series": each.series} for each in profiles},
             "palette": _PALETTE,
         },
     )
@@ -146,5 +146,6 @@ def _read_out(run: RunView, drawn: RunView) -> Mapping[str, Any]:
         "loss": [format_value(run.loss_points[count - 1][1] if count else None) for count in passed],
         "verdict": [read_verdict(record) for record in drawn.measured],
         "reason": [record.reason or "" for record in drawn.measured],
+        "at": {moment: drawn.measured.index(record) for moment, record in drawn.moments.items()},
         "last_loss": format_value(run.loss_points[-1][1] if run.loss_points else None),
     }

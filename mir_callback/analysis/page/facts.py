@@ -185,31 +185,25 @@ class Card:
 
     index: int
     effect: float | None  # what it adds to MIR, about, in log10 units
-    name: str = ""
-    text: str = ""  # its beginning
-    picture: str = ""  # address of a JPEG that holds the picture itself
+    name: str
+    text: str  # its beginning
+    picture: str  # address of a JPEG that holds the picture itself
 
 
-def make_cards(runs: Sequence[RunView], probe: Probe | None) -> tuple[list[Card], str]:
-    """The samples of the probe, the largest effect first, and of which evaluation the effects are; none if unknown.
-
-    Effects are of the newest evaluation that has influences; those of another probe than the given one are left out.
-    """
-    known = ((run, record, record.influences) for run in runs for record in reversed(run.measured) if record.influences)
-    if probe is not None:
-        own = (probe.fingerprint, len(probe))
-        known = (each for each in known if (each[1].probe_fingerprint, len(each[2])) == own)
-    run, record, influences = next(known, (None, None, []))
+def make_cards(runs: Sequence[RunView], probe: Probe) -> tuple[list[Card], str]:
+    """The samples of the probe, the largest effect first, and of which evaluation effects are: the newest with any."""
+    newest = ((run, record) for run in runs for record in reversed(run.measured) if record.influences)
+    own = (each for each in newest if each[1].probe_fingerprint == probe.fingerprint)
+    run, record = next(own, (None, None))
+    influences = (record.influences if record else None) or []
     # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
-    effects: list[float | None] = [influence / len(influences) for influence in influences]
-    samples = [None] * len(effects) if probe is None else probe.samples
+    known = len(influences) == len(probe)
+    effects = [influence / len(probe) for influence in influences] if known else [None] * len(probe)
     cards = [
-        Card(index, effect)
-        if sample is None
-        else Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
-        for index, (sample, effect) in enumerate(zip(samples, effects or [None] * len(samples), strict=True))
+        Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
+        for index, (sample, effect) in enumerate(zip(probe.samples, effects, strict=True))
     ]
-    whose = f"{run.name} at step {record.step}" if run and record else ""
+    whose = f"{run.name} at step {record.step}" if run and record and known else ""
     return sorted(cards, key=lambda card: -abs(card.effect or 0.0)), whose
 
 

@@ -10,7 +10,7 @@
   const runOf = (element) => Number(element.closest("[data-run]").dataset.run);
   const timeline = one(".timeline"), output = one(".layer-reading"), inputs = all(".controls input, select, [name=run]");
   const axis = () => data.axes[one("[name=axis]:checked").value];
-  const quantity = () => data.quantities[one("[name=quantity]").value];
+  const chosen = () => one("[name=quantity]").value;
 
   function nearest(positions, at) {
     return positions.reduce((best, x, index) => Math.abs(x - at) < Math.abs(positions[best] - at) ? index : best, 0);
@@ -54,17 +54,23 @@
     for (const grid of all(".uprights", timeline)) grid.setAttribute("d", axis().ticks.map(([at]) => `M${1000 * at} 0V1000`).join(""));
     one(".xticks", timeline).replaceChildren(...labels(axis().ticks));
     one(".xlabel", timeline).textContent = axis().label;
-    one(".colours .xticks").replaceChildren(...labels(quantity().ticks));
-    one(".colours .what").textContent = quantity().label;
+    one(".colours .xticks").replaceChildren(...labels(data.quantities[chosen()].ticks));
+    one(".colours .what").textContent = data.quantities[chosen()].label;
     all("canvas", timeline).forEach(drawLayers);
     readTimeline(null);
   }
 
   const MISSING = 65535, decoded = new Map(); // 16 bits for each layer and evaluation; the highest code where there is no value
-  function codesOf(run) {
-    const text = quantity().codes[run];
+  function codesOf(name, run) {
+    const text = data.quantities[name].codes[run];
     if (!decoded.has(text)) decoded.set(text, new Uint16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer));
     return decoded.get(text);
+  }
+  function read(name, run, layer, index) { // as text; layers count from 1
+    const {low, high, log, layers} = data.quantities[name];
+    const code = layer <= layers[run] ? codesOf(name, run)[(layer - 1) * data.runs[run].steps.length + index] : MISSING;
+    const share = code / (MISSING - 1), value = log ? low * (high / low) ** share : low + (high - low) * share;
+    return code === MISSING ? "" : String(Number(value.toPrecision(4)));
   }
   function colour(share) {
     const at = 16 * share, low = Math.min(15, Math.floor(at));
@@ -72,8 +78,8 @@
     return (255 << 24 | b << 16 | g << 8 | r) >>> 0;
   }
   function drawLayers(canvas) {
-    const run = runOf(canvas), positions = axis().x[run], count = positions.length, layers = quantity().layers[run];
-    const codes = codesOf(run), width = canvas.width = 1200, height = canvas.height = Math.max(1, layers);
+    const run = runOf(canvas), positions = axis().x[run], count = positions.length, layers = data.quantities[chosen()].layers[run];
+    const codes = codesOf(chosen(), run), width = canvas.width = 1200, height = canvas.height = Math.max(1, layers);
     const image = new ImageData(width, height), pixels = new Uint32Array(image.data.buffer);
     const half = (index) => count > 1 ? (positions[index + 1] - positions[index]) / 2 : 1; // of the gap after it
     for (let index = 0; index < count; index++) {
@@ -103,30 +109,33 @@
   function readLayer(event) {
     const area = event.target.closest(".map .area");
     if (!area) return;
-    const run = runOf(area), {label, low, high, log, layers} = quantity(), box = area.getBoundingClientRect();
+    const run = runOf(area), {label, layers} = data.quantities[chosen()], box = area.getBoundingClientRect();
     const index = nearest(axis().x[run], across(timeline, event));
     const layer = clamp(Math.ceil((1 - (event.clientY - box.top) / box.height) * layers[run]), 1, layers[run]);
-    const code = codesOf(run)[(layer - 1) * axis().x[run].length + index];
-    if (code === undefined || code === MISSING) return;
-    const value = log ? low * (high / low) ** (code / (MISSING - 1)) : low + (high - low) * code / (MISSING - 1);
+    const value = read(chosen(), run, layer, index);
+    if (value === "") return;
     const name = data.runs.length > 1 ? `${data.runs[run].name}, ` : "";
-    output.textContent = `${name}layer ${layer}, step ${data.runs[run].steps[index]}: ${label} ${value.toPrecision(3)}`;
+    output.textContent = `${name}layer ${layer}, step ${data.runs[run].steps[index]}: ${label} ${value}`;
   }
 
   // Over the layers
+  function layersOf(chart) { // their positions, 0 to 1
+    const count = Math.max(...data.quantities[chart.dataset.quantity].layers);
+    return Array.from({length: count}, (_, index) => (index + 0.5) / count);
+  }
   function readProfile(chart, at) {
-    const {x, series} = data.profiles[chart.dataset.profile];
-    const index = at === null ? null : nearest(x, at);
-    point(chart, index === null ? null : x[index]);
-    const said = series
-      .filter((curve) => !isHidden(`run-${curve.run}`) && !isHidden(curve.moment) && curve.values[index])
-      .map((curve) => `${data.runs.length > 1 ? data.runs[curve.run].name + " " : ""}${data.moments[curve.moment]} ${curve.values[index]}`);
-    one("output", chart).textContent = index === null ? "" : `layer ${index + 1}: ${said.join(", ")}`;
+    const x = layersOf(chart), layer = at === null ? null : 1 + nearest(x, at), said = [];
+    point(chart, at === null ? null : x[layer - 1]);
+    data.runs.forEach((run, number) => Object.keys(data.moments).forEach((moment) => {
+      const value = at === null || isHidden(`run-${number}`) || isHidden(moment) ? "" : read(chart.dataset.quantity, number, layer, run.at[moment]);
+      if (value) said.push(`${data.runs.length > 1 ? run.name + " " : ""}${data.moments[moment]} ${value}`);
+    }));
+    one("output", chart).textContent = at === null ? "" : `layer ${layer}: ${said.join(", ")}`;
   }
 
-  function listen(chart, read, stops) {
-    chart.addEventListener("pointermove", (event) => { read(across(chart, event)); if (chart === timeline) readLayer(event); });
-    for (const event of ["pointerleave", "blur"]) chart.addEventListener(event, () => read(null));
+  function listen(chart, show, stops) {
+    chart.addEventListener("pointermove", (event) => { show(across(chart, event)); if (chart === timeline) readLayer(event); });
+    for (const event of ["pointerleave", "blur"]) chart.addEventListener(event, () => show(null));
     chart.addEventListener("keydown", (event) => {
       const positions = stops(), last = positions.length - 1;
       const here = chart.dataset.at ? nearest(positions, Number(chart.dataset.at)) : event.key === "ArrowRight" ? -1 : last + 1;
@@ -134,7 +143,7 @@
       if (next === undefined || last < 0) return;
       event.preventDefault();
       one(".reading").setAttribute("aria-live", "polite");
-      read(positions[clamp(next, 0, last)]);
+      show(positions[clamp(next, 0, last)]);
     });
   }
 
@@ -159,7 +168,7 @@
       history.replaceState(null, "", "#" + inputs.map((input) => input.type === "select-one" ? input.selectedIndex : Number(input.checked)).join("."));
     });
     listen(timeline, readTimeline, () => [...new Set(axis().x.filter((_, run) => !isHidden(`run-${run}`)).flat())].sort((a, b) => a - b));
-    for (const chart of all(".profile")) listen(chart, (at) => readProfile(chart, at), () => data.profiles[chart.dataset.profile].x);
+    for (const chart of all(".profile")) listen(chart, (at) => readProfile(chart, at), () => layersOf(chart));
     changeAxis();
   }
   const seconds = Number(document.body.dataset.reload); // a page that is written anew while training runs

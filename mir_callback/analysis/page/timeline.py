@@ -160,56 +160,38 @@ def encode_layers(quantity: Quantity, runs: Sequence[RunView]) -> dict[str, Any]
     }
 
 
-@dataclass(frozen=True)
-class Profile:
-    """A picture over the layers, and what a pointer reads from it."""
-
-    quantity: Quantity
-    panel: Panel
-    x: list[float]  # of the layers, 0 to 1
-    series: list[dict[str, Any]]  # run, moment and values, as texts, of each curve
-
-
-def draw_profiles(runs: Sequence[RunView]) -> Iterator[Profile]:
+def draw_profiles(runs: Sequence[RunView]) -> Iterator[tuple[Quantity, Panel]]:
     """First, best and last evaluation over the layers: the distance, then each companion there is."""
     for quantity in views.list_quantities(runs):
         curves = [
-            (number, moment, np.array(quantity.read(record)), np.array(record.per_layer_se or []))
+            (number, moment, np.array(quantity.read(record)), BAND * np.array(record.per_layer_se or []))
             for number, run in enumerate(runs)
             for moment, record in run.moments.items()
             if quantity.read(record)
         ]
         if curves:
-            yield _draw_profile(quantity, runs, curves)
+            layers = max(views.stack_layers(quantity, run.measured).shape[0] for run in runs)
+            yield quantity, _draw_profile(quantity, runs, curves, layers)
 
 
 def _draw_profile(
-    quantity: Quantity, runs: Sequence[RunView], curves: Sequence[tuple[int, str, np.ndarray, np.ndarray]]
-) -> Profile:
-    layers = max(len(values) for _, _, values, _ in curves)
-    x = Scale(0.5, layers + 0.5)
+    quantity: Quantity, runs: Sequence[RunView], curves: Sequence[tuple[int, str, np.ndarray, np.ndarray]], layers: int
+) -> Panel:
+    x, shapes, says = Scale(0.5, layers + 0.5), [], []
     y = fit_scale((value for _, _, values, _ in curves for value in values.tolist()), quantity.kind)
-    shapes, says = [], []
     if quantity.name == "norm_ratio" and y.low < 1 < y.high:
         shapes.append((0, charts.draw_line([0, 1], [float(y([1.0])[0])] * 2, "level")))
-    for number, moment, values, errors in curves:
+    for number, moment, values, reach in curves:
         at, band = x(np.arange(1, len(values) + 1)), Markup("")
-        if quantity is views.DISTANCE and len(errors) == len(values):
+        if quantity is views.DISTANCE and len(reach) == len(values):
             least = y.low if y.kind == "log" else 0.0  # a logarithmic scale has no position for what lies below
-            reach = BAND * errors
             band = charts.draw_band(at, y(np.maximum(values - reach, least)), y(values + reach))
         curve = band + charts.draw_line(at, y(values)) + charts.draw_dots(at, y(values), "dot small")
         shapes.append((number, Markup('<g class="moment-{}">{}</g>').format(moment, curve)))
         ends = f"{format_value(values.min())} to {format_value(values.max())}"
         says.append(f"{runs[number].name}, {moment}: {ends}")
     ticks = [tick for tick in x.ticks(min(8, layers)) if "." not in tick[1]]
-    text = f"{quantity.label} over layers. {'; '.join(says)}"
-    series = [
-        {"run": number, "moment": moment, "values": [format_value(value) for value in values.tolist()]}
-        for number, moment, values, _ in curves
-    ]
-    panel = Panel(quantity.label, text, shapes, (), y.ticks(4), ticks)
-    return Profile(quantity, panel, x(np.arange(1, layers + 1)).round(5).tolist(), series)
+    return Panel(quantity.label, f"{quantity.label} over layers. {'; '.join(says)}", shapes, (), y.ticks(4), ticks)
 
 
 def _steps(records: Sequence[EvalRecord]) -> list[int]:
