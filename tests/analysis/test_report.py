@@ -279,7 +279,7 @@ def test_a_run_of_unknown_definition_does_not_compare_with_others():
 
 @pytest.mark.parametrize("first_step", [0, 500])
 def test_lowest_mir_is_what_is_logged_as_mir_best(first_step):
-    """A value before the first training step does not count; a run that goes on from other weights starts with one that does."""
+    """A value before the first training step does not count; that of weights trained before does."""
     history = [{**record, "step": record["step"] + first_step} for record in records(5)]
     history[0]["mir"] = min(record["mir"] for record in history) - 1.0
     text = parse(page_of(view("run", history, settings={"planned steps": 590}))).one("dl", "cards").words

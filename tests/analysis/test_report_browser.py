@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -41,6 +42,7 @@ def pages(tmp_path_factory):
 COLOURS = (
     "map => new Set(new Uint32Array(map.getContext('2d').getImageData(0, 0, map.width, map.height).data.buffer)).size"
 )
+TIME = "training time, minutes"
 GROUNDS, INKS = ("paper", "sheet", "warning"), ("ink", "faint", "focus", "loss", "plateau")
 
 
@@ -180,39 +182,35 @@ def test_choices_show_and_hide_and_outlive_a_reload(browser, pages):
 
 
 def test_everything_moves_to_where_it_lies_on_the_chosen_axis(browser, tmp_path):
-    """Time runs unevenly over the steps: curve, band, verdicts, loss, marks and the columns of the heat map follow it."""
+    """Time runs unevenly over the steps: curve, band, verdicts, loss and the columns of the heat map follow it."""
     history = records(5, layers=1)
     for record, seconds, distance in zip(history, (0, 10, 20, 30, 400), (1.0, 2.0, 4.0, 8.0, 16.0), strict=True):
         record.update(train_seconds=seconds, mir=math.log10(distance), per_layer=[distance])
     history[3] |= {"verdict": "rising"}
     (tmp_path / "page.html").write_text(page_of(view("run", history)), encoding="utf-8")
     browser.open(tmp_path / "page.html")
-    at = (
-        "[...document.querySelector('{}').getAttribute('d').matchAll(/[ML]([\\d.]+) /g)].map(match => Number(match[1]))"
-    )
-    for _ in range(2):  # there and back
-        browser.run("document.querySelector('[data-axis=time]').click()")
-        x = browser.run(
-            "JSON.parse(document.getElementById('data').textContent).axes.find(a => /time/.test(a.label)).x[0]"
-        )
-        assert x[3] < 0.2 < 0.9 < x[4]
-        expected = [1000 * position for position in x]
-        assert browser.run(at.format(".tall .line")) == pytest.approx(expected, abs=0.2)
-        assert browser.run(at.format(".timeline .loss")) == pytest.approx(expected, abs=0.2)
-        assert browser.run(at.format(".tall .band"))[:5] == pytest.approx(expected, abs=0.2)
-        bar = browser.run(
-            "(b => [b.getAttribute('x'), b.getAttribute('width')].map(Number))(document.querySelector('rect.rising'))"
-        )
-        assert bar == pytest.approx([500 * (x[2] + x[3]), 500 * (x[4] - x[2])], abs=1)
-        columns = "[0.1, 0.5, 0.9].map(x => [...document.querySelector('canvas').getContext('2d').getImageData(1200 * x, 0, 1, 1).data].join())"
-        assert len(set(browser.run(columns))) == 2, "the fourth evaluation reaches half way to the fifth"
-        browser.run("document.querySelector('[data-axis=step]').click()")
-        expected = [
-            1000 * position
-            for position in browser.run("JSON.parse(document.getElementById('data').textContent).axes[0].x[0]")
+
+    def across(selector):
+        path = browser.run(f"document.querySelector('{selector}').getAttribute('d')")
+        return [float(x) for x in re.findall(r"[ML]([\d.]+) ", path)]
+
+    def colours(*shares):
+        pixel = "document.querySelector('canvas').getContext('2d').getImageData({}, 0, 1, 1).data.join()"
+        return len({browser.run(pixel.format(round(1200 * share))) for share in shares})
+
+    axes = browser.run("JSON.parse(document.getElementById('data').textContent).axes")
+    steps, times = ([1000 * x for x in axis["x"][0]] for axis in axes if axis["label"] in (TIME, "optimizer step"))
+    assert times[3] < 200 < 900 < times[4]
+    for name, expected, columns in (("time", times, 2), ("step", steps, 3), ("time", times, 2)):
+        browser.run(f"document.querySelector('[data-axis={name}]').click()")
+        assert across(".tall .line") == pytest.approx(expected, abs=0.2)
+        assert across(".timeline .loss") == pytest.approx(expected, abs=0.2)
+        assert across(".tall .band")[:5] == pytest.approx(expected, abs=0.2)
+        bar = [
+            browser.run(f"Number(document.querySelector('rect.rising').getAttribute('{at}'))") for at in ("x", "width")
         ]
-        assert browser.run(at.format(".tall .line")) == pytest.approx(expected, abs=0.2)
-        assert len(set(browser.run(columns))) == 3
+        assert bar == pytest.approx([(expected[2] + expected[3]) / 2, (expected[4] - expected[2]) / 2], abs=1)
+        assert colours(0.1, 0.5, 0.9) == columns
     assert [told for told in browser.complaints if "getImageData" not in told] == []  # that is the test's own
 
 

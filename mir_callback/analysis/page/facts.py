@@ -131,7 +131,7 @@ def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
 
 
 def tabulate_definition(runs: Sequence[RunView]) -> tuple[list[Any], list[Any]]:
-    """How the values were made: rows (name, a text for each run, whether they differ) for everybody, and the details."""
+    """How values were made, in rows (name, text for each run, whether they differ): for everybody, and the details."""
     unknown = {
         name for run in runs for record in run.records for name, value in record.unknown.items() if _is_plain(value)
     }

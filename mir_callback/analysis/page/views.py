@@ -107,7 +107,7 @@ class RunView:
         return list({repr(value): value for value in found if value is not None}.values())
 
     def thin(self, most: int) -> RunView:
-        """The same run with about ``most`` evaluations and losses at most, of which the curves are the same to the eye."""
+        """The run with about ``most`` evaluations and losses at most, whose curves look the same."""
         best = self.measured.index(self.moments["best"])
         kept = [self.measured[i] for i in _thin([record.mir for record in self.measured], most, [best])]
         failed = self.failed[:: max(1, len(self.failed) // most)]
