@@ -88,7 +88,8 @@ def _write(page: Path, options: Namespace, probe: Probe | None, seen: set[str]) 
     _warn([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], seen)
     parts = {"comparison": _compare(recipes), "probe": probe, "notes": notes, "reload_seconds": options.watch}
     text = render_report(views, written=datetime.now().astimezone(), **parts)
-    write_output("--output", check_output("--output", str(page), runs), text)
+    # A link in the default's place is replaced and not followed, as it may lead out of the run's folder.
+    write_output("--output", page if page.is_symlink() else check_output("--output", str(page), runs), text)
 
 
 def _compare(recipes: Sequence[Recipe]) -> Comparison | None:

@@ -2,6 +2,8 @@
 """The page in a real browser: it draws, it answers, it complains of nothing and asks the network for nothing."""
 
 import json
+import math
+import re
 
 import pytest
 
@@ -37,6 +39,10 @@ def pages(tmp_path_factory):
     return folder
 
 
+COLOURS = (
+    "map => new Set(new Uint32Array(map.getContext('2d').getImageData(0, 0, map.width, map.height).data.buffer)).size"
+)
+TIME = "training time, minutes"
 GROUNDS, INKS = ("paper", "sheet", "warning"), ("ink", "faint", "focus", "loss", "plateau")
 
 
@@ -58,7 +64,8 @@ def test_page_renders_silently_and_fits_its_window(browser, pages, name, width, 
     if name != "bare":
         flat = "[...document.querySelectorAll('.area')].filter(a => a.offsetParent && a.clientHeight < 5).length"
         assert browser.run(flat) == 0
-        assert browser.run("document.querySelectorAll('.chart:not([hidden]) path.line').length") > 5
+        assert browser.run("document.querySelectorAll('.chart path.line').length") > 5
+        assert browser.run(f"[...document.querySelectorAll('canvas')].map(({COLOURS})).every(count => count > 10)")
 
 
 def test_no_script_of_others_can_run_and_nothing_can_be_sent(browser, pages):
@@ -115,8 +122,8 @@ def test_pointer_reads_the_evaluation_below_it(browser, pages):
     history = records(12)
     browser.open(pages / "one.html")
     assert reading(browser)[0] == "110"
-    left, top, width, height = area(browser, ".timeline:not([hidden]) .tall .area")
-    positions = browser.run("JSON.parse(document.getElementById('data').textContent).x.step[0]")
+    left, top, width, height = area(browser, ".timeline .tall .area")
+    positions = browser.run("JSON.parse(document.getElementById('data').textContent).axes[0].x[0]")
     for index in (0, 3, 11):
         browser.point_at(left + positions[index] * width, top + height / 2)
         step, mir, loss, verdict = reading(browser)
@@ -124,10 +131,11 @@ def test_pointer_reads_the_evaluation_below_it(browser, pages):
         assert mir == f"{history[index]['mir']:.3f} ± {history[index]['mir_se']:.3f}"
         assert float(loss) == pytest.approx(history[index]["loss"], rel=1e-3)
         assert verdict == history[index]["verdict"]
-    left, top, width, height = area(browser, ".timeline:not([hidden]) .map .area")
+    left, top, width, height = area(browser, ".timeline .map .area")
     browser.point_at(left + positions[5] * width, top + 0.3 * height)
-    told = browser.run("document.querySelector('.layer-reading').textContent")
-    assert told == f"layer 3, step 50: distance FD {history[5]['per_layer'][2]:.4g}"
+    told, _, value = browser.run("document.querySelector('.layer-reading').textContent").rpartition(" ")
+    assert told == "layer 3, step 50: distance FD"
+    assert float(value) == pytest.approx(history[5]["per_layer"][2], rel=0.01)
     browser.point_at(2, 2)
     assert reading(browser)[0] == "110"
     assert browser.complaints == []
@@ -152,21 +160,20 @@ def test_choices_show_and_hide_and_outlive_a_reload(browser, pages):
     browser.open(pages / "two.html")
 
     def state():
-        chart = "document.querySelectorAll('.timeline:not([hidden]) "
         return [
-            browser.run("[...document.querySelectorAll('.timeline:not([hidden])')].map(c => c.dataset.axis).join()"),
-            browser.run(f"[...{chart} .layers:not([hidden])')].map(part => part.dataset.quantity).join()"),
-            browser.run(f"[...{chart} .tall .line')].map(line => getComputedStyle(line).display).join()"),
-            browser.run("getComputedStyle(document.querySelector('.profile .line.moment-first')).display"),
+            browser.run("document.querySelector('.timeline .xlabel').textContent"),
+            browser.run("document.querySelector('.colours .what').textContent"),
+            browser.run("[...document.querySelectorAll('.tall .line')].map(line => line.getClientRects().length)"),
+            browser.run("document.querySelector('.profile g.moment-first').getClientRects().length"),
         ]
 
-    assert state() == ["step", "per_layer", "inline,inline", "none"]
-    browser.run("document.querySelector('input[name=axis][value=samples]').click()")
+    assert state() == ["optimizer step", "distance FD", [1, 1], 0]
+    browser.run("document.querySelector('[data-axis=samples]').click()")
     browser.run("document.querySelector('input[name=run][value=\"1\"]').click()")
     browser.run("document.querySelector('input[name=moment][value=first]').click()")
     select = "(s => { s.value = 'cosine'; s.dispatchEvent(new Event('change', {bubbles: true})); })"
     browser.run(select + "(document.querySelector('select[name=quantity]'))")
-    chosen = ["samples", "cosine", "inline,none", "inline"]
+    chosen = ["training samples seen", "cosine of the means", [1, 0], 1]
     assert state() == chosen
     fragment = browser.run("location.hash")
     browser.open(pages / "two.html", fragment=fragment)
@@ -174,23 +181,44 @@ def test_choices_show_and_hide_and_outlive_a_reload(browser, pages):
     assert browser.complaints == []
 
 
-def test_samples_are_ordered_by_effect_when_asked(browser, pages):
-    browser.open(pages / "one.html")
-    browser.run("document.querySelector('input[name=order][value=effect]').click()")
-    effects = browser.run("[...document.querySelectorAll('.samples li')].map(item => Math.abs(item.dataset.effect))")
-    assert len(effects) == 12
-    assert effects == sorted(effects, reverse=True)
-    browser.run("document.querySelector('input[name=order][value=index]').click()")
-    order = browser.run("[...document.querySelectorAll('.samples li')].map(item => Number(item.dataset.index))")
-    assert order == list(range(12))
+def test_everything_moves_to_where_it_lies_on_the_chosen_axis(browser, tmp_path):
+    """Time runs unevenly over the steps: curve, band, verdicts, loss and the columns of the heat map follow it."""
+    history = records(5, layers=1)
+    for record, seconds, distance in zip(history, (0, 10, 20, 30, 400), (1.0, 2.0, 4.0, 8.0, 16.0), strict=True):
+        record.update(train_seconds=seconds, mir=math.log10(distance), per_layer=[distance])
+    history[3] |= {"verdict": "rising"}
+    (tmp_path / "page.html").write_text(page_of(view("run", history)), encoding="utf-8")
+    browser.open(tmp_path / "page.html")
+
+    def across(selector):
+        path = browser.run(f"document.querySelector('{selector}').getAttribute('d')")
+        return [float(x) for x in re.findall(r"[ML]([\d.]+) ", path)]
+
+    def colours(*shares):
+        pixel = "document.querySelector('canvas').getContext('2d').getImageData({}, 0, 1, 1).data.join()"
+        return len({browser.run(pixel.format(round(1200 * share))) for share in shares})
+
+    axes = browser.run("JSON.parse(document.getElementById('data').textContent).axes")
+    steps, times = ([1000 * x for x in axis["x"][0]] for axis in axes if axis["label"] in (TIME, "optimizer step"))
+    assert times[3] < 200 < 900 < times[4]
+    for name, expected, columns in (("time", times, 2), ("step", steps, 3), ("time", times, 2)):
+        browser.run(f"document.querySelector('[data-axis={name}]').click()")
+        assert across(".tall .line") == pytest.approx(expected, abs=0.2)
+        assert across(".timeline .loss") == pytest.approx(expected, abs=0.2)
+        assert across(".tall .band")[:5] == pytest.approx(expected, abs=0.2)
+        bar = [
+            browser.run(f"Number(document.querySelector('rect.rising').getAttribute('{at}'))") for at in ("x", "width")
+        ]
+        assert bar == pytest.approx([(expected[2] + expected[3]) / 2, (expected[4] - expected[2]) / 2], abs=1)
+        assert colours(0.1, 0.5, 0.9) == columns
+    assert [told for told in browser.complaints if "getImageData" not in told] == []  # that is the test's own
 
 
-def test_page_is_complete_without_its_script(browser, pages, tmp_path):
+def test_curves_are_complete_without_the_script(browser, pages, tmp_path):
     text = (pages / "two.html").read_text(encoding="utf-8")
     (tmp_path / "still.html").write_text(text.replace("script-src 'sha256", "script-src 'sha384"), encoding="utf-8")
     browser.open(tmp_path / "still.html")
-    assert browser.run("document.querySelectorAll('.timeline:not([hidden]) path.line').length") == 4
-    assert browser.run("document.querySelectorAll('.timeline:not([hidden]) img.heat').length") == 14
+    assert browser.run("document.querySelectorAll('.timeline path.line').length") == 4
     assert reading(browser)[0] == "110"
     visible = "[...document.querySelectorAll('.controls, .hint')].some(part => part.offsetHeight > 0)"
     assert not browser.run(visible), "no switches that do nothing"

@@ -12,19 +12,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import colormaps
 
 from mir_callback.analysis.compare import Comparison
 from mir_callback.analysis.page import facts, timeline
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import MOMENTS, VERDICTS, Quantity, RunView, number_colours, read_verdict
+from mir_callback.analysis.page.views import MOMENTS, VERDICTS, RunView, list_quantities, read_verdict
 from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import HistoryError
 from mir_callback.probe.probe import Probe
 
 _PARTS = Path(__file__).parent
 _NAMED = 4  # recipes that a title has room for
+_FAILURES = 20  # that are listed
+_DRAWN = (100, 1280, 400)  # evaluations: of a run at least, of all runs together, of a run at most
+_PALETTE = [[round(255 * part) for part in colormaps["viridis"](at)[:3]] for at in np.linspace(0, 1, 17)]
 _TEMPLATES = Environment(
     loader=FileSystemLoader(_PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -61,43 +66,55 @@ def render_report(
         raise HistoryError("there is no run to report on")
     shown = [run for run in runs if run.moments]
     ordered = [*shown, *(run for run in runs if not run.moments)]  # a run has the same number wherever it is shown
-    lines = timeline.draw_timelines(shown)
-    curves = timeline.draw_profiles(shown)
+    least, together, most = _DRAWN
+    drawn = [run.thin(max(least, min(most, together // len(shown)))) for run in shown]
+    axes = timeline.scale_axes(drawn) if drawn else []
+    owners = [number if run.recipe is None else run.recipe for number, run in enumerate(ordered)]
+    own = [(f"{run.name}: " if len(ordered) > 1 else "", run) for run in ordered]
+    cards, effects_of = facts.make_cards(shown, probe) if probe else ([], "")
     script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
-    own = [note if len(ordered) == 1 else f"{run.name}: {note}" for run in ordered for note in run.notes]
     return _TEMPLATES.get_template("page.html").render(
-        # the same on every page
         version=metadata.version("mir-callback"),
         styles=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         format_value=format_value,
-        read_verdict=read_verdict,
-        verdict_classes=VERDICTS,
+        verdicts=VERDICTS,
         moments=MOMENTS,
-        # of every run
-        runs=ordered,
         title=_make_title(ordered),
-        colours=number_colours(ordered),
-        summaries=[facts.summarize(run) for run in ordered],
-        costs=facts.list_costs(ordered),
-        definition=facts.tabulate_definition(ordered),
-        incomparable=facts.find_incomparable(ordered),
-        notes=[*notes, *own],
-        # of the runs that have values
-        shown=shown,
-        timelines=lines,
-        profiles=curves,
-        quantities=[curve.quantity for curve in curves],
-        steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
-        cost_charts=timeline.draw_costs(shown),
-        seen_verdicts=_list_verdicts(shown),
-        sheet=facts.make_sheet(shown, probe),
-        data=_collect_data(shown, lines, curves),
-        # of the page
-        comparison=None if comparison is None else _describe_comparison(comparison),
         written=written,
         reload_seconds=reload_seconds,
+        runs=ordered,
+        shown=shown,
+        counts=[sum(len(run.measured) for run in part) for part in (drawn, shown)],
+        colours=[list(dict.fromkeys(owners)).index(owner) for owner in owners],
+        summaries=[facts.summarize(run) for run in ordered],
+        comparison=None if comparison is None else _describe_comparison(comparison),
+        incomparable=facts.find_incomparable(ordered),
+        notes=[*notes, *(f"{name}{note}" for name, run in own for note in run.notes)],
+        failures=[f"{name}step {r.step}: {r.error or 'failed'}" for name, run in own for r in run.failed[:_FAILURES]],
+        definition=facts.tabulate_definition(ordered),
+        axes=[axis for axis, _ in axes],
+        panels=timeline.draw_timeline(drawn, axes[0][1]) if drawn else {},
+        profiles=list(timeline.draw_profiles(drawn)),
+        steps_at={moment: _name_steps(shown, moment) for moment in MOMENTS},
+        seen_verdicts=list(dict.fromkeys(read_verdict(record) for run in shown for record in run.records)),
+        cards=cards,
+        effects_of=effects_of,
+        data={
+            "runs": [_read_out(run, kept) for run, kept in zip(shown, drawn, strict=True)],
+            "moments": MOMENTS,
+            "axes": [
+                {
+                    "label": axis.label,
+                    "ticks": x.ticks(7),
+                    "x": [x(axis.read(run.measured)).round(5).tolist() for run in drawn],
+                }
+                for axis, x in axes
+            ],
+            "quantities": {each.name: timeline.encode_layers(each, drawn) for each in list_quantities(drawn) if drawn},
+            "palette": _PALETTE,
+        },
     )
 
 
@@ -118,43 +135,17 @@ def _name_steps(runs: Sequence[RunView], moment: str) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}" if steps else ""
 
 
-def _list_verdicts(runs: Sequence[RunView]) -> list[str]:
-    seen = dict.fromkeys(read_verdict(record) for run in runs for record in run.records)
-    return [verdict for verdict in seen if verdict]
-
-
-def _collect_data(
-    runs: Sequence[RunView], lines: Sequence[timeline.Timeline], curves: Sequence[timeline.Profile]
-) -> Mapping[str, Any]:
-    """What the page's script reads out under a pointer; the pictures themselves do without it."""
-    return {
-        "runs": [
-            {
-                "name": run.name,
-                "steps": [record.step for record in run.measured],
-                "mir": [facts.with_error(record) for record in run.measured],
-                "loss": _losses_at(run),
-                "verdict": [read_verdict(record) for record in run.measured],
-                "reason": [record.reason or "" for record in run.measured],
-                "layers": {curve.quantity.name: _layers_at(run, curve.quantity) for curve in curves},
-            }
-            for run in runs
-        ],
-        "moments": MOMENTS,
-        "x": {line.axis.name: line.x for line in lines},
-        "profiles": {
-            curve.quantity.name: {"label": curve.quantity.label, "x": curve.x, "series": curve.series}
-            for curve in curves
-        },
-    }
-
-
-def _layers_at(run: RunView, quantity: Quantity) -> list[list[str]]:
-    return [[format_value(value) for value in quantity.read(record)] for record in run.measured]
-
-
-def _losses_at(run: RunView) -> list[str]:
-    """For each evaluation the last loss logged up to its step."""
+def _read_out(run: RunView, drawn: RunView) -> Mapping[str, Any]:
+    """What a pointer reads of a run at each of the evaluations that are drawn, with the loss logged last before it."""
     steps = [step for step, _ in run.loss_points]
-    passed = [bisect_right(steps, record.step) for record in run.measured]
-    return [format_value(run.loss_points[count - 1][1] if count else None) for count in passed]
+    passed = [bisect_right(steps, record.step) for record in drawn.measured]
+    return {
+        "name": run.name,
+        "steps": [record.step for record in drawn.measured],
+        "mir": [facts.with_error(record) for record in drawn.measured],
+        "loss": [format_value(run.loss_points[count - 1][1] if count else None) for count in passed],
+        "verdict": [read_verdict(record) for record in drawn.measured],
+        "reason": [record.reason or "" for record in drawn.measured],
+        "at": {moment: drawn.measured.index(record) for moment, record in drawn.moments.items()},
+        "last_loss": format_value(run.loss_points[-1][1] if run.loss_points else None),
+    }

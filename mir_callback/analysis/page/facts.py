@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page says in words and tables: overview, cost, how it was measured, and the samples of the probe."""
+"""What the page says in words and tables: overview, norms, how it was measured, cost, and the samples of the probe."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ import numpy as np
 from PIL import ImageOps
 
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import MOMENTS, PLANNED, RunView, read_verdict, time_share
+from mir_callback.analysis.page.views import PLANNED, RunView, read_verdict
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord
 
-_UNKNOWN = "unknown"
-_DEFINITION = {
-    "probe_fingerprint": "probe",
-    "tokens_fingerprint": "tokens of the probe",
-    "pixels_fingerprint": "pixel inputs",
-    "root": "root",
-    "dtype": "dtype of the hidden states",
+_PLAIN = {  # fields that say how values were made, in words for everybody
     "num_samples": "samples",
     "num_vision_tokens": "vision tokens",
     "num_text_tokens": "text tokens",
+    "dtype": "dtype of the hidden states",
+    "root": "root",
     "world_size": "ranks",
 }
-# Shown under their own name where they do not change over a run, as are fields of other versions.
-_FURTHER = {
-    *("batch_size", "checkpoint", "disabled", "load_seconds", "max_steps", "passes", "run", "storage_device"),
-    "weights_stamp",
-}
+_NAMES = {"probe_fingerprint": "probe", "tokens_fingerprint": "tokens of the probe", "root": "root"}
+_DETAILS = (*DEFINITION_FIELDS[:2], "pixels_fingerprint", "batch_size", "passes", "storage_device", "weights_stamp")
+_LEAST_FALL = 0.05  # of MIR: what is less is not explained
+_LEAST_PART = 0.5  # of a fall, that norms alone account for
+_LEAST_SHRINKING = 0.95  # of a layer's norm ratio
 _THUMBNAIL = (240, 180)  # twice as large as it is shown, for fine screens
-_QUALITY = 72
 _CHARACTERS = 220
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A run in a line of the overview; its numbers are texts, with their standard error where it is known."""
-
-    run: RunView
-    verdict: str  # the stop rule's last one
-    reason: str
-    best: str = format_value(None)  # lowest MIR
-    best_step: int | None = None
-    start: str = ""  # MIR of the untrained weights, where it is lower than that
-    last: str = format_value(None)
-    last_step: int | None = None
-    planned: float | None = None  # steps, where the run has not taken them all
-    change: str = ""  # last minus best
-
-
-def summarize(run: RunView) -> Summary:
-    """The overview of a run."""
+def summarize(run: RunView) -> dict[str, Any]:
+    """A run in the overview; its numbers are texts, with their standard error where it is known."""
     newest = run.records[-1] if run.records else None
-    verdict, reason = (read_verdict(newest), newest.reason or newest.error or "") if newest else ("", "")
-    if not run.moments:
-        return Summary(run, verdict, reason)
-    first, best, last = (run.moments[moment] for moment in MOMENTS)
-    start = f"{first.mir:.3f}" if first.step == 0 and _mir(first) < _mir(best) else ""
-    planned = run.settings.get(PLANNED)
-    ahead = planned if planned is not None and planned > last.step else None
-    change = _describe_change(last, best)
-    return Summary(run, verdict, reason, with_error(best), best.step, start, with_error(last), last.step, ahead, change)
+    loss_step, loss = run.loss_points[-1] if run.loss_points else (None, None)
+    shares = [r.eval_seconds / spent for r in run.records if r.step and r.eval_seconds and (spent := _spent(r))]
+    seconds = [record.seconds for record in run.measured if record.seconds is not None]
+    memory = [record.peak_memory_bytes for record in run.records if record.peak_memory_bytes is not None]
+    found: dict[str, Any] = {
+        "verdict": read_verdict(newest) if newest else "",
+        "reason": (newest.reason or newest.error or "") if newest else "",
+        **dict.fromkeys(("best", "last"), format_value(None)),
+        **dict.fromkeys(("best_step", "last_step", "planned", "start", "change", "norms")),
+        "loss": format_value(loss),
+        "loss_step": loss_step,
+        "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
+        "each": f"{format_value(statistics.median(seconds), 3)} s each" if seconds else "",
+        "share": f"{shares[-1]:.1%} of the time" if shares else "",
+        "memory": f"{max(memory) / 2**30:.2f} GiB beside training" if memory else "",
+    }
+    if run.moments:
+        first, best, last = run.moments.values()
+        planned = run.settings.get(PLANNED)
+        found |= {"best": with_error(best), "best_step": best.step, "last": with_error(last), "last_step": last.step}
+        lower = not first.is_trained and float(first.mir or 0.0) < float(best.mir or 0.0)
+        found["start"] = f"{first.mir:.3f}" if lower else None
+        found["planned"] = planned if planned is not None and planned > last.step else None
+        found["change"] = _describe_change(last, best)
+        found["norms"] = explain_by_norms(run.measured)
+    return found
+
+
+def _spent(record: EvalRecord) -> float:
+    return (record.eval_seconds or 0.0) + (record.train_seconds or 0.0)
 
 
 def with_error(record: EvalRecord) -> str:
@@ -79,69 +79,99 @@ def with_error(record: EvalRecord) -> str:
 def paired_error(record: EvalRecord, other: EvalRecord) -> float | None:
     """The standard error of the difference of two values of the same probe; None where it cannot be known."""
     here, there = record.influences or [], other.influences or []
-    probes = [(each.probe_fingerprint, each.num_samples) for each in (record, other)]
-    if probes[0] != probes[1] or len(here) != len(there) or len(here) < 2:
+    alike = record.probe_fingerprint == other.probe_fingerprint and record.num_samples == other.num_samples
+    if not alike or len(here) != len(there) or len(here) < 2:
         return None
     return standard_error(np.array(here, dtype=float) - np.array(there, dtype=float))
 
 
-def _describe_change(record: EvalRecord, other: EvalRecord) -> str:
-    if record.step == other.step:
-        return ""
+def _describe_change(record: EvalRecord, other: EvalRecord) -> str | None:
+    if record.step == other.step or record.mir is None or other.mir is None:
+        return None
     error = paired_error(record, other)
-    text = f"{_mir(record) - _mir(other):+.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    text = f"{record.mir - other.mir:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _mir(record: EvalRecord) -> float:
-    assert record.mir is not None
-    return record.mir
+@dataclass(frozen=True)
+class NormFall:
+    """A fall of MIR that shrinking vision norms alone would account for, to a large part."""
+
+    start: int  # step of the peak
+    end: int  # step of the lowest MIR after it
+    fall: float  # of MIR between them
+    by_norms: float  # of it, what norms alone would account for, at most ``fall``
+    before: float  # norm ratio at the peak, geometric mean over the layers by their part of the distance
+    after: float  # and at the end
+    layers: str  # in which the norm ratio fell, such as "1 to 5, 8"
 
 
-def list_costs(runs: Sequence[RunView]) -> list[dict[str, str]]:
-    """What the evaluations of each run cost, by what the page calls it; without what is known of no run."""
-    costs = [_list_costs(run) for run in runs]
-    known = [name for name in costs[0] if any(cost[name] != format_value(None) for cost in costs)]
-    return [{name: cost[name] for name in known} for cost in costs]
+def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
+    """Whether MIR fell after its peak because vision tokens became shorter, as far as norms can tell.
+
+    A distance of vision tokens much longer than text grows with the square of their norm ratio r. Norms alone would
+    therefore lower MIR by 2 log10(r_peak / r_end), averaged over the layers with their parts of the peak's distance.
+    Returns None where that is less than half of the fall, the fall less than 0.05, or the norms not known.
+    """
+    peak = max(measured, key=lambda record: record.mir or 0.0)
+    end = min(measured[measured.index(peak) :], key=lambda record: record.mir or 0.0)
+    distances = np.array(peak.per_layer or [], dtype=float)
+    ratios = [np.array((record.companions or {}).get("norm_ratio") or [], dtype=float) for record in (peak, end)]
+    if not len(distances) == len(ratios[0]) == len(ratios[1]) > 0 or distances.sum() <= 0 or np.min(ratios) <= 0:
+        return None
+    fall = float(peak.mir or 0.0) - float(end.mir or 0.0)
+    before, after = (float(np.log10(ratio) @ distances / distances.sum()) for ratio in ratios)
+    by_norms = 2 * (before - after)
+    if fall < _LEAST_FALL or by_norms < _LEAST_PART * fall:
+        return None
+    shorter = np.flatnonzero(ratios[1] < _LEAST_SHRINKING * ratios[0]) + 1
+    pieces = np.split(shorter, np.flatnonzero(np.diff(shorter) > 1) + 1)
+    layers = ", ".join(f"{p[0]}" if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in pieces if len(p))
+    return NormFall(peak.step, end.step, fall, min(by_norms, fall), 10**before, 10**after, layers)
 
 
-def _list_costs(run: RunView) -> dict[str, str]:
-    seconds = [record.seconds for record in run.measured if record.seconds is not None]
-    shares = [share for record in run.records if (share := time_share(record)) is not None]
-    memory = [record.peak_memory_bytes for record in run.records if record.peak_memory_bytes is not None]
-    spent = [record.eval_seconds for record in run.records if record.eval_seconds is not None]
-    in_all = spent[-1:] or ([sum(seconds)] if seconds else [])
-    unknown = format_value(None)
-    return {
-        "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
-        "each, median": _format_seconds(statistics.median(seconds)) if seconds else unknown,
-        "longest": _format_seconds(max(seconds)) if seconds else unknown,
-        "in all": _format_seconds(in_all[0]) if in_all else unknown,
-        "of the time": f"{shares[-1]:.1%}" if shares else unknown,
-        "peak memory, besides training": _format_bytes(max(memory)) if memory else unknown,
+def tabulate_definition(runs: Sequence[RunView]) -> tuple[list[Any], list[Any]]:
+    """How values were made, in rows (name, text for each run, whether they differ): for everybody, and the details."""
+    unknown = {
+        name for run in runs for record in run.records for name, value in record.unknown.items() if _is_plain(value)
     }
+    others = [name for name in sorted(unknown) if all(len(run.distinct(name)) <= 1 for run in runs)]
+    rows = [
+        [(label, [run.distinct(name) for run in runs]) for name, label in _PLAIN.items()],
+        [
+            (_NAMES.get(name, name.replace("_", " ")), [run.distinct(name) for run in runs])
+            for name in (*_DETAILS, *others)
+        ],
+    ]
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = [[value] if (value := run.settings.get(name)) else [] for run in runs]
+        rows[name != PLANNED].append((name, values))
+    plain, details = (
+        [
+            (name, texts := [_join(values) for values in columns], len(set(texts)) > 1)
+            for name, columns in part
+            if any(columns)
+        ]
+        for part in rows
+    )
+    return plain, details
 
 
-def tabulate_definition(runs: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
-    """How the values were made: (name, its text for each run, whether the runs differ), settings last."""
-    unknown = [pair for run in runs for record in run.records for pair in record.unknown.items()]
-    others = {name for name, value in unknown if isinstance(value, (str, int, float, bool))}
-    further = [name for name in others | _FURTHER if all(len(run.distinct(name)) <= 1 for run in runs)]
-    rows = [(label, [run.distinct(name) for run in runs]) for name, label in _DEFINITION.items()]
-    rows += [(name.replace("_", " "), [run.distinct(name) for run in runs]) for name in sorted(further)]
-    settings = dict.fromkeys(name for run in runs for name in run.settings)
-    rows += [(name, [[value] if (value := run.settings.get(name)) else [] for run in runs]) for name in settings]
-    texts = [(label, [_join(values) for values in columns]) for label, columns in rows if any(columns)]
-    return [(label, cells, len(set(cells)) > 1) for label, cells in texts]
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool))
 
 
 def find_incomparable(runs: Sequence[RunView]) -> list[str]:
-    """Why values of these runs are not to be compared, in sentences; empty if they are."""
+    """Why values of these runs are not to be compared, in a few words each; empty if they are."""
     messages = []
-    for field in DEFINITION_FIELDS:
-        found = {str(value) for run in runs for value in run.distinct(field) or [_UNKNOWN]}
-        if len(found) > 1 or (len(runs) > 1 and found == {_UNKNOWN}):
-            messages.append(f"{_DEFINITION[field]}: {', '.join(sorted(found))}")
+    for name in DEFINITION_FIELDS:
+        found = {str(value) for run in runs for value in run.distinct(name)}
+        unknown = [run.name for run in runs if not run.distinct(name)]
+        if len(found) > 1:
+            shown = ", ".join(sorted(found)) if name == "root" else f"{len(found)} different ones"
+            messages.append(f"{_NAMES[name]}: {shown}")
+        elif unknown and len(runs) > 1:
+            messages.append(f"{_NAMES[name]}: not known of {', '.join(unknown[:4])}")
     return messages
 
 
@@ -149,70 +179,37 @@ def _join(values: Sequence[Any]) -> str:
     return ", then ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "") if values else format_value(None)
 
 
-def _format_seconds(seconds: float) -> str:
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{format_value(seconds, 3)} s"
-
-
-def _format_bytes(count: float) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} bytes"
-
-
 @dataclass(frozen=True)
 class Card:
     """One sample of the probe."""
 
     index: int
-    effect: float | None  # what it adds to MIR at ``Sheet.record``, about, in log10 units
-    name: str = ""
-    text: str = ""  # its beginning
-    picture: str = ""  # address of a JPEG that holds the picture itself
+    effect: float | None  # what it adds to MIR, about, in log10 units
+    name: str
+    text: str  # its beginning
+    picture: str  # address of a JPEG that holds the picture itself
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """The samples of a probe, in its order."""
-
-    heading: str
-    cards: list[Card]
-    run: str  # whose influences they show
-    record: EvalRecord | None  # at which evaluation
-
-
-def make_sheet(runs: Sequence[RunView], probe: Probe | None) -> Sheet | None:
-    """The samples of the probe and, at the last evaluation that has them, their influences; None if neither is known.
-
-    Influences of another probe than the given one are left out.
-    """
-    known = [(run, record, record.influences) for run in runs for record in reversed(run.measured) if record.influences]
-    if probe is not None:
-        own = (probe.fingerprint, len(probe))
-        known = [(run, record, found) for run, record, found in known if (record.probe_fingerprint, len(found)) == own]
-    run, record, influences = known[0] if known else (None, None, [])
+def make_cards(runs: Sequence[RunView], probe: Probe) -> tuple[list[Card], str]:
+    """The samples of the probe, the largest effect first, and of which evaluation effects are: the newest with any."""
+    newest = ((run, record) for run in runs for record in reversed(run.measured) if record.influences)
+    own = (each for each in newest if each[1].probe_fingerprint == probe.fingerprint)
+    run, record = next(own, (None, None))
+    influences = (record.influences if record else None) or []
     # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
-    effects: list[float | None] = [influence / len(influences) for influence in influences]
-    if probe is not None:
-        heading = f"probe {probe.fingerprint}: {len(probe)} samples, texts cut to {probe.max_text_tokens} tokens"
-        cards = [
-            Card(index, effect, sample.name, _shorten(sample.text), _encode_picture(sample))
-            for index, (sample, effect) in enumerate(zip(probe.samples, effects or [None] * len(probe), strict=True))
-        ]
-    elif record:
-        heading = f"probe {record.probe_fingerprint or _UNKNOWN}: {len(effects)} samples"
-        cards = [Card(index, effect) for index, effect in enumerate(effects)]
-    else:
-        return None
-    return Sheet(heading, cards, run.name if run else "", record)
+    known = len(influences) == len(probe)
+    effects = [influence / len(probe) for influence in influences] if known else [None] * len(probe)
+    cards = [
+        Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
+        for index, (sample, effect) in enumerate(zip(probe.samples, effects, strict=True))
+    ]
+    whose = f"{run.name} at step {record.step}" if run and record and known else ""
+    return sorted(cards, key=lambda card: -abs(card.effect or 0.0)), whose
 
 
-def _encode_picture(sample: Sample) -> str:
+def _encode(sample: Sample) -> str:
     file = io.BytesIO()
-    ImageOps.contain(sample.open_image(), _THUMBNAIL).save(file, "JPEG", quality=_QUALITY)
+    ImageOps.contain(sample.open_image(), _THUMBNAIL).save(file, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

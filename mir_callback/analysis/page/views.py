@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -17,13 +17,17 @@ from mir_callback.analysis.page.charts import Kind
 from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
 
 PLANNED = "planned steps"  # among the settings of a run
-# Evaluations of a run that are shown, and what the page calls them.
-MOMENTS = {"first": "first", "best": "lowest", "last": "last"}
 WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
-# What the rule says, and its class name.
+MOMENTS = {"first": "first", "best": "lowest", "last": "last"}  # evaluations, and what the page calls them
+# What the rule says: its class name and what it means.
 VERDICTS = {
-    **{verdict: verdict.replace(" ", "-") for verdict in ("going on", "rising", "too noisy", "no data", "failed")},
-    **dict.fromkeys((STOPPING, WOULD_STOP), "plateau"),
+    "no data": ("no-data", "too few evaluations yet"),
+    "going on": ("going-on", "MIR may still fall, so training goes on"),
+    "rising": ("rising", "MIR rises, which never stops a run"),
+    "too noisy": ("too-noisy", "the noise hides where MIR is going"),
+    STOPPING: ("plateau", "going on would bring too little, training stops"),
+    WOULD_STOP: ("plateau", "going on would bring too little, but the rule only observes"),
+    "failed": ("failed", "the evaluation has no value"),
 }
 
 
@@ -33,32 +37,25 @@ class Quantity:
 
     name: str  # in the records
     label: str
-    kind: Kind  # of its scale
-    meaning: str
+    kind: Kind = "log"  # of its scale
+    meaning: str = ""
 
     def read(self, record: EvalRecord) -> list[float]:
         """The values of a record, one for each layer; empty if it has none."""
-        found = record.per_layer if self.name == DISTANCE.name else (record.companions or {}).get(self.name)
+        found = record.per_layer if self.name == "per_layer" else (record.companions or {}).get(self.name)
         return found or []
 
 
 DISTANCE = Quantity(
-    "per_layer",
-    "distance FD",
-    "log",
-    "How far apart vision and text tokens are; MIR is log10 of the sum. The last layer is behind the final norm.",
+    "per_layer", "distance FD", meaning="MIR is log10 of the sum; the last layer is behind the final norm."
 )
 _COMPANIONS = (
-    Quantity("mean_part", "FD: part of the means", "log", "Squared distance between the two mean vectors."),
-    Quantity("covariance_part", "FD: part of the spreads", "log", "What differing covariances add to the distance."),
-    Quantity(
-        "norm_ratio", "norm ratio", "log", "Mean norm of vision tokens over that of text tokens; 1 is equally long."
-    ),
-    Quantity(
-        "cosine", "cosine of the means", "linear", "1: both modalities lie in the same direction from the origin."
-    ),
-    Quantity("vision_rank", "effective rank, vision", "log", "How many directions the vision tokens really use."),
-    Quantity("text_rank", "effective rank, text", "log", "How many directions the text tokens really use."),
+    Quantity("mean_part", "FD: part of the means", meaning="Squared distance between the two mean vectors."),
+    Quantity("covariance_part", "FD: part of the spreads", meaning="What differing covariances add to the distance."),
+    Quantity("norm_ratio", "norm ratio", meaning="Mean norm of vision tokens over that of text tokens; 1 is equal."),
+    Quantity("cosine", "cosine of the means", "linear", "1: both lie in the same direction from the origin."),
+    Quantity("vision_rank", "effective rank, vision", meaning="How many directions the vision tokens really use."),
+    Quantity("text_rank", "effective rank, text", meaning="How many directions the text tokens really use."),
 )
 
 
@@ -77,8 +74,9 @@ class RunView:
     def from_run(cls, run: Run, recipe: Recipe) -> RunView:
         """A run from disk, under its name among those of other recipes."""
         label, settings = recipe.label(run), {PLANNED: run.max_steps, "read from": str(run.source)}
-        group = None if label == recipe.name else recipe.name
-        return cls(label, run.records, run.losses, settings, run.problems, group)
+        return cls(
+            label, run.records, run.losses, settings, run.problems, None if label == recipe.name else recipe.name
+        )
 
     @cached_property
     def measured(self) -> list[EvalRecord]:
@@ -92,7 +90,7 @@ class RunView:
 
     @cached_property
     def moments(self) -> dict[str, EvalRecord]:
-        """First, best and last evaluation; without a trained value the best is the first. Empty if there is none."""
+        """First, best (as `mir_best` has it) and last evaluation; empty if there is none."""
         if not self.measured:
             return {}
         best = lowest_record(self.measured) or self.measured[0]
@@ -105,12 +103,25 @@ class RunView:
 
     def distinct(self, name: str) -> list[Any]:
         """The different values of a field over the run, of another version's too, in order of appearance."""
-        found: list[Any] = []
-        for record in self.records:
-            value = record[name] if name in FIELDS else record.unknown.get(name)
-            if value is not None and value not in found:
-                found.append(value)
-        return found
+        found = (record[name] if name in FIELDS else record.unknown.get(name) for record in self.records)
+        return list({repr(value): value for value in found if value is not None}.values())
+
+    def thin(self, most: int) -> RunView:
+        """The run with about ``most`` evaluations and losses at most, whose curves look the same."""
+        best = self.measured.index(self.moments["best"])
+        kept = [self.measured[i] for i in _thin([record.mir for record in self.measured], most, [best])]
+        failed = self.failed[:: max(1, len(self.failed) // most)]
+        losses = [self.loss_points[i] for i in _thin([loss for _, loss in self.loss_points], most)]
+        return replace(self, records=sorted([*kept, *failed], key=lambda record: record.step), losses=losses)
+
+
+def _thin(values: Sequence[float | None], most: int, keep: Iterable[int] = ()) -> list[int]:
+    """Where the curve of many values has its ends, and the lowest and highest value of each of its stretches."""
+    if len(values) <= most:
+        return list(range(len(values)))
+    stretches, array = np.array_split(np.arange(len(values)), most // 2), np.array(values, dtype=float)
+    extremes = (int(part[find(array[part])]) for part in stretches for find in (np.argmin, np.argmax))
+    return sorted({0, len(values) - 1, *keep, *extremes})
 
 
 def read_verdict(record: EvalRecord) -> str:
@@ -120,21 +131,13 @@ def read_verdict(record: EvalRecord) -> str:
     return WOULD_STOP if record.would_stop and record.verdict != STOPPING else record.verdict or ""
 
 
-def time_share(record: EvalRecord) -> float | None:
-    """The part of the time so far that went into evaluations; None before the first step."""
-    spent, trained = record.eval_seconds, record.train_seconds
-    if spent is None or trained is None or record.step == 0 or spent + trained <= 0:
-        return None
-    return float(spent / (spent + trained))
-
-
-def list_companions(runs: Sequence[RunView]) -> list[Quantity]:
-    """The companions that at least one evaluation has; those of other names come last, under their own name."""
+def list_quantities(runs: Sequence[RunView]) -> list[Quantity]:
+    """The distance, and the companions that an evaluation has, those of other versions last under their own name."""
     records = [record for run in runs for record in run.measured]
     present = {name for record in records for name, values in (record.companions or {}).items() if values}
-    others = sorted(present - {quantity.name for quantity in _COMPANIONS})
     known = [quantity for quantity in _COMPANIONS if quantity.name in present]
-    return known + [Quantity(name, name.replace("_", " "), "linear", "") for name in others]
+    others = sorted(present - {quantity.name for quantity in known})
+    return [DISTANCE, *known, *(Quantity(name, name.replace("_", " "), "linear") for name in others)]
 
 
 def stack_layers(quantity: Quantity, records: Sequence[EvalRecord]) -> np.ndarray:
@@ -146,32 +149,19 @@ def stack_layers(quantity: Quantity, records: Sequence[EvalRecord]) -> np.ndarra
     return table
 
 
-def number_colours(runs: Sequence[RunView]) -> list[int]:
-    """A number for each run, the same one for runs of one recipe; from 0 in order of appearance."""
-    owners = [number if run.recipe is None else run.recipe for number, run in enumerate(runs)]
-    distinct = list(dict.fromkeys(owners))
-    return [distinct.index(owner) for owner in owners]
-
-
 @dataclass(frozen=True)
 class Axis:
     """Something that runs on while a model trains."""
 
     name: str  # for the page's switch and its address
     label: str  # with the unit
-    field: str  # of a record
-    logarithmic: bool = False
+    field: str = "step"  # of a record
     unit: float = 1.0  # values are divided by it
+    least: float = 0.0  # lower ones lie there, as zero on a logarithmic axis
 
-    def locate(self, run: RunView, steps: Sequence[int]) -> np.ndarray:
-        """Where steps of a run lie on this axis; NaN for steps that its evaluations do not span. (n,) float64."""
-        asked = np.asarray(steps, dtype=float)
-        if self.field == "step":
-            return asked
-        values = [record[self.field] / self.unit for record in run.measured]
-        known = [record.step for record in run.measured]
-        found: np.ndarray = np.interp(asked, known, values, left=np.nan, right=np.nan)
-        return found
+    def read(self, records: Sequence[EvalRecord]) -> np.ndarray:
+        """Where evaluations lie on it, (n,) float64."""
+        return np.array([max(record[self.field] / self.unit, self.least) for record in records], dtype=float)
 
 
 def find_axes(runs: Sequence[RunView]) -> list[Axis]:
@@ -182,14 +172,14 @@ def find_axes(runs: Sequence[RunView]) -> list[Axis]:
     longest = max((record[clock] or 0.0 for run in runs for record in run.measured), default=0.0)
     units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
     unit, name = next((unit, name) for unit, name in units if longest >= 3 * unit or unit == 1.0)
-    candidates = [
-        Axis("time", f"{words}, {name}", clock, unit=unit),
+    others = [
+        Axis("time", f"{words}, {name}", clock, unit),
         Axis("samples", "training samples seen", "samples_seen"),
         Axis("tokens", "training tokens seen", "tokens_seen"),
         Axis("epoch", "epoch", "epoch"),
     ]
-    steps = [Axis("step", "optimizer step", "step"), Axis("log", "optimizer step, logarithmic", "step", True)]
-    return steps + [axis for axis in candidates if all(_runs_on(run, axis.field) for run in runs)]
+    steps = [Axis("step", "optimizer step"), Axis("log", "optimizer step, logarithmic", least=0.5)]
+    return steps + [axis for axis in others if all(_runs_on(run, axis.field) for run in runs)]
 
 
 def _runs_on(run: RunView, name: str) -> bool:
