@@ -50,6 +50,10 @@ class Decision:
     Attributes:
         stop: training should end.
         record: the evaluation of this step, None if none was due.
+
+    Example:
+        >>> Decision().stop
+        False
     """
 
     stop: bool = False

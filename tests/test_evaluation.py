@@ -29,6 +29,8 @@ def probe():
 def test_value_equals_the_definition_on_the_models_own_hidden_states(probe):
     model, processor = tiny_models.llava()
     report = evaluate_mir(model, probe, processor=processor)
+    assert str(report).startswith(f"MIR {report.mir:.4f} +- {report.mir_se:.4f} (3 layers, ")
+    assert "\n" not in str(report)
     vision, text = reference.hidden_rows(model, processor, pairs(COUNT))
     expected, distances = reference.rate(vision, text)
     assert report.mir == pytest.approx(expected, abs=1e-6)

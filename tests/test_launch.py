@@ -89,7 +89,7 @@ def test_without_arguments_the_uses_and_one_line(launch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mir_images", "a"], "images='a', texts=None"),
+        (["--mir_images", "a"], "Give both images and texts: images='a', texts=None"),
         ([], "No probe given"),
         (["--mir_images", "a", "--mir_texts", "b", "--mir_every", "0"], "every must be a positive integer"),
         (["--mir_every", "often"], "every='often'"),

@@ -85,6 +85,12 @@ class MIRReport:
     storage_device: str
     peak_memory_bytes: int
 
+    def __str__(self) -> str:
+        error = "" if self.mir_se is None else f" +- {self.mir_se:.4f}"
+        tokens = f"{self.num_vision_tokens} vision and {self.num_text_tokens} text tokens"
+        what = f"{len(self.per_layer)} layers, {self.num_samples} samples, {tokens}, {self.root}, {self.dtype}"
+        return f"MIR {self.mir:.4f}{error} ({what}, {self.seconds:.1f} s)"
+
     def to_fields(self) -> dict[str, Any]:
         """As fields of an EvalRecord, where ``mir`` is None and ``error`` says why if it is not finite."""
         fields = asdict(self)
