@@ -54,9 +54,9 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         ),
         Support(
             "TRL's `SFTTrainer`",
-            "by hand",
-            "the same line; see [its metrics](#trainers-of-transformers-and-trl)",
-            by_hand="TRL",
+            "tested",
+            "the same line, `examples/trl_sft.py`",
+            ("loops/test_scripts.py::test_rows_and_weights_of_trl_are_those_of_a_run_without_mir",),
         ),
         Support(
             "Lightning",
