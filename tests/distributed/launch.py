@@ -88,17 +88,16 @@ def _fork_server(python: str | Path) -> Any:
     return subprocess.Popen(command, env=_surroundings(python), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
 
-def _surroundings(python: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+def extensions_of(python: str | Path) -> dict[str, str]:
+    """Where an environment of its own builds DeepSpeed's extension: beside another's, or each would replace it."""
     built = os.environ.get("TORCH_EXTENSIONS_DIR")
-    # An environment that finds another one's extension there builds its own in its place, for a minute.
-    own = (
-        {"TORCH_EXTENSIONS_DIR": f"{built}/{Path(python).parents[1].name}"}
-        if built and python != sys.executable
-        else {}
-    )
+    return {"TORCH_EXTENSIONS_DIR": f"{built}/{Path(python).parents[1].name}"} if built else {}
+
+
+def _surroundings(python: str | Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
     return {
         **os.environ,
-        **own,
+        **(extensions_of(python) if isinstance(python, Path) else {}),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mir_callback import Probe
 from mir_callback.history import read_history
 from mir_callback.record import lowest_record
-from tests.distributed.launch import ROOT, run_process, run_ranks
+from tests.distributed.launch import ROOT, extensions_of, run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.value_cases import IMAGE_MODES, VALUE_CASES
 from tests.training.digest import digest
@@ -273,7 +273,7 @@ def test_the_published_recipe_runs_as_written(assets, tmp_path, zero, probe_from
     done = run_process(
         [str(EXAMPLE / "pretrain.sh"), *smaller.split(), "--report_to", "none", "--model_max_length", "128"],
         python="bash",
-        environment={name: str(value) for name, value in surroundings.items()},
+        environment={name: str(value) for name, value in surroundings.items()} | extensions_of(PYTHON),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     state = tmp_path / "output" / "trainer_state.json"
