@@ -82,7 +82,7 @@ class BestModel:
         Step 0 does not count: a freshly initialized projector starts with a low MIR. If saving fails on any rank, a
         warning is logged and the weights saved before stay. Ranks: collective.
         """
-        if not record.is_trained or record.mir is None or (self.lowest is not None and record.mir >= self.lowest):
+        if not record.is_after_start or record.mir is None or (self.lowest is not None and record.mir >= self.lowest):
             return
         try:
             self._replace(record)

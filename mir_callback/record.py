@@ -143,8 +143,8 @@ class EvalRecord:
         return self.unknown[name]
 
     @property
-    def is_trained(self) -> bool:
-        """Whether it has a MIR and was made after step 0, so that its weights may be the best."""
+    def is_after_start(self) -> bool:
+        """Whether it has a MIR and was made after the first optimizer step, so that its weights may be the best."""
         return self.step > 0 and self.mir is not None
 
     @classmethod
@@ -236,8 +236,8 @@ def as_records(records: Iterable[EvalRecord | Mapping[str, Any]]) -> list[EvalRe
 
 def lowest_record(records: Iterable[EvalRecord]) -> EvalRecord | None:
     """The record with the lowest MIR after step 0, the earliest of equal ones; None if there is none. Ranks: pure."""
-    trained = (record for record in records if record.is_trained)
-    return min(trained, key=lambda record: float(record.mir or 0.0), default=None)
+    later = (record for record in records if record.is_after_start)
+    return min(later, key=lambda record: float(record.mir or 0.0), default=None)
 
 
 def is_stopped(records: Sequence[EvalRecord]) -> bool:

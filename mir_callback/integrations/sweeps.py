@@ -133,7 +133,7 @@ class TrialReporter(TrainerCallback):
             if chosen is None:
                 continue
             # If the Trainer evaluates during training, it reports `current` to the backend itself.
-            due = newest.is_trained and not _evaluates(args)
+            due = newest.is_after_start and not _evaluates(args)
             if self._backend() == "optuna":
                 folder = run_folder(self._trainer, args)
                 self._pruned |= _report_to_optuna(self._trainer._trial, newest, chosen, folder, report=due)

@@ -59,7 +59,7 @@ def summarize(run: RunView) -> dict[str, Any]:
         first, best, last = run.moments.values()
         planned = run.settings.get(PLANNED)
         found |= {"best": with_error(best), "best_step": best.step, "last": with_error(last), "last_step": last.step}
-        lower = not first.is_trained and float(first.mir or 0.0) < float(best.mir or 0.0)
+        lower = not first.is_after_start and float(first.mir or 0.0) < float(best.mir or 0.0)
         found["start"] = f"{first.mir:.3f}" if lower else None
         found["planned"] = planned if planned is not None and planned > last.step else None
         found["change"] = _describe_change(last, best)
