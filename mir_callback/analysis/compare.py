@@ -236,7 +236,8 @@ def _is_same_run(run: Run, other: Run) -> bool:
     if run.source.resolve() == other.source.resolve():
         return True
     ours, theirs = (
-        {record.step: float(record.mir or 0.0) for record in one.records if record.is_after_start} for one in (run, other)
+        {record.step: float(record.mir or 0.0) for record in one.records if record.is_after_start}
+        for one in (run, other)
     )
     shared = ours.keys() & theirs.keys()
     return bool(shared) and all(abs(ours[step] - theirs[step]) <= _SAME_VALUE for step in shared)
