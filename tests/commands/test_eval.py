@@ -290,7 +290,7 @@ def test_a_hub_name_is_measured_as_its_snapshot(run, tmp_path, monkeypatch, caps
         (["run", "--every", "0"], "--every must be at least 1, got 0"),
         (["run", "--steps", "2", "--every", "2"], "--steps and --every"),
         (["run", "--images", "x"], "images='x'"),
-        (["run", "--images", "x", "--texts", "y"], "either a probe or images and texts"),
+        (["run", "--images", "x", "--texts", "y"], "either a probe, or images and texts"),
         (["run", "--seed", "1"], "--num-samples and --seed"),
         (["run", "other", "--history", "h.jsonl"], "--history is for a single run, got 2"),
         (["run", "--device", "gpu"], "--device gpu"),

@@ -184,7 +184,7 @@ def test_folder_names_are_text_when_they_look_like_html(runs, capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere"),
-        (["slow", "--probe", "nothing.zip"], "nothing.zip, which does not exist"),
+        (["slow", "--probe", "nothing.zip"], "no probe at nothing.zip"),
         (["slow", "--probe", "p.zip", "--no-probe"], "exclude each other"),
         (["slow", "--watch", "0"], "--watch takes at least 1 second, got 0"),
         (["slow", "--watch", "nan"], "--watch takes at least 1 second, got nan"),

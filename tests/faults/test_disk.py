@@ -25,7 +25,7 @@ def check_went_on(run, message, every):
     assert warnings
     lost = set()
     for warning in warnings:
-        match = re.fullmatch(r"step (\d+): MIR could not be written to disk: (.*)", warning)
+        match = re.fullmatch(r"step (\d+): could not write MIR to disk: (.*)", warning)
         assert match, warning
         assert message in match[2]
         lost.add(int(match[1]))

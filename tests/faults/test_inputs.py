@@ -55,7 +55,7 @@ def test_second_callback_is_refused_when_both_come_with_the_trainer(tmp_path):
     first, second = MIRCallback(Probe.from_pairs(pairs(4))), MIRCallback(Probe.from_pairs(pairs(4, seed=1)))
     trainer.add_callback(first)
     trainer.add_callback(second)
-    with pytest.raises(ConfigError, match="has a second MIRCallback"):
+    with pytest.raises(ConfigError, match="two MIRCallbacks"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert [record.step for record in first.history] == [0]

@@ -59,7 +59,7 @@ def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
         attach_mir(trainer, **folders)
     with pytest.raises(ConfigError, match="conversation='v1'.* LlavaForConditionalGeneration"):
         attach_mir(trainer, **folders, num_samples=5, conversation="v1")
-    with pytest.raises(ConfigError, match="int is no transformers Trainer"):
+    with pytest.raises(ConfigError, match="int is not a transformers Trainer"):
         attach_mir(3, **folders)
     for given, message in (
         ({}, "No probe given"),

@@ -106,9 +106,12 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(tmp_path, probe, capsys
     assert callback.history == []
     assert not (tmp_path / "mir_history.jsonl").exists()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[mir]")]
+    assert "reports to no tracker" in said[0]
+    assert "NOTE: the probe has" in said[1]
+    said = said[2:]
     assert said[0].startswith("[mir] dry run: MIR ")
     assert "one evaluation: " in said[1]
-    assert "GB beyond what was held" in said[1]
+    assert " GB more" in said[1]
     assert "14 evaluations in 100 steps with EveryEpochs(epochs=0.5), about" in said[2]  # 12 halves, start, end
     assert "no step was trained and no history was written" in said[3]
 
