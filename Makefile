@@ -149,6 +149,7 @@ $(LLAVA_EXTENSION): export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extens
 $(EXTENSION) $(LLAVA_EXTENSION):
 	@echo "building DeepSpeed's extension for CPU (a minute or two, once)"
 	@mkdir -p $(@D)
+	@rm -f "$$TORCH_EXTENSIONS_DIR"/*/lock # of a build that was interrupted; the next would wait for it for ever
 	@DS_ACCELERATOR=cpu $(BUILDER) -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.part 2>&1 || \
 	  { cat $@.part; exit 1; }
 	@mv $@.part $@
