@@ -341,8 +341,8 @@ class MIRMonitor:
         if not self._is_disabled:
             return record
         message = (
-            f"{limit} evaluations in a row failed (max_failures), the last with {record.error}; MIR is off until a "
-            "restart, training goes on"
+            f"MIR is off until a restart, training goes on: {limit} evaluations in a row failed (max_failures), the "
+            f"last with {record.error}"
         )
         return replace(record, disabled=message)
 

@@ -50,5 +50,5 @@ def test_run_ends_before_its_first_step_when_the_output_folder_is_read_only(read
     for rank in run.ranks:
         assert rank["step"] == 0
         assert "HistoryError" in rank["error"]
-        assert "make output_dir writable" in rank["error"]
+        assert "output_dir writable" in rank["error"]
         assert rank["seconds"] < 10

@@ -25,7 +25,11 @@ def change(path):
 @pytest.mark.parametrize(
     ("break_file", "elsewhere", "here"),
     [
-        (damage, "ProbeError: rank 1 failed: ProbeError: probe image of part1/001.png", "ProbeError: probe image of"),
+        (
+            damage,
+            "ProbeError: rank 1 failed: ProbeError: Could not decode the image of part1/001.png",
+            "ProbeError: Could not",
+        ),
         (change, "ConfigError: probe_fingerprint differs between ranks", None),
     ],
 )

@@ -39,7 +39,8 @@ class Scale:
         values = self._inside(MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10]))
         if self.kind == "log":  # 1, 2, 5 of each decade, or powers of ten where that is too many
             fine = self._inside(LogLocator(subs=(1.0, 2.0, 5.0), numticks=999))
-            found = fine if len(fine) <= 1.5 * count else self._inside(LogLocator(numticks=count + 1))
+            coarse = self._inside(LogLocator(numticks=count + 1))
+            found = coarse if len(coarse) >= 3 and len(fine) > 1.5 * count else fine
             values = found if len(found) >= 3 else values
         return [(float(at), format_tick(value)) for at, value in zip(self(values), values, strict=True)]
 
