@@ -15,7 +15,16 @@ from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.probe import ProbeSource
-from mir_callback.schedule import DEFAULT_EVENTS, Schedule, TimeShare, as_schedule, check_events, describe, due_steps
+from mir_callback.schedule import (
+    DEFAULT_EVENTS,
+    EveryEpochs,
+    Schedule,
+    TimeShare,
+    as_schedule,
+    check_events,
+    describe,
+    due_steps,
+)
 
 T = TypeVar("T")
 
@@ -161,13 +170,14 @@ class MIRConfig:
         return self.stop is not None and not getattr(self.stop, "observe_only", False)
 
     def planned_steps(self, total_steps: int | None, total_epochs: float | None = None) -> list[int] | None:
-        """The steps evaluated in a run of this length, events that aren't steps left out; None if they depend on time.
+        """The steps evaluated in a run of this length, events that aren't steps left out; None if unknown.
 
         Example:
             >>> MIRConfig(every=500).planned_steps(2000)
             [0, 500, 1000, 1500, 2000]
         """
-        if not total_steps or isinstance(self.schedule, TimeShare):
+        needs_epochs = isinstance(self.schedule, EveryEpochs) and total_epochs is None
+        if not total_steps or needs_epochs or isinstance(self.schedule, TimeShare):
             return None
         at_events = [step for event, step in (("start", 0), ("end", total_steps)) if event in self.also_on]
         return sorted({*due_steps(self.schedule, total_steps, total_epochs or 1.0), *at_events})

@@ -65,7 +65,7 @@ def evaluation_line(record: EvalRecord, verdict: Verdict | None, earlier: Iterab
         'step 490: MIR 2.1097 +- 0.0095 (-0.0133), 0.7 s'
     """
     if record.mir is None:
-        return f"step {record.step}: evaluation failed: {record.error}"[:_LINE_LENGTH]
+        return f"step {record.step}: evaluation failed: {' '.join(str(record.error).split())}"[:_LINE_LENGTH]
     before = [old.mir for old in earlier if old.mir is not None]
     parts = [f"step {record.step}: MIR {record.mir:.4f}"]
     parts[0] += "" if record.mir_se is None else f" +- {record.mir_se:.4f}"
@@ -102,15 +102,17 @@ def start_notes(
     if not config.may_stop:
         return notes
     planned, needed = config.planned_steps(total_steps, total_epochs), getattr(config.stop, "min_evaluations", None)
-    if planned is not None and needed is not None and len(planned) < needed:
+    is_counted = planned is not None and not {"evaluate", "save"} & set(config.also_on)
+    if planned is not None and is_counted and isinstance(needed, int) and len(planned) < needed:
         notes.append(
             f"the stop rule can't stop this run: {len(planned)} evaluations are planned and it needs {needed}; "
             "evaluate more often (every=), or lower its warmup and window"
         )
     if drops:
+        at = ", ".join(map(str, drops[:3])) + " and later" * (len(drops) > 3)
         notes.append(
-            f"the learning rate will drop at step {', '.join(map(str, drops))}: MIR may fall again there, and the stop "
-            "rule does not wait for it; if that matters use patience_steps or observe_only"
+            f"the learning rate will drop at step {at}: MIR may fall again there, and the stop rule does not wait for "
+            "it; if that matters use patience_steps or observe_only"
         )
     return notes
 

@@ -240,7 +240,8 @@ class PlateauRule:
     @property
     def min_evaluations(self) -> int:
         """The fewest evaluations of a stage after which the rule can stop a run."""
-        return self.warmup + self.window + self.patience - 1
+        in_a_row = max(self.patience, 2 if self.patience_steps else 1)
+        return self.warmup + self.window + in_a_row - 1
 
     def verdict(self, records: Iterable[EvalRecord | Mapping[str, Any]]) -> Verdict:
         """Judge a history.

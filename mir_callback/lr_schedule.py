@@ -7,6 +7,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
+
+from mir_callback import distributed
+
 _FEWEST_STEPS = 100  # of a run in which level and drop can be told apart
 _POINTS = 2000  # at which a schedule is looked at, however long the run
 _FLAT, _WITHIN = 0.05, 0.1  # parts of the run: level before a drop, and how long a drop may take
@@ -14,23 +18,34 @@ _LEVEL_CHANGE, _DROP = 0.01, 0.3  # relative changes of the learning rate
 
 
 def learning_rate_of(scheduler: Any) -> Callable[[int], float] | None:
-    """The learning rate after each number of steps, relative or absolute; None if the scheduler doesn't tell.
+    """The highest learning rate of all groups after each number of optimizer steps; None if the scheduler doesn't tell.
 
-    Known are torch's schedulers with a closed form (StepLR, MultiStepLR, CosineAnnealingLR, ...) and LambdaLR, of which
-    all of transformers' but ReduceLROnPlateau are made; as they are, or wrapped by Accelerate or DeepSpeed.
+    Known are torch's schedulers with a closed form (StepLR, MultiStepLR, CosineAnnealingLR, ...) and those of
+    transformers but ReduceLROnPlateau; as they are, or wrapped by Accelerate or DeepSpeed. A function of the user's is
+    not called: it may have a state.
+
+    Ranks: every rank.
     """
-    while hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
-    lambdas = getattr(scheduler, "lr_lambdas", None)
-    if lambdas:
-        return lambda step: float(lambdas[0](step))
+    stride = 1
+    if type(scheduler).__name__ == "AcceleratedScheduler" and scheduler.step_with_optimizer:
+        stride = 1 if scheduler.split_batches else distributed.world_size()  # it steps once for each rank
+    if not hasattr(scheduler, "base_lrs"):
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+    if isinstance(scheduler, LambdaLR):
+        factors = list(zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True))
+        if any(
+            not getattr(getattr(each, "func", each), "__module__", "").startswith("transformers.")
+            for each, _ in factors
+        ):
+            return None
+        return lambda step: float(max(factor(stride * step) * rate for factor, rate in factors))
     if not hasattr(scheduler, "_get_closed_form_lr"):
         return None
-    looked_at = copy.copy(scheduler)  # the run's own stays where it is
+    copied = copy.copy(scheduler)  # the run's own stays where it is
 
     def closed_form(step: int) -> float:
-        looked_at.last_epoch = step
-        return float(looked_at._get_closed_form_lr()[0])
+        copied.last_epoch = stride * step
+        return float(max(copied._get_closed_form_lr()))
 
     return closed_form
 

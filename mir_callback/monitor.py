@@ -139,6 +139,8 @@ class MIRMonitor:
         with distributed.fail_together():
             self.config = MIRConfig.from_options(options)
             start_step = _whole("start_step", start_step)
+            if total_steps is not None:
+                total_steps = _whole("total_steps", total_steps)
             _check_status(start_status or {})
             if start_step and isinstance(self.config.schedule, EveryEpochs) and "epoch" not in (start_status or {}):
                 raise ConfigError("every=EveryEpochs(...) needs the epoch at start_step: start_status={'epoch': ...}")

@@ -273,8 +273,16 @@ def describe(schedule: Schedule) -> str:
 
 def due_steps(schedule: Schedule, max_steps: int, epochs: float) -> list[int]:
     """When a schedule, other than TimeShare, is due in a run of ``max_steps`` steps and ``epochs`` epochs."""
-    moments = [TrainingProgress(step, step * epochs / max_steps) for step in range(max_steps + 1)]
-    return [now.step for before, now in zip(moments, moments[1:], strict=False) if schedule.is_due(now, before)]
+    if isinstance(schedule, EverySteps):
+        return list(range(schedule.steps, max_steps + 1, schedule.steps))
+    pace, due = Pace(), []
+    before = TrainingProgress(0, 0.0, pace)
+    for step in range(1, max_steps + 1):
+        now = TrainingProgress(step, step * epochs / max_steps, pace)
+        if schedule.is_due(now, before):
+            due.append(step)
+        before = now
+    return due
 
 
 def _check_positive(name: str, value: Any, unit: str, example: str) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainerCallback, get_scheduler
 
 from mir_callback import EvalRecord, MIRCallback, PlateauRule, Probe
 from mir_callback.config import MIRConfig
@@ -49,6 +49,10 @@ def test_a_failed_evaluation_is_one_short_line_too():
     assert len("[mir] " + printed) <= 100
 
 
+def test_an_error_of_several_lines_is_printed_as_one():
+    assert "\n" not in line(None, mir=None, error="CUDA error:\nkernel errors may be reported later")
+
+
 def records(values):
     return [{"step": 50 * index, "mir": value, "max_steps": 2000} for index, value in enumerate(values)]
 
@@ -78,11 +82,24 @@ def test_a_stop_rule_that_can_never_stop_is_said(every, steps, is_said):
         assert f"{len(planned)} evaluations are planned and it needs {RULE.min_evaluations}" in found[0]
 
 
-def test_the_rule_does_stop_at_its_fewest_evaluations():
-    rule = PlateauRule(patience=3, window=5, warmup=2)
+@pytest.mark.parametrize("patience", [{"patience": 3}, {"patience_steps": 1}])
+def test_the_rule_does_stop_at_its_fewest_evaluations(patience):
+    rule = PlateauRule(window=5, warmup=2, **patience)
     flat = [{"step": 500 * index, "mir": 2.0, "max_steps": 2000} for index in range(rule.min_evaluations)]
     assert rule.verdict(flat).stop
     assert not rule.verdict(flat[:-1]).stop
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"every": "0.2ep"}, None),  # of a run that may have many
+        ({"every": "0.2ep"}, 10),
+        ({"every": "10,20", "also_on": "start,end,save"}, None),  # checkpoints may be many
+    ],
+)
+def test_a_rule_that_may_stop_is_not_said_to_be_unable(options, epochs):
+    assert start_notes(MIRConfig(stop="plateau", **options), 100, 1000, epochs) == []
 
 
 @pytest.mark.parametrize(("count", "is_said"), [(19, True), (20, False)])
@@ -121,6 +138,11 @@ def test_drops_of_real_schedulers(scheduler, drops):
     assert dict(scheduler.state_dict()) == before
 
 
+def test_a_schedule_of_the_users_is_not_called():
+    scheduler = torch.optim.lr_scheduler.LambdaLR(OPTIMIZER, lambda step: 1.0)
+    assert learning_rate_of(scheduler) is None
+
+
 @pytest.mark.parametrize("steps", [100, 1000, 10_000, 123_457])
 def test_a_drop_is_found_to_the_step_whatever_the_length(steps):
     at = int(0.37 * steps)
@@ -131,6 +153,27 @@ def test_a_drop_is_found_to_the_step_whatever_the_length(steps):
 def test_a_decay_after_a_level_phase_begins_where_it_begins():
     (drop,) = find_drops(lambda step: min(1.0, (1000 - step) / 200), 1000)
     assert 800 <= drop <= 803
+
+
+class Removes(TrainerCallback):
+    """Takes itself away, and another in, when MIR is logged."""
+
+    def __init__(self, trainer):
+        self.trainer, self.other = trainer, TrainerCallback()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.trainer.remove_callback(self)
+        self.trainer.add_callback(self.other)
+
+
+def test_callbacks_may_change_while_mir_is_logged(tmp_path):
+    trainer = make_trainer(tmp_path, steps=1)
+    removes = Removes(trainer)
+    trainer.add_callback(removes)
+    MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
+    trainer.train()
+    assert removes not in trainer.callback_handler.callbacks
+    assert removes.other in trainer.callback_handler.callbacks
 
 
 @pytest.mark.parametrize("log_layers", [False, True])

@@ -342,6 +342,14 @@ def _has_tracker(trainer: Any) -> bool:
     return any(kind.on_log is not TrainerCallback.on_log for kind in kinds)
 
 
+def _without_layers(on_log: Callable[..., Any]) -> Callable[..., Any]:
+    def on_brief_log(args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        brief = {name: value for name, value in (logs or {}).items() if not name.startswith("mir_layer/")}
+        return on_log(args, state, control, logs=brief, **kwargs)
+
+    return on_brief_log
+
+
 def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], EvalRecord], None]:
     """Log through `Trainer.log`, which reaches every tracker and `state.log_history`, on all ranks.
 
@@ -351,17 +359,19 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
     """
 
     def write(values: dict[str, float], record: EvalRecord) -> None:
-        handler, should_log = trainer.callback_handler, trainer.control.should_log
-        every = handler.callbacks
-        printers = [] if log_layers else [each for each in every if isinstance(each, _PRINTERS)]
+        should_log = trainer.control.should_log
+        printers = [] if log_layers else [each for each in callbacks_of(trainer) if isinstance(each, _PRINTERS)]
+        own = [vars(printer).get("on_log") for printer in printers]
         try:
-            handler.callbacks = [each for each in every if each not in printers]
+            for printer in printers:
+                printer.on_log = _without_layers(printer.on_log)  # type: ignore[method-assign]
             Trainer.log(trainer, values)
-            handler.callbacks = printers
-            brief = {name: value for name, value in values.items() if not name.startswith("mir_layer/")}
-            handler.on_log(trainer.args, trainer.state, trainer.control, brief | {"epoch": trainer.state.epoch or 0})
         finally:
-            handler.callbacks = every
+            for printer, on_log in zip(printers, own, strict=True):
+                if on_log is None:
+                    del printer.on_log
+                else:
+                    printer.on_log = on_log  # type: ignore[method-assign]
             trainer.control.should_log = should_log
 
     return write

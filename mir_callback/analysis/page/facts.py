@@ -29,6 +29,7 @@ _PLAIN = {  # fields that say how values were made, in words for everybody
 }
 _NAMES = {"probe_fingerprint": "probe", "tokens_fingerprint": "tokens of the probe", "root": "root"}
 _DETAILS = (*DEFINITION_FIELDS[:2], "pixels_fingerprint", "batch_size", "passes", "storage_device", "weights_stamp")
+_MUCH_LONGER = 2.0  # norm ratio, averaged over the layers
 _LEAST_FALL = 0.05  # of MIR: what is less is not explained
 _LEAST_PART = 0.5  # of a fall, that norms alone account for
 _LEAST_SHRINKING = 0.95  # of a layer's norm ratio
@@ -111,7 +112,8 @@ def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
 
     A distance of vision tokens much longer than text grows with the square of their norm ratio r. Norms alone would
     therefore lower MIR by 2 log10(r_peak / r_end), averaged over the layers with their parts of the peak's distance.
-    Returns None where that is less than half of the fall, the fall less than 0.05, or the norms not known.
+    Returns None where that is less than half of the fall, the fall less than 0.05, the norms not known, or vision
+    tokens less than twice as long as text tokens in the end, where the law does not hold.
     """
     peak = max(measured, key=lambda record: record.mir or 0.0)
     end = min(measured[measured.index(peak) :], key=lambda record: record.mir or 0.0)
@@ -122,7 +124,7 @@ def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
     fall = float(peak.mir or 0.0) - float(end.mir or 0.0)
     before, after = (float(np.log10(ratio) @ distances / distances.sum()) for ratio in ratios)
     by_norms = 2 * (before - after)
-    if fall < _LEAST_FALL or by_norms < _LEAST_PART * fall:
+    if fall < _LEAST_FALL or by_norms < _LEAST_PART * fall or after < np.log10(_MUCH_LONGER):
         return None
     shorter = np.flatnonzero(ratios[1] < _LEAST_SHRINKING * ratios[0]) + 1
     pieces = np.split(shorter, np.flatnonzero(np.diff(shorter) > 1) + 1)
