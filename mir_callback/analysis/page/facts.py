@@ -57,7 +57,7 @@ def summarize(run: RunView) -> dict[str, Any]:
         "memory": f"{max(memory) / 2**30:.2f} GiB beside training" if memory else "",
     }
     if run.moments:
-        first, best, last = run.moments.values()
+        first, _, best, last = run.moments.values()
         planned = run.settings.get(PLANNED)
         found |= {"best": with_error(best), "best_step": best.step, "last": with_error(last), "last_step": last.step}
         lower = not first.is_after_start and float(first.mir or 0.0) < float(best.mir or 0.0)

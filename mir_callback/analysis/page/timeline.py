@@ -71,8 +71,8 @@ def _draw_mir(runs: Sequence[RunView], x: Scale) -> Panel:
         marks, words = _draw_marks(run, x, y, alone=len(runs) == 1)
         shapes.append((number, band + charts.draw_line(at, heights) + dots + marks))
         over.append((number, words))
-        first, best, last = (f"{record.mir:.3f} at step {record.step}" for record in run.moments.values())
-        said.append(f"{run.name}: {first}, lowest {best}, {last}")
+        first, peak, best, last = (f"{record.mir:.3f} at step {record.step}" for record in run.moments.values())
+        said.append(f"{run.name}: {first}, highest {peak}, lowest {best}, {last}")
     title, says = "MIR (lower is better aligned)", f"MIR over the run. {'; '.join(said)}"
     return Panel(title, says, shapes, over, y.ticks(6), x.ticks(7), "tall")
 

@@ -18,7 +18,7 @@ from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
 
 PLANNED = "planned steps"  # among the settings of a run
 WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
-MOMENTS = {"first": "first", "best": "lowest", "last": "last"}  # evaluations, and what the page calls them
+MOMENTS = {"first": "first", "peak": "peak", "best": "lowest", "last": "last"}  # evaluations, and what the page calls them
 # What the rule says: its class name and what it means.
 VERDICTS = {
     "no data": ("no-data", "too few evaluations yet"),
@@ -90,11 +90,12 @@ class RunView:
 
     @cached_property
     def moments(self) -> dict[str, EvalRecord]:
-        """First, best (as `mir_best` has it) and last evaluation; empty if there is none."""
+        """First, highest, best (as `mir_best` has it) and last evaluation; empty if there is none."""
         if not self.measured:
             return {}
         best = lowest_record(self.measured) or self.measured[0]
-        return {"first": self.measured[0], "best": best, "last": self.measured[-1]}
+        peak = max(self.measured, key=lambda record: record.mir or 0.0)
+        return {"first": self.measured[0], "peak": peak, "best": best, "last": self.measured[-1]}
 
     @cached_property
     def loss_points(self) -> list[tuple[int, float]]:
