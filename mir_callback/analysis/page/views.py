@@ -18,7 +18,8 @@ from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
 
 PLANNED = "planned steps"  # among the settings of a run
 WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
-MOMENTS = {"first": "first", "peak": "peak", "best": "lowest", "last": "last"}  # evaluations, and what the page calls them
+# Evaluations, and what the page calls them.
+MOMENTS = {"first": "first", "peak": "peak", "best": "lowest", "last": "last"}
 # What the rule says: its class name and what it means.
 VERDICTS = {
     "no data": ("no-data", "too few evaluations yet"),
