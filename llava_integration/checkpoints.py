@@ -61,9 +61,9 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     model.get_vision_tower().to(dtype=DTYPES.get(options.vision_dtype, usual))
     require_observable(model)
     # A projector is of stage 1, but LLaVA's default is a template of stage 2.
-    conversation = options.conversation or ("plain" if storage == PROJECTOR else None)
+    prompt = options.prompt or ("plain" if storage == PROJECTOR else None)
     adapter = LlavaNextAdapter if is_llava_next(model) else OriginalLlavaAdapter
-    return Opened(model, adapter(model, tokenizer, conversation=conversation))
+    return Opened(model, adapter(model, tokenizer, prompt=prompt))
 
 
 def _configuration(folder: Path) -> Any:

@@ -25,9 +25,11 @@ from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.modality import ModalityMasks, modality_masks
 from mir_callback.probe.adapters import LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.probe import Sample
+from mir_callback.probe.prompt import TEXT, as_format
 
 METHOD = "prepare_inputs_labels_for_multimodal"
 IGNORE_INDEX = -100
+DEFAULT_IMAGE = "<image>"
 _TEXT_MARK = 1
 # Position of the labels, and of the attention mask, in the method's arguments and in the tuple it returns.
 _ATTENTION_ARGUMENT, _LABELS_ARGUMENT = 2, 4
@@ -120,6 +122,17 @@ def require_tokenizer(tokenizer: Any) -> None:
     """Raise ConfigError unless there is a tokenizer."""
     if tokenizer is None:
         raise ConfigError("No tokenizer given. Pass the run's tokenizer, or give it to the Trainer.")
+
+
+def require_format(filled: str, image: str, name: str | None) -> str:
+    """The format string of a conversation filled with ``image`` and TEXT; ConfigError if it does not place both so."""
+    found = as_format(filled, image, TEXT)
+    if found is None:
+        raise ConfigError(
+            f"prompt={name!r}: this conversation does not put one image and then the text into the prompt, but gives "
+            f"{filled!r}. Use another."
+        )
+    return found
 
 
 def plain_text(sample: Sample, tokenizer: Any, max_text_tokens: int, placeholders: Iterable[str]) -> str:

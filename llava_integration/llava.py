@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from llava_integration.common import (
+    DEFAULT_IMAGE,
     METHOD,
     after_image,
     is_llava_next,
     pad_right,
     plain_text,
+    require_format,
     require_observable,
     require_tokenizer,
     spliced_masks,
@@ -36,19 +38,20 @@ from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.adapters import AdaptedBatch, LiveMasks, package_of
 from mir_callback.probe.probe import Sample
+from mir_callback.probe.prompt import CHAT, TEXT, check_prompt, is_format, require_no_image_token, require_single_ends
 
 PROJECTOR_FILE = "mm_projector.bin"
 
 
 def make_adapter(
-    model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None
+    model: nn.Module, processor: Any, *, prompt: str | None = None, trainer: Any = None
 ) -> OriginalLlavaAdapter | None:
     """The adapter of a model of this package, see :func:`mir_callback.probe.adapters.register_adapter`."""
     top = unwrap(model)
     if package_of(top) != "llava" or not hasattr(top, METHOD):
         return None
     family = LlavaNextAdapter if is_llava_next(top) else OriginalLlavaAdapter
-    return family(model, processor, conversation=conversation)
+    return family(model, processor, prompt=prompt)
 
 
 class OriginalLlavaAdapter:
@@ -57,23 +60,28 @@ class OriginalLlavaAdapter:
     Args:
         model: the model, bare or wrapped.
         tokenizer: the run's tokenizer; it needs no pad token.
-        conversation: name of a conversation template ("plain", "v1", "llama_2", ...); by default the run's own
-            (`llava.conversation.default_conversation`). "plain", the template of pre-training, is image, text,
-            separator; others put the image into the first turn and the text into the reply, as the authors of MIR do.
+        prompt: name of a conversation template ("plain", "v1", "vicuna_v1", "llama_2", ...), or a format string with
+            {image} and {text}; by default the run's own template (`llava.conversation.default_conversation`), which
+            "chat" requires to be another than "plain". "plain", the template of pre-training, is image, text, newline;
+            others put the image into the first turn and the text into the reply: "vicuna_v1" is that of MIR's authors.
+
+    Attributes:
+        prompt: the prompt as a format string.
 
     Raises:
-        ConfigError: no tokenizer, an unknown template.
+        ConfigError: no tokenizer, an unknown template, a format string without places for image and text.
         UnsupportedModelError: see :func:`require_observable`.
 
     Example::
 
-        adapter = OriginalLlavaAdapter(model, tokenizer, conversation="plain")
+        adapter = OriginalLlavaAdapter(model, tokenizer, prompt="vicuna_v1")
         evaluate_mir(model, probe, adapter=adapter)
     """
 
     _for_llava_next = False
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, prompt: str | None = None) -> None:
+        check_prompt(prompt)
         top: Any = unwrap(model)
         require_observable(top)
         if (is_next := is_llava_next(top)) != self._for_llava_next:
@@ -84,7 +92,13 @@ class OriginalLlavaAdapter:
         self._aspect_ratio: str | None = getattr(top.config, "image_aspect_ratio", None)
         self._tokenizer = tokenizer
         self._image_processor = top.get_vision_tower().image_processor
-        self._template = _template(conversation)
+        self._template = None if prompt is not None and is_format(prompt) else _template(prompt)
+        if self._template is None:
+            assert prompt is not None
+            require_no_image_token(prompt, _placeholders())
+            self.prompt = prompt
+        else:
+            self.prompt = require_format(self._prompt(DEFAULT_IMAGE, TEXT), DEFAULT_IMAGE, prompt)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`mir_callback.probe.adapters.Adapter`."""
@@ -114,26 +128,24 @@ class OriginalLlavaAdapter:
         return ProjectorSaver(trainer) if alone and _gather_of(trainer) is not None else None
 
     def _ids(self, sample: Sample, max_text_tokens: int) -> Tensor:
-        from llava.constants import (
-            DEFAULT_IM_END_TOKEN,
-            DEFAULT_IM_START_TOKEN,
-            DEFAULT_IMAGE_PATCH_TOKEN,
-            DEFAULT_IMAGE_TOKEN,
-        )
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
         from llava.mm_utils import tokenizer_image_token
 
-        placeholders = (DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
         image = DEFAULT_IMAGE_TOKEN
         if getattr(self._config, "mm_use_im_start_end", False):
             image = f"{DEFAULT_IM_START_TOKEN}{image}{DEFAULT_IM_END_TOKEN}"
-        text = plain_text(sample, self._tokenizer, max_text_tokens, placeholders)
+        text = plain_text(sample, self._tokenizer, max_text_tokens, _placeholders())
         prompt = self._prompt(image, text)
         tokens: Tensor = tokenizer_image_token(prompt, self._tokenizer, return_tensors="pt")
+        if self._template is None:
+            require_single_ends(self._tokenizer, tokens, self.prompt)
         return tokens
 
     def _prompt(self, image: str, text: str) -> str:
         from llava.conversation import SeparatorStyle
 
+        if self._template is None:
+            return self.prompt.format(image=image, text=text)
         if self._template.sep_style == SeparatorStyle.PLAIN:
             return f"{image}{text}{self._template.sep}"
         conversation = self._conversation()
@@ -170,15 +182,27 @@ class OriginalLlavaAdapter:
         return inputs
 
 
+def _placeholders() -> tuple[str, ...]:
+    """What stands for an image, or around one, in LLaVA's prompts."""
+    from llava import constants
+
+    names = ("DEFAULT_IMAGE_TOKEN", "DEFAULT_IMAGE_PATCH_TOKEN", "DEFAULT_IM_START_TOKEN", "DEFAULT_IM_END_TOKEN")
+    return tuple(getattr(constants, name) for name in names)
+
+
 def _template(name: str | None) -> Any:
     from llava import conversation
 
-    if name is None:
-        return conversation.default_conversation
-    if name not in conversation.conv_templates:
-        known = ", ".join(sorted(conversation.conv_templates))
-        raise ConfigError(f"conversation={name!r} is not one of {known}. Leave it out to use the run's own.")
-    return conversation.conv_templates[name]
+    own, templates = conversation.default_conversation, conversation.conv_templates
+    if name is None or (name == CHAT and own.sep_style != conversation.SeparatorStyle.PLAIN):
+        return own
+    if name not in templates:
+        why = "the run's own conversation is that of pre-training" if name == CHAT else "there is no such conversation"
+        raise ConfigError(
+            f"prompt={name!r}, but {why}. Use one of {', '.join(sorted(templates))}, a format string, or leave it out "
+            "to use the run's own."
+        )
+    return templates[name]
 
 
 class LlavaNextAdapter(OriginalLlavaAdapter):
@@ -187,7 +211,7 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
     Args:
         model: the model, bare or wrapped.
         tokenizer: the run's tokenizer.
-        conversation: as of :class:`OriginalLlavaAdapter`, or "qwen_1_5", ...
+        prompt: as of :class:`OriginalLlavaAdapter`, or "qwen_1_5", ...
 
     Raises:
         ConfigError: no tokenizer, an unknown template.
@@ -197,8 +221,8 @@ class LlavaNextAdapter(OriginalLlavaAdapter):
 
     _for_llava_next = True
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, conversation: str | None = None) -> None:
-        super().__init__(model, tokenizer, conversation=conversation)
+    def __init__(self, model: nn.Module, tokenizer: Any, *, prompt: str | None = None) -> None:
+        super().__init__(model, tokenizer, prompt=prompt)
         kind = type(unwrap(model))
         if "modalities" not in inspect.signature(kind.forward).parameters:
             raise UnsupportedModelError(

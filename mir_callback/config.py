@@ -15,6 +15,7 @@ from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
 from mir_callback.probe.probe import ProbeSource
+from mir_callback.probe.prompt import check_prompt
 from mir_callback.schedule import (
     DEFAULT_EVENTS,
     EveryEpochs,
@@ -73,8 +74,11 @@ class MIRConfig:
         True, "measure", "also estimate how much MIR varies with the choice of samples (exact only)"
     )
     probe_loss: bool = _option(False, "measure", "also compute the loss on the probe's texts")
-    conversation: str | None = _option(
-        None, "measure", "conversation template, for LLaVA's code bases (default: that of the run)"
+    prompt: str | None = _option(
+        None,
+        "measure",
+        "plain: image, then text; chat: the processor's chat template; or a format string with {image} and {text}; in "
+        "LLaVA's code bases also the name of a conversation (default: plain, there the run's own conversation)",
     )
 
     every: int | str | Schedule = _option(
@@ -131,6 +135,7 @@ class MIRConfig:
             if isinstance(each.default, bool) and not isinstance(getattr(self, each.name), bool):
                 raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
         check_root(self.root)
+        check_prompt(self.prompt)
         object.__setattr__(self, "every", as_schedule(self.every))
         object.__setattr__(self, "also_on", check_events(self.also_on))
         object.__setattr__(self, "stop", _stop_rule(self.stop))

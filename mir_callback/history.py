@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mir_callback.errors import HistoryError
 from mir_callback.fs import free_name, write_atomic
-from mir_callback.record import DEFINITION_FIELDS, EvalRecord
+from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
@@ -45,7 +45,7 @@ class History:
         Args:
             folder: output folder of the run; created if it does not exist.
             start_step: 0, or the step of the checkpoint that training resumes from.
-            definition: values of DEFINITION_FIELDS for the evaluations to come.
+            definition: values of DESCRIBED_FIELDS for the evaluations to come.
 
         Raises:
             HistoryError: the existing history has another definition or is damaged, or the folder cannot be written;
@@ -220,10 +220,10 @@ def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> lis
 
 def _check_definition(path: Path, records: list[EvalRecord], definition: Mapping[str, str]) -> None:
     for record in records:
-        for field in DEFINITION_FIELDS:
-            if record[field] not in (None, definition[field]):
+        for field in DESCRIBED_FIELDS:
+            if field in definition and record[field] not in (None, definition[field]):
                 raise HistoryError(
-                    f"Cannot continue {path} with another {field}: it was {record[field]} at step {record.step} and is "
-                    f"{definition[field]} now. Use the same probe (Probe.save, Probe.load), processor and root, or "
-                    "move the file away to start a new history."
+                    f"Cannot continue {path} with another {field}: it was {record[field]!r} at step {record.step} and "
+                    f"is {definition[field]!r} now. Use the same probe (Probe.save, Probe.load), processor, prompt and "
+                    "root, or move the file away to start a new history."
                 )

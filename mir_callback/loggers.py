@@ -20,14 +20,14 @@ from typing import Any
 
 from mir_callback import distributed
 from mir_callback.errors import ConfigError
-from mir_callback.record import DEFINITION_FIELDS, STOPPING, EvalRecord, lowest_record
+from mir_callback.record import DESCRIBED_FIELDS, STOPPING, EvalRecord, lowest_record
 
 CURVE, HEAT_MAP = "mir/per_layer", "mir/layers_over_steps"
 _MAX_BINS = 512  # of a wandb histogram
 _AXIS = "train/global_step"
 _WANDB_REPORTERS = ("WandbCallback", "WandBTracker", "WandbLogger")  # of transformers, Accelerate and Lightning
 # The fields of a record that define its value; the options of the run are added.
-_DEFINITION = (*DEFINITION_FIELDS, "dtype", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size")
+_DEFINITION = (*DESCRIBED_FIELDS, "dtype", "num_samples", "num_vision_tokens", "num_text_tokens", "world_size")
 
 log = logging.getLogger(__name__)
 

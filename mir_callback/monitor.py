@@ -160,7 +160,7 @@ class MIRMonitor:
                     raise ConfigError(f"probe={probe!r:.60} is not a Probe: use Probe.from_folders or Probe.load")
                 self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self.config.for_trackers())
                 saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
-                adapter = adapter or find_adapter(model, processor, conversation=self.config.conversation)
+                adapter = find_adapter(model, processor, adapter=adapter, prompt=self.config.prompt)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
             drops = self._planned_drops(lr_scheduler, start_step)
             for note in start_notes(self.config, len(probe.samples), total_steps, total_epochs, drops):

@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 
 # What makes values comparable; a history continues only if these are the same.
 DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root")
+# The same with what says why token ids differ, which older histories and other adapters may lack.
+DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root")
 # These may change values slightly: a change of one is reported, not refused.
 CIRCUMSTANCES = {
     "dtype": "dtype of the hidden states",
@@ -93,6 +95,7 @@ class EvalRecord:
 
     root: str | None = _field("text", "definition", "how the matrix square root was computed: exact or paper_fast")
     probe_fingerprint: str | None = _field("text", "definition", "hash of the probe: samples and encoding rules")
+    prompt: str | None = _field("text", "definition", "what was put around image and text, as a format string")
     tokens_fingerprint: str | None = _field("text", "definition", "hash of the token ids of the probe")
     pixels_fingerprint: str | None = _field("text", "definition", "hash of the pixel inputs of its first images")
     dtype: str | None = _field("text", "definition", "dtype of the hidden states")

@@ -12,12 +12,17 @@ from typing import Literal, get_args
 import numpy as np
 
 from mir_callback.analysis.load import Run, Series
-from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord
+from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
 
 Axis = Literal["step", "tokens", "samples", "time"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
-_MEANING = {"probe_fingerprint": "probe", "tokens_fingerprint": "token ids of the probe", "root": "root"}
+_MEANING = {
+    "probe_fingerprint": "probe",
+    "prompt": "around image and text",
+    "tokens_fingerprint": "token ids of the probe",
+    "root": "root",
+}
 
 
 def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], list[str]]:
@@ -27,18 +32,19 @@ def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], li
     if len(kept) == len(records):
         return kept, []
     return kept, [
-        f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, token ids or root "
-        "than the last one"
+        f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, prompt, token ids or "
+        "root than the last one"
     ]
 
 
 def find_mismatch(runs: Sequence[Run]) -> str | None:
     """Why the values of runs are not comparable; None if they are."""
-    values: dict[str, dict[object, list[str]]] = {field: {} for field in DEFINITION_FIELDS}
-    for field in DEFINITION_FIELDS:
+    values: dict[str, dict[object, list[str]]] = {field: {} for field in DESCRIBED_FIELDS}
+    for field in DESCRIBED_FIELDS:
         for run in runs:
             known = next((record[field] for record in run.measured if record[field] is not None), None)
-            values[field].setdefault(known, []).append(run.name)
+            if known is not None or field in DEFINITION_FIELDS:
+                values[field].setdefault(known, []).append(run.name)
         if None in values[field] and len(runs) > 1:
             return f"{field} of {_few(values[field][None])} is unknown, so it cannot be compared with other runs"
     for field, names in values.items():

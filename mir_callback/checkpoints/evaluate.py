@@ -29,7 +29,8 @@ from mir_callback.record import CIRCUMSTANCES, EvalRecord
 # What has to be equal for a value measured during training to be that of the checkpoint, and what to do if it is not.
 _REMEDIES = {
     "probe_fingerprint": "pass the probe of the run: --probe",
-    "tokens_fingerprint": "pass the processor of the run: --processor (for LLaVA: --conversation)",
+    "prompt": "pass the prompt of the run: --prompt",
+    "tokens_fingerprint": "pass the processor and the prompt of the run: --processor, --prompt",
     "root": "pass the root of the run: --root",
     "pixels_fingerprint": "the image processor's settings or its image library differ",
     "dtype": "pass the precision of the run: --dtype or --autocast",

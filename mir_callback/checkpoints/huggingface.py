@@ -49,11 +49,11 @@ def opens(config: Mapping[str, Any]) -> bool:
 def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     """See :data:`mir_callback.checkpoints.load.FAMILIES`."""
     folder = checkpoint.folder
-    for flag, value in (("--conversation", options.conversation), ("--vision-dtype", options.vision_dtype)):
-        if value not in (None, AUTO):
-            raise ConfigError(
-                f"{flag} {value} is for models of the package llava, {folder} is one of transformers. Leave it out."
-            )
+    if options.vision_dtype != AUTO:
+        raise ConfigError(
+            f"--vision-dtype {options.vision_dtype} is for models of the package llava, {folder} is one of "
+            "transformers. Leave it out."
+        )
     storage = find_storage(checkpoint)
     if storage == PROJECTOR:
         raise ConfigError(
@@ -70,7 +70,8 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         model = _load_shards(checkpoint, options)
     else:
         model = _load_whole(checkpoint, options)
-    return Opened(model, HuggingFaceAdapter(model, _load_processor(options.processor, places)))
+    processor = _load_processor(options.processor, places)
+    return Opened(model, HuggingFaceAdapter(model, processor, prompt=options.prompt))
 
 
 def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:

@@ -40,7 +40,7 @@ class LoadOptions:
     vision_dtype: str = AUTO  # of LLaVA's vision tower; AUTO: as in LLaVA's training
     base: str | None = None  # folder or hub name of the base model of a partial checkpoint
     processor: str | None = None  # folder or hub name of the processor (for LLaVA: tokenizer)
-    conversation: str | None = None  # LLaVA's conversation template
+    prompt: str | None = None  # as MIRConfig.prompt
 
 
 @dataclass(frozen=True)

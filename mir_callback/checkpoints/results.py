@@ -15,7 +15,7 @@ from mir_callback import distributed
 from mir_callback.errors import HistoryError
 from mir_callback.fs import write_atomic
 from mir_callback.history import read_history
-from mir_callback.record import DEFINITION_FIELDS, EvalRecord
+from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 
 # Separate from `mir_history.jsonl`, which only the run itself writes.
 RESULTS_NAME = "mir_eval.jsonl"
@@ -37,7 +37,7 @@ class Results:
         self.records = distributed.broadcast_object(records)
 
     def require_same_definition(self, definition: Mapping[str, str]) -> None:
-        """HistoryError if a record has another value of a DEFINITION_FIELD. Ranks: pure."""
+        """HistoryError if a record has another value of one of DESCRIBED_FIELDS. Ranks: pure."""
         _require_same_definition(self.path, self.records, definition)
 
     def put(self, record: EvalRecord) -> EvalRecord:
@@ -59,7 +59,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock(self.path) as self.problem:
             others = [other for other in self._read() if other.step != record.step]
-            known = {name: record[name] for name in DEFINITION_FIELDS if record[name] is not None}
+            known = {name: record[name] for name in DESCRIBED_FIELDS if record[name] is not None}
             _require_same_definition(self.path, others, known)
             records = sorted([*others, record], key=lambda each: each.step)
             write_atomic(self.path, "".join(each.to_line() for each in records))
@@ -112,6 +112,6 @@ def _require_same_definition(path: Path, records: list[EvalRecord], definition: 
         for name, value in definition.items():
             if record[name] not in (None, value):
                 raise HistoryError(
-                    f"{path} has values with another {name}: it was {record[name]} at step {record.step} and is "
-                    f"{value} now. Use the same probe, processor and root, or another file: --history FILE."
+                    f"{path} has values with another {name}: it was {record[name]!r} at step {record.step} and is "
+                    f"{value!r} now. Use the same probe, processor, prompt and root, or another file: --history FILE."
                 )

@@ -56,7 +56,10 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     opening.add_argument("--processor", metavar="NAME", help="(default: the one saved with the model)")
     opening.add_argument(
-        "--conversation", metavar="NAME", help="LLaVA's conversation template (default: plain for projectors)"
+        "--prompt",
+        metavar="PROMPT",
+        help="plain, chat, a format string with {image} and {text}, or the name of a conversation of LLaVA (default: "
+        "plain; for whole models of LLaVA its own default)",
     )
     opening.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: that of the weights)")
     opening.add_argument(
@@ -90,7 +93,7 @@ def run(options: Namespace) -> None:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
             loading = LoadOptions(**{each.name: getattr(options, each.name) for each in fields(LoadOptions)})
-            config = MIRConfig(root=options.root, batch_size=options.batch_size)
+            config = MIRConfig(root=options.root, batch_size=options.batch_size, prompt=options.prompt)
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")

@@ -37,7 +37,7 @@ from mir_callback.model.decoder import find_decoder
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shard
 from mir_callback.probe.probe import Probe
-from mir_callback.record import DEFINITION_FIELDS
+from mir_callback.record import DESCRIBED_FIELDS
 from mir_callback.watchdog import enter_phase
 
 _OPTION_GROUPS = ("measure", "memory")
@@ -71,6 +71,7 @@ class MIRReport:
     vision_outliers: list[int]
     text_outliers: list[int]
     probe_fingerprint: str
+    prompt: str | None
     tokens_fingerprint: str
     pixels_fingerprint: str
     dtype: str
@@ -135,7 +136,7 @@ def evaluate_mir(
         optimizer: the optimizer of a model in training. With ZeRO-3 and a bare model, gathered weights are released
             through it (or the engine); with a schedule-free optimizer, its evaluation weights are used.
         progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
-        **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``conversation``, and
+        **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``prompt``, and
             ``capture_budget_gb``, the device memory for token rows. Rows beyond it are kept in pinned host memory, and
             layers that do not fit there either are measured in a further pass over the probe.
 
@@ -162,8 +163,7 @@ def evaluate_mir(
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
         config = MIRConfig.from_options({"batch_size": batch_size, **options}, _OPTION_GROUPS)
-        if adapter is None:
-            adapter = find_adapter(model, processor, conversation=config.conversation)
+        adapter = find_adapter(model, processor, adapter=adapter, prompt=config.prompt)
     return Evaluator(model, probe, adapter, config).evaluate(model, optimizer=optimizer, progress=progress)
 
 
@@ -205,7 +205,8 @@ class Evaluator:
             if budget is not None and need > budget * GB:
                 raise budget_error(budget, need)
         options = {name: getattr(config, name) for name in _ALIKE_ON_RANKS}
-        distributed.require_same(probe_fingerprint=encoded.fingerprint, **options)
+        self._prompt: str | None = getattr(adapter, "prompt", None)
+        distributed.require_same(probe_fingerprint=encoded.fingerprint, prompt=self._prompt, **options)
         everyone = distributed.gather_objects((encoded.digests, encoded.pixel_digests, find_machine()))
         tokens, pixels, machines = zip(*everyone, strict=True)
         self._encoded = replace(encoded, digests=sum(tokens, ()), pixel_digests=sum(pixels, ()))  # of all ranks
@@ -221,9 +222,10 @@ class Evaluator:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """The DEFINITION_FIELDS of a record, which are equal for comparable values."""
-        values = (self._encoded.fingerprint, self._encoded.tokens_fingerprint, self._config.root)
-        return dict(zip(DEFINITION_FIELDS, values, strict=True))
+        """The DESCRIBED_FIELDS of a record, which are equal for comparable values; no prompt if it is not known."""
+        encoded = self._encoded
+        values = (encoded.fingerprint, self._prompt, encoded.tokens_fingerprint, self._config.root)
+        return {name: value for name, value in zip(DESCRIBED_FIELDS, values, strict=True) if value is not None}
 
     def evaluate(self, model: nn.Module, *, optimizer: Any = None, progress: bool = True) -> MIRReport:
         """Evaluate the current weights; arguments and errors as of :func:`evaluate_mir`. Ranks: collective."""
@@ -270,6 +272,7 @@ class Evaluator:
             vision_outliers=[result.vision_outliers for result in results],
             text_outliers=[result.text_outliers for result in results],
             probe_fingerprint=self._encoded.fingerprint,
+            prompt=self._prompt,
             tokens_fingerprint=self._encoded.tokens_fingerprint,
             pixels_fingerprint=self._encoded.pixels_fingerprint,
             dtype=results[0].dtype,

@@ -155,7 +155,7 @@ class MIRCallback(TrainerCallback):
             start_status=_status(args, state),
             log=self._loggers(),
             save_weights=_saver_of(trainer, adapter) if self.config.keep_best else None,
-            **self._options,
+            **{**self._options, "prompt": None},  # the adapter has it
         )
         self._is_training = True
         control.should_training_stop = control.should_training_stop or self._monitor.should_stop
@@ -208,10 +208,8 @@ class MIRCallback(TrainerCallback):
 
     def _adapter_for(self, model: nn.Module, processor: Any, trainer: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
-        if self._adapter is not None:
-            return self._adapter
-        processor, conversation = self._processor or processor, self.config.conversation
-        return find_adapter(model, processor, conversation=conversation, trainer=trainer)
+        processor, prompt = self._processor or processor, self.config.prompt
+        return find_adapter(model, processor, adapter=self._adapter, prompt=prompt, trainer=trainer)
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:
@@ -276,10 +274,10 @@ def attach_mir(
     """
     with distributed.fail_together():
         callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
-        if adapter is None and isinstance(getattr(trainer, "model", None), nn.Module):
-            conversation = MIRConfig.from_options(options).conversation
+        prompt = MIRConfig.from_options(options).prompt
+        if isinstance(getattr(trainer, "model", None), nn.Module):
             found = processor or processor_of(trainer)
-            adapter = find_adapter(trainer.model, found, conversation=conversation, trainer=trainer)
+            find_adapter(trainer.model, found, adapter=adapter, prompt=prompt, trainer=trainer)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         samples = source.load()
     return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)

@@ -24,6 +24,19 @@ from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
 from mir_callback.probe.probe import Sample
+from mir_callback.probe.prompt import (
+    CHAT,
+    EXAMPLE,
+    PLAIN,
+    PLAIN_FORMAT,
+    TEXT,
+    as_format,
+    before_image,
+    check_prompt,
+    is_format,
+    require_no_image_token,
+    require_single_ends,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +69,8 @@ class Adapter(Protocol):
     """What a family of models needs so that MIR can be measured on it.
 
     An adapter keeps no state between calls and is the same on every rank. Pass one as ``adapter=``, or register a
-    factory with :func:`register_adapter`.
+    factory with :func:`register_adapter`. If it has an attribute ``prompt``, what it puts around image and text as a
+    format string, that goes into each record.
 
     Example::
 
@@ -79,6 +93,8 @@ class Adapter(Protocol):
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """Turn samples into one batch: of each its image, then its text, cut to ``max_text_tokens`` tokens.
+
+        What a prompt has around them is not cut.
 
         Args:
             samples: B samples, at least 1.
@@ -120,7 +136,7 @@ def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None
     """Register a factory of adapters for a family of models. The last one registered is asked first.
 
     Args:
-        factory: called as ``factory(model, processor, conversation=..., trainer=...)``, see :func:`find_adapter`;
+        factory: called as ``factory(model, processor, prompt=..., trainer=...)``, see :func:`find_adapter`;
             returns an :class:`Adapter`, or None for a model that is not of its family.
         fallback: ask it only after those registered without this, and after installed entry points.
 
@@ -128,9 +144,11 @@ def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None
 
     Example::
 
-        def make_adapter(model, processor, *, conversation=None, trainer=None):
+        def make_adapter(model, processor, *, prompt=None, trainer=None):
             if type(unwrap(model)).__name__ != "MyVLM":
                 return None
+            if prompt is not None:
+                raise ConfigError(f"prompt={prompt!r}: MyVLM has only its own. Leave it out.")
             return MyAdapter(processor.tokenizer, processor.image_processor, model.config.image_token_id)
 
         register_adapter(make_adapter)
@@ -138,23 +156,40 @@ def register_adapter(factory: AdapterFactory, *, fallback: bool = False) -> None
     (_fallbacks if fallback else _registered).insert(0, factory)
 
 
-def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None = None, trainer: Any = None) -> Adapter:
+def find_adapter(
+    model: nn.Module,
+    processor: Any,
+    *,
+    adapter: Adapter | None = None,
+    prompt: str | None = None,
+    trainer: Any = None,
+) -> Adapter:
     """The adapter of a model: from the first factory that knows the model, else the one for transformers' models.
 
     Args:
         model: the model, bare or wrapped.
         processor: its processor, or what its family needs instead (a tokenizer, or None).
-        conversation: name of a conversation template of the family; None for the run's own.
+        adapter: the user's own, which is returned as it is.
+        prompt: what to put around image and text, see :class:`mir_callback.config.MIRConfig`; None for the family's
+            default.
         trainer: the Trainer, from which a factory may read how the run encodes its data.
 
     Raises:
-        ConfigError: not a model, a processor that cannot handle images, a template for a family without templates.
+        ConfigError: not a model, a processor that cannot handle images, a prompt that the family does not have,
+            or a prompt beside an adapter.
         UnsupportedModelError: no factory knows the model, it has no vision tokens, or its family's adapter refuses it.
 
     Ranks: any; no communication.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
+    check_prompt(prompt)
+    if adapter is not None:
+        if prompt is not None:
+            raise ConfigError(
+                f"prompt={prompt!r} beside adapter={type(adapter).__name__}, which has its own. Pass it to the adapter."
+            )
+        return adapter
     kind, ours, missing = type(unwrap(model)), package_of(model) == "transformers", ""
     if not ours:
         try:
@@ -163,9 +198,9 @@ def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None =
             missing = f"; llava_integration could not be imported: {error}"
     factories = [*_registered, *_load_entry_points(), *_fallbacks]
     for factory in factories:
-        adapter = factory(model, processor, conversation=conversation, trainer=trainer)
-        if adapter is not None:
-            return adapter
+        found = factory(model, processor, prompt=prompt, trainer=trainer)
+        if found is not None:
+            return found
     if not ours and not _fits_transformers(unwrap(model), processor):
         asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "none"
         raise UnsupportedModelError(
@@ -173,11 +208,7 @@ def find_adapter(model: nn.Module, processor: Any, *, conversation: str | None =
             f"registered factory knows it (asked: {asked}{missing}). Write an adapter "
             "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
-    if conversation is not None:
-        raise ConfigError(
-            f"conversation={conversation!r}, but {kind.__name__} has no conversation templates. Leave it out."
-        )
-    return HuggingFaceAdapter(model, processor)
+    return HuggingFaceAdapter(model, processor, prompt=prompt)
 
 
 def _fits_transformers(model: Any, processor: Any) -> bool:
@@ -215,15 +246,22 @@ def _load_entry_points() -> tuple[AdapterFactory, ...]:
 
 
 class HuggingFaceAdapter:
-    """Encodes samples with a transformers processor: the image, then the text, as in LLaVA's pre-training.
+    """Encodes samples with a transformers processor: the image, then the text, and a prompt around them if asked.
 
     Args:
         model: a vision-language model of transformers, bare or wrapped; only its configuration is read.
         processor: its processor, with `image_processor` and `tokenizer`.
+        prompt: "plain" (None) is image, then text, as in LLaVA's pre-training; "chat" the processor's chat template
+            with the image as the user's turn and the text as the assistant's, as MIR's authors do; else a format string
+            with {image} and {text}. It goes to the processor, which adds its special tokens as it does in any call.
+
+    Attributes:
+        prompt: the prompt as a format string.
 
     Raises:
         UnsupportedModelError: the model's configuration names no image token, so the model has no vision tokens.
-        ConfigError: the processor does not handle both images and text, or names no image token.
+        ConfigError: the processor does not handle both images and text, names no image token, or has no chat template
+            that places an image and then a text; or the prompt is none of these.
 
     Example::
 
@@ -232,13 +270,16 @@ class HuggingFaceAdapter:
         batch.masks.vision.sum(dim=1)  # vision tokens of each sample
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: nn.Module, processor: Any, *, prompt: str | None = None) -> None:
+        check_prompt(prompt)
         top: Any = unwrap(model)
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
         self._vision_ids = vision_token_ids(top)  # first: a text-only model has no processor that could be missing
         self._processor = processor
         self._tokenizer = require_processor(processor)
         self._placeholder = image_placeholder(processor, self._tokenizer, top.config)
+        self._is_chat = prompt == CHAT
+        self.prompt = self._find_format(prompt, type(top).__name__)
 
     def encode(self, samples: Sequence[Sample], max_text_tokens: int) -> AdaptedBatch:
         """See :class:`Adapter`."""
@@ -251,6 +292,7 @@ class HuggingFaceAdapter:
         masks = modality_masks(inputs["input_ids"], inputs["attention_mask"], self._vision_ids)
         self._check(samples, inputs, masks, max_text_tokens)
         real = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        self._check_prompt(real)
         texts = [ids[mask] for ids, mask in zip(inputs["input_ids"], masks.text, strict=True)]
         return AdaptedBatch(inputs, masks, real, texts)
 
@@ -262,11 +304,15 @@ class HuggingFaceAdapter:
         texts = [cut_text(self._tokenizer, sample.text, max_text_tokens) for sample in samples]
         for text, sample in zip(texts, samples, strict=True):
             require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
-        prompts = [self._placeholder + text for text in texts]
+        prompts = [self._render_chat(text) if self._is_chat else self._fill(text) for text in texts]
+        bos = getattr(
+            self._tokenizer, "bos_token", None
+        )  # in the prompt, it is not added again: see apply_chat_template
+        options = {"add_special_tokens": False} if bos and self._fill("").startswith(bos) else {}
         images = [[sample.open_image()] for sample in samples]
         try:
             encoded: Mapping[str, Any] = self._processor(
-                images=images, text=prompts, padding=len(samples) > 1, return_tensors="pt"
+                images=images, text=prompts, padding=len(samples) > 1, return_tensors="pt", **options
             )
         except Exception as error:
             names = ", ".join(sample.name for sample in samples)
@@ -277,6 +323,59 @@ class HuggingFaceAdapter:
         inputs = {name: value for name, value in encoded.items() if name not in ("labels", "label", "label_ids")}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return inputs
+
+    def _fill(self, text: str) -> str:
+        return self.prompt.format(image=self._placeholder, text=text)
+
+    def _render_chat(self, text: str) -> str:
+        user = {"role": "user", "content": [{"type": "image"}]}
+        assistant = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return str(self._processor.apply_chat_template([user, assistant], tokenize=False))
+
+    def _find_format(self, prompt: str | None, model: str) -> str:
+        if prompt in (None, PLAIN):
+            return PLAIN_FORMAT
+        if prompt != CHAT:
+            assert prompt is not None
+            if is_format(prompt):
+                token = str(image_token(self._processor))
+                require_no_image_token(prompt, filter(None, (token, *self._placeholder.split(token))))
+                return prompt
+            raise ConfigError(
+                f"prompt={prompt!r}: {model} has no conversations with a name, those are LLaVA's. Use plain, chat or a "
+                f"format string, such as {EXAMPLE}."
+            )
+        name, instead = type(self._processor).__name__, f"Set it, or write the prompt out, such as {EXAMPLE}."
+        if getattr(self._processor, "chat_template", None) is None:
+            raise ConfigError(f"prompt='chat': {name} has no chat_template. {instead}")
+        try:
+            rendered = self._render_chat(TEXT)
+        except Exception as error:  # of Jinja and of the template itself: any kind
+            raise ConfigError(
+                f"prompt='chat': the chat_template of {name} failed on an image and a text: {type(error).__name__}: "
+                f"{error}. {instead}"
+            ) from error
+        token = image_token(self._processor)
+        found = as_format(rendered, self._placeholder if self._placeholder in rendered else str(token), TEXT)
+        if found is None:
+            raise ConfigError(
+                f"prompt='chat': the chat_template of {name} does not put one {token} and then the text into the "
+                f"prompt, but gives {rendered!r}. {instead}"
+            )
+        return found
+
+    def _check_prompt(self, rows: Sequence[Tensor]) -> None:
+        before = before_image(self.prompt).rstrip()
+        expected = len(self._tokenizer(before, add_special_tokens=False)["input_ids"]) if before else 0
+        for ids in rows:
+            if not self._is_chat:
+                require_single_ends(self._tokenizer, ids, self.prompt)
+            first = int(torch.isin(ids, torch.tensor(self._vision_ids)).nonzero()[0])
+            if first < expected:
+                raise ConfigError(
+                    f"{type(self._processor).__name__} puts the image at token {first}, not after the {expected} "
+                    f"tokens that prompt={self.prompt!r} has before it. Use prompt='plain'."
+                )
 
     def _check(
         self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks, max_text_tokens: int
@@ -314,7 +413,7 @@ def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
 
     Qwen-VL's processors do not add the start and end tokens of an image themselves, so they are added here.
     """
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    token = image_token(processor)
     if token is None:
         raise ConfigError(
             f"The processor {type(processor).__name__} has no image_token to refer to an image in a prompt. Write an "
@@ -325,6 +424,11 @@ def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
         return str(token)
     before, after = tokenizer.convert_ids_to_tokens([start, end])
     return f"{before}{token}{after}"
+
+
+def image_token(processor: Any) -> Any:
+    """The token that stands for an image in a prompt; None if the processor names none."""
+    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
 
 
 def cut_text(tokenizer: Any, text: str, max_tokens: int) -> str:

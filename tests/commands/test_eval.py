@@ -228,7 +228,7 @@ def test_a_processor_of_another_model_is_refused(run, capsys):
         (["run", "--steps", 2, "--processor", "run/checkpoint-2/tokenizer.json"], "tokenizer.json is a file"),
         (["run", "--steps", 2, "--processor", "tokenizer"], "the processor in tokenizer"),
         (["run", "--steps", 2, "--processor", "bare"], "processor in bare"),
-        (["run", "--steps", 2, "--conversation", "v1"], "--conversation v1 is for models of the package llava"),
+        (["run", "--steps", 2, "--prompt", "v1"], "prompt='v1': LlavaForConditionalGeneration has no conversations"),
     ]:
         status, _, error = mir(capsys, *flags, "--probe", "probe.zip")
         assert status == 2

@@ -68,7 +68,7 @@ def samples(assets: Path) -> dict[str, str]:
     def bad(image: Any, text: str, **overrides: Any) -> str:
         for name, value in overrides.items():
             setattr(model.config, name, value)
-        adapter = OriginalLlavaAdapter(model, tokenizer, conversation="plain")
+        adapter = OriginalLlavaAdapter(model, tokenizer, prompt="plain")
         probe = Probe.from_pairs([good, (image, text), good])
         return told(lambda: evaluate_mir(model, probe, adapter=adapter, progress=False))
 
@@ -83,7 +83,7 @@ def samples(assets: Path) -> dict[str, str]:
 def truncated(assets: Path) -> str:
     """What is said when truncation leaves no image."""
     model, tokenizer = make_model(assets, {"tokenizer_model_max_length": 24})
-    adapter = OriginalLlavaAdapter(model, tokenizer, conversation="v1")
+    adapter = OriginalLlavaAdapter(model, tokenizer, prompt="v1")
     return told(lambda: evaluate_mir(model, Probe.from_pairs(pairs(3)), adapter=adapter, progress=False))
 
 

@@ -57,8 +57,8 @@ def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
     trainer = make_trainer(tmp_path / "run")
     with pytest.raises(ProbeError, match="num_samples=100.* 6 "):
         attach_mir(trainer, **folders)
-    with pytest.raises(ConfigError, match="conversation='v1'.* LlavaForConditionalGeneration"):
-        attach_mir(trainer, **folders, num_samples=5, conversation="v1")
+    with pytest.raises(ConfigError, match="prompt='v1'.* LlavaForConditionalGeneration"):
+        attach_mir(trainer, **folders, num_samples=5, prompt="v1")
     with pytest.raises(ConfigError, match="int is not a transformers Trainer"):
         attach_mir(3, **folders)
     for given, message in (

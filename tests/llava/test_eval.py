@@ -82,6 +82,6 @@ def test_zero3_shards_have_the_values_the_run_measured_itself(assets, tmp_path):
     output = train(assets, tmp_path, zero=3, deepspeed=file, tune_mm_mlp_adapter=False)
     assert not list((output / "checkpoint-2").glob("*.safetensors"))
     # The script's cast of the tower to float16 does not reach its shards.
-    done = mir_eval(assets, output, "--conversation", "plain", "--vision-dtype", "float32")
+    done = mir_eval(assets, output, "--prompt", "plain", "--vision-dtype", "float32")
     assert done.returncode == 0, done.stderr
     require_live_values(output)

@@ -98,7 +98,7 @@ def test_model_is_told_apart_from_the_original_by_its_image_expansion(make_model
             raise NotImplementedError
 
     for kind, expected in ((next_stand_in.LlavaStandIn, LlavaNextAdapter), (Original, OriginalLlavaAdapter)):
-        adapter = find_adapter(make_model(kind), tokenizer, conversation="qwen_1_5")
+        adapter = find_adapter(make_model(kind), tokenizer, prompt="qwen_1_5")
         assert type(adapter) is expected
 
 
@@ -117,7 +117,7 @@ def test_error_without_a_tokenizer(make_model):
 
 
 def test_template_that_needs_a_tokenizer_gets_the_runs_own(make_model, tokenizer, probe):
-    adapter = LlavaNextAdapter(make_model(), tokenizer, conversation="llava_llama_3")
+    adapter = LlavaNextAdapter(make_model(), tokenizer, prompt="llava_llama_3")
     prompt = tokenizer.decode(adapter.encode(probe.samples[:1], 8).token_ids[0].clamp(min=0))
     assert prompt.startswith("user")
     assert next_stand_in.TEMPLATES["llava_llama_3"].tokenizer == "its own"

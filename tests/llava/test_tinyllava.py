@@ -62,7 +62,7 @@ def single_steps(model, dataset):
 def test_value_equals_single_steps_through_training_data_at_every_batch_size(probe, changes, template):
     model = make_model(**changes)
     expected = single_steps(model, stand_in.Dataset(model, pairs(COUNT, seed=2), template))
-    adapter = TinyLlavaAdapter(model, model.tokenizer, conversation=template)
+    adapter = TinyLlavaAdapter(model, model.tokenizer, prompt=template)
     ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size).mir for size in (1, 3, COUNT)]
     assert ours == pytest.approx([expected] * 3, abs=1e-6)
 
@@ -70,7 +70,7 @@ def test_value_equals_single_steps_through_training_data_at_every_batch_size(pro
 def test_inputs_are_those_of_training(probe):
     model = make_model()
     dataset = stand_in.Dataset(model, pairs(COUNT, seed=2), "llama")
-    batch = TinyLlavaAdapter(model, conversation="llama").encode(probe.samples, probe.max_text_tokens)
+    batch = TinyLlavaAdapter(model, prompt="llama").encode(probe.samples, probe.max_text_tokens)
     for item, ids, image in zip(dataset, batch.token_ids, batch.inputs["images"], strict=True):
         assert torch.equal(ids, item["input_ids"])
         assert torch.equal(image, item["image"])
@@ -121,9 +121,9 @@ def test_training_is_bit_identical_with_the_line_added(tmp_path):
 )
 def test_template_is_the_runs_own_unless_asked(tmp_path, probe, of_run, asked, used):
     trainer = make_trainer(tmp_path, of_run)
-    adapter = find_adapter(trainer.model, None, conversation=asked, trainer=trainer)
+    adapter = find_adapter(trainer.model, None, prompt=asked, trainer=trainer)
     found = adapter.encode(probe.samples, 100).token_ids
-    expected = TinyLlavaAdapter(trainer.model, conversation=used).encode(probe.samples, 100).token_ids
+    expected = TinyLlavaAdapter(trainer.model, prompt=used).encode(probe.samples, 100).token_ids
     assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
@@ -143,8 +143,8 @@ def test_error_when_truncation_leaves_no_text(probe):
 
 
 def test_errors_say_what_the_adapter_needs():
-    with pytest.raises(ConfigError, match="conversation='v1'.*--conv_ver"):
-        TinyLlavaAdapter(make_model(), conversation="v1")
+    with pytest.raises(ConfigError, match="prompt='v1'.*--conv_ver"):
+        TinyLlavaAdapter(make_model(), prompt="v1")
     with pytest.raises(ConfigError, match="image_aspect_ratio='anyres'"):
         TinyLlavaAdapter(make_model(image_aspect_ratio="anyres"))
     without = make_model()

@@ -101,14 +101,18 @@ class TextPreprocess:
 
     def __init__(self, tokenizer: Any, version: str) -> None:
         assert version in self._FORMS, f"{version} is not there"
-        self._tokenizer, self._form = tokenizer, self._FORMS[version]
+        self._tokenizer, self._form, self.template = tokenizer, self._FORMS[version], self
+
+    @staticmethod
+    def tokenizer_image_token(prompt: str, tokenizer: Any, return_tensors: str) -> torch.Tensor:
+        before, after = (tokenizer(part)["input_ids"] for part in prompt.split("<image>"))
+        return torch.tensor([*before, PLACEHOLDER, *after])
 
     def __call__(self, messages: list[dict[str, str]], mode: str = "train") -> dict[str, Any]:
         assert "<image>" in messages[0]["value"]
-        before, after = self._form.format(messages[1]["value"]).split("<image>")
-        ids = [*self._tokenizer(before)["input_ids"], PLACEHOLDER, *self._tokenizer(after)["input_ids"]]
-        made = {"input_ids": torch.tensor(ids)}
-        return {**made, "labels": made["input_ids"].clone()} if mode == "train" else made
+        prompt = self._form.format(messages[1]["value"])
+        ids = self.tokenizer_image_token(prompt, self._tokenizer, return_tensors="pt")
+        return {"input_ids": ids, **({"labels": ids.clone()} if mode == "train" else {"prompt": prompt})}
 
 
 class ImagePreprocess:

@@ -114,7 +114,7 @@ def main(folder: Path) -> None:
         for changes in CHANGES:
             model = make_model(folder / "assets", language_model, changes)
             for template in templates:
-                adapter = TinyLlavaAdapter(model, model.tokenizer, conversation=template)
+                adapter = TinyLlavaAdapter(model, model.tokenizer, prompt=template)
                 encoded = adapter.encode(probe.samples, probe.max_text_tokens)
                 batches = training_batches(model, data, template)
                 same = all(

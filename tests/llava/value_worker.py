@@ -125,7 +125,7 @@ def mixed_batch(model: Any, tokenizer: Any, probe: Probe) -> list[list[int]]:
 
 def compare(model: Any, tokenizer: Any, probe: Probe, template: str) -> dict[str, Any]:
     """Our value at several batch sizes, and the authors' procedure's."""
-    adapter = OriginalLlavaAdapter(model, tokenizer, conversation=template)
+    adapter = OriginalLlavaAdapter(model, tokenizer, prompt=template)
     ours = [evaluate_mir(model, probe, adapter=adapter, batch_size=size).mir for size in (1, 4, 6)]
     return {"ours": ours, "authors": authors_procedure(model, tokenizer, probe, template)}
 

@@ -25,8 +25,8 @@ class Adapter:
 
 
 def factory_of(name, kind):
-    def make(model, processor, *, conversation, trainer):
-        return Adapter(f"{name} {processor} {conversation} {trainer}") if isinstance(model, kind) else None
+    def make(model, processor, *, prompt, trainer):
+        return Adapter(f"{name} {processor} {prompt} {trainer}") if isinstance(model, kind) else None
 
     return make
 
@@ -72,7 +72,7 @@ def install(tmp_path, monkeypatch):
 
 def test_a_registered_factory_is_asked_with_all_that_is_known():
     register_adapter(factory_of("a", Theirs))
-    found = find_adapter(Theirs(), "tokenizer", conversation="v1", trainer="trainer")
+    found = find_adapter(Theirs(), "tokenizer", prompt="v1", trainer="trainer")
     assert found.name == "a tokenizer v1 trainer"
 
 
@@ -95,7 +95,7 @@ def test_a_registered_factory_goes_before_those_of_transformers_and_llava(monkey
 
 
 def test_an_installed_package_brings_its_factory(install):
-    source = "class A:\n    pass\n\ndef make(model, processor, *, conversation, trainer):\n    return A()"
+    source = "class A:\n    pass\n\ndef make(model, processor, *, prompt, trainer):\n    return A()"
     install("their_package:make", source)
     assert type(find_adapter(Theirs(), None)).__module__ == "their_package"
     register_adapter(factory_of("registered", Theirs))
@@ -160,8 +160,8 @@ def test_a_text_only_model_is_told_that_it_has_no_vision_tokens_and_not_that_it_
 
 def test_a_template_for_a_model_of_transformers_is_refused():
     model, processor = tiny_models.llava()
-    with pytest.raises(ConfigError, match="conversation='v1'.* LlavaForConditionalGeneration"):
-        find_adapter(model, processor, conversation="v1")
+    with pytest.raises(ConfigError, match="prompt='v1'.* LlavaForConditionalGeneration"):
+        find_adapter(model, processor, prompt="v1")
     with pytest.raises(ConfigError, match="TokenizersBackend|PreTrainedTokenizerFast"):
         find_adapter(model, processor.tokenizer)
     with pytest.raises(ConfigError, match="model .* int"):

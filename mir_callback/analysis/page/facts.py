@@ -17,7 +17,7 @@ from mir_callback.analysis.page.charts import format_value
 from mir_callback.analysis.page.views import PLANNED, RunView, read_verdict
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
-from mir_callback.record import DEFINITION_FIELDS, EvalRecord
+from mir_callback.record import DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
 
 _PLAIN = {  # fields that say how values were made, in words for everybody
     "num_samples": "samples",
@@ -25,9 +25,15 @@ _PLAIN = {  # fields that say how values were made, in words for everybody
     "num_text_tokens": "text tokens",
     "dtype": "dtype of the hidden states",
     "root": "root",
+    "prompt": "prompt",
     "world_size": "ranks",
 }
-_NAMES = {"probe_fingerprint": "probe", "tokens_fingerprint": "tokens of the probe", "root": "root"}
+_NAMES = {
+    "probe_fingerprint": "probe",
+    "prompt": "prompt",
+    "tokens_fingerprint": "tokens of the probe",
+    "root": "root",
+}
 _DETAILS = (*DEFINITION_FIELDS[:2], "pixels_fingerprint", "batch_size", "passes", "storage_device", "weights_stamp")
 _MUCH_LONGER = 2.0  # norm ratio, averaged over the layers
 _LEAST_FALL = 0.05  # of MIR: what is less is not explained
@@ -166,13 +172,13 @@ def _is_plain(value: Any) -> bool:
 def find_incomparable(runs: Sequence[RunView]) -> list[str]:
     """Why values of these runs are not to be compared, in a few words each; empty if they are."""
     messages = []
-    for name in DEFINITION_FIELDS:
+    for name in DESCRIBED_FIELDS:
         found = {str(value) for run in runs for value in run.distinct(name)}
         unknown = [run.name for run in runs if not run.distinct(name)]
         if len(found) > 1:
-            shown = ", ".join(sorted(found)) if name == "root" else f"{len(found)} different ones"
+            shown = ", ".join(sorted(found)) if name in ("root", "prompt") else f"{len(found)} different ones"
             messages.append(f"{_NAMES[name]}: {shown}")
-        elif unknown and len(runs) > 1:
+        elif unknown and len(runs) > 1 and name in DEFINITION_FIELDS:
             messages.append(f"{_NAMES[name]}: not known of {', '.join(unknown[:4])}")
     return messages
 
