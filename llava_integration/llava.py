@@ -92,7 +92,7 @@ class OriginalLlavaAdapter:
         self._aspect_ratio: str | None = getattr(top.config, "image_aspect_ratio", None)
         self._tokenizer = tokenizer
         self._image_processor = top.get_vision_tower().image_processor
-        self._template = None if prompt is not None and is_format(prompt) else _template(prompt)
+        self._template: Any = None if prompt is not None and is_format(prompt) else _template(prompt)
         if self._template is None:
             assert prompt is not None
             require_no_image_token(prompt, _placeholders())

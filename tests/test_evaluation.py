@@ -13,7 +13,7 @@ from mir_callback.errors import ConfigError, ForwardError, NumericsError, ProbeE
 from mir_callback.evaluation import evaluate
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.probe.adapters import HuggingFaceAdapter
-from mir_callback.record import DEFINITION_FIELDS, EvalRecord
+from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 from tests import reference, tiny_models
 from tests.model.test_capture import FAMILIES
 from tests.samples import pairs
@@ -167,7 +167,7 @@ def test_evaluator_is_defined_by_what_makes_values_comparable(probe):
     model, processor = tiny_models.llava()
     evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(root="paper_fast"))
     fields = evaluator.evaluate(model).to_fields()
-    assert evaluator.definition == {name: fields[name] for name in DEFINITION_FIELDS}
+    assert evaluator.definition == {name: fields[name] for name in DESCRIBED_FIELDS}
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"batch_size": True}, {"capture_budget_gb": -1}, {"every": 5}])

@@ -32,8 +32,8 @@ def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], li
     if len(kept) == len(records):
         return kept, []
     return kept, [
-        f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, prompt, token ids or "
-        "root than the last one"
+        f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, prompt, token ids "
+        "or root than the last one"
     ]
 
 

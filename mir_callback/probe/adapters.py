@@ -305,10 +305,9 @@ class HuggingFaceAdapter:
         for text, sample in zip(texts, samples, strict=True):
             require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
         prompts = [self._render_chat(text) if self._is_chat else self._fill(text) for text in texts]
-        bos = getattr(
-            self._tokenizer, "bos_token", None
-        )  # in the prompt, it is not added again: see apply_chat_template
-        options = {"add_special_tokens": False} if bos and self._fill("").startswith(bos) else {}
+        bos = getattr(self._tokenizer, "bos_token", None)
+        has_bos = bool(bos) and self._fill("").startswith(bos)
+        options = {"add_special_tokens": False} if has_bos else {}  # as apply_chat_template does
         images = [[sample.open_image()] for sample in samples]
         try:
             encoded: Mapping[str, Any] = self._processor(
