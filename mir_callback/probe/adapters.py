@@ -306,7 +306,7 @@ class HuggingFaceAdapter:
             require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
         prompts = [self._render_chat(text) if self._is_chat else self._fill(text) for text in texts]
         bos = getattr(self._tokenizer, "bos_token", None)
-        has_bos = bool(bos) and self._fill("").startswith(bos)
+        has_bos = bos is not None and self._fill("").startswith(bos)
         options = {"add_special_tokens": False} if has_bos else {}  # as apply_chat_template does
         images = [[sample.open_image()] for sample in samples]
         try:

@@ -123,6 +123,31 @@ def test_template_that_needs_a_tokenizer_gets_the_runs_own(make_model, tokenizer
     assert next_stand_in.TEMPLATES["llava_llama_3"].tokenizer == "its own"
 
 
+@pytest.mark.parametrize("name", list(next_stand_in.TEMPLATES))
+def test_a_conversation_written_out_gives_its_token_ids(make_model, tokenizer, probe, name):
+    named = LlavaNextAdapter(make_model(), tokenizer, prompt=name)
+    written = LlavaNextAdapter(make_model(), tokenizer, prompt=named.prompt)
+    for one, other in zip(*(each.encode(probe.samples, 8).token_ids for each in (named, written)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chat_is_the_runs_own_conversation_unless_that_is_of_pre_training(make_model, tokenizer, monkeypatch):
+    with pytest.raises(ConfigError, match="prompt='chat'.* pre-training.*qwen_1_5"):
+        LlavaNextAdapter(make_model(), tokenizer, prompt="chat")
+    own = next_stand_in.TEMPLATES["qwen_1_5"]
+    monkeypatch.setattr(sys.modules["llava.conversation"], "default_conversation", own)
+    chosen = [LlavaNextAdapter(make_model(), tokenizer, prompt=prompt).prompt for prompt in (None, "chat", "qwen_1_5")]
+    assert len(set(chosen)) == 1
+    assert "user" in chosen[0]
+    assert LlavaNextAdapter(make_model(), tokenizer, prompt="plain").prompt == "{image}{text}\n"
+
+
+@pytest.mark.parametrize("wrong", ["<image> {image}{text}", "<im_start>{image}{text}", "{text}", "v7"])
+def test_error_for_a_prompt_that_the_code_base_does_not_have(make_model, tokenizer, wrong):
+    with pytest.raises(ConfigError, match=f"prompt='{wrong}'"):
+        LlavaNextAdapter(make_model(), tokenizer, prompt=wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="MIR_LLAVA_NEXT_PYTHON names no environment with the real repository")
 def test_value_equals_the_authors_procedure_when_the_models_are_real(tmp_path):

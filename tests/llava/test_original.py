@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def values(assets, tmp_path_factory):
 def test_value_equals_the_authors_procedure_at_every_batch_size(values, case):
     found = values["values"][case]
     assert found["ours"] == pytest.approx([found["authors"]] * 3, abs=1e-5)
+
+
+def test_a_conversation_written_out_gives_its_token_ids(values):
+    assert all(same for _, same in values["written"].values())
+    assert values["written"]["plain"][0] == "{image}{text}\n"
+    # The form in which the authors' script puts every sample.
+    assert re.fullmatch(r"A chat .* USER: \{image\}\n ASSISTANT: \{text\}</s>", values["written"]["vicuna_v1"][0])
 
 
 def test_padding_side_does_not_change_the_value(values):

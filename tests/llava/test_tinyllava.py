@@ -127,6 +127,21 @@ def test_template_is_the_runs_own_unless_asked(tmp_path, probe, of_run, asked, u
     assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
+def test_a_template_written_out_gives_its_token_ids(tmp_path, probe):
+    trainer = make_trainer(tmp_path, "llama")
+    named = {name: find_adapter(trainer.model, None, prompt=name, trainer=trainer) for name in (None, "chat", "plain")}
+    assert named[None].prompt == named["chat"].prompt == "Two talk. USER: {image} ASSISTANT: {text}</s>"
+    assert named["plain"].prompt == TinyLlavaAdapter(trainer.model, prompt="pretrain").prompt == "{image}{text}\n"
+    for adapter in named.values():
+        written = TinyLlavaAdapter(trainer.model, prompt=adapter.prompt)
+        found = [each.encode(probe.samples, 100).token_ids for each in (adapter, written)]
+        assert all(torch.equal(*both) for both in zip(*found, strict=True))
+    with pytest.raises(ConfigError, match="prompt='chat'.*--conv_ver"):
+        find_adapter(trainer.model, None, prompt="chat", trainer=make_trainer(tmp_path, "pretrain"))
+    with pytest.raises(ConfigError, match="'<image>'"):
+        TinyLlavaAdapter(trainer.model, prompt="<image>{image}{text}")
+
+
 def test_texts_are_cut_and_must_not_hold_the_placeholder(probe):
     adapter = TinyLlavaAdapter(make_model())
     # The image, three tokens of text, a newline.

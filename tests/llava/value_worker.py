@@ -130,6 +130,14 @@ def compare(model: Any, tokenizer: Any, probe: Probe, template: str) -> dict[str
     return {"ours": ours, "authors": authors_procedure(model, tokenizer, probe, template)}
 
 
+def written_out(model: Any, tokenizer: Any, probe: Probe, template: str) -> list[Any]:
+    """A conversation as a format string, and whether that gives the same token ids."""
+    named = OriginalLlavaAdapter(model, tokenizer, prompt=template)
+    written = OriginalLlavaAdapter(model, tokenizer, prompt=named.prompt)
+    rows = [adapter.encode(probe.samples, 1024).token_ids for adapter in (named, written)]
+    return [named.prompt, all(torch.equal(one, other) for one, other in zip(*rows))]  # noqa: B905
+
+
 def main(folder: str, assets: str) -> None:
     """Compute every case, at several batch sizes, and write the values."""
     probe = Probe.from_folders(Path(assets) / "probe" / "images", Path(assets) / "probe" / "texts", num_samples=6)
@@ -141,7 +149,9 @@ def main(folder: str, assets: str) -> None:
     modes = modes_probe(Path(folder) / "modes")
     found = {name: compare(*make_model(Path(assets), CASES[name]), modes, "plain") for name in IMAGE_MODES}
     mixed = mixed_batch(*make_model(Path(assets), {}), probe)
-    write_rank(folder, 0, {"values": values, "modes": found, "mixed": mixed})
+    tried = ("plain", "vicuna_v1", "llama_2")
+    written = {name: written_out(*make_model(Path(assets), {}), probe, name) for name in tried}
+    write_rank(folder, 0, {"values": values, "modes": found, "mixed": mixed, "written": written})
 
 
 if __name__ == "__main__":
