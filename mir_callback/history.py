@@ -219,8 +219,8 @@ def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> lis
 
 
 def _check_definition(path: Path, records: list[EvalRecord], definition: Mapping[str, str]) -> None:
-    for record in records:
-        for field in DESCRIBED_FIELDS:
+    for field in DESCRIBED_FIELDS:
+        for record in records:
             if field in definition and record[field] not in (None, definition[field]):
                 raise HistoryError(
                     f"Cannot continue {path} with another {field}: it was {record[field]!r} at step {record.step} and "

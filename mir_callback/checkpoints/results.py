@@ -108,8 +108,8 @@ def lock(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[str | None]:
 
 
 def _require_same_definition(path: Path, records: list[EvalRecord], definition: Mapping[str, str]) -> None:
-    for record in records:
-        for name, value in definition.items():
+    for name, value in definition.items():
+        for record in records:
             if record[name] not in (None, value):
                 raise HistoryError(
                     f"{path} has values with another {name}: it was {record[name]!r} at step {record.step} and is "

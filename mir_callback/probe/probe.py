@@ -303,7 +303,7 @@ class Probe:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of image bytes, texts, their order, max_text_tokens and the prompt format; 16 hexadecimal digits."""
+        """Hash of image bytes, texts, their order, max_text_tokens and the encoding rules; 16 hexadecimal digits."""
         digest = hashlib.sha256(f"{ENCODING}; max_text_tokens={self.max_text_tokens}".encode())
         for sample in self.samples:
             digest.update(hashlib.sha256(sample.image).digest())

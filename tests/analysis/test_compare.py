@@ -27,7 +27,13 @@ from mir_callback.record import as_records
 
 # What benchmarks/seeds.py has trained: recipes with several runs that differ in the seed only.
 REAL_SEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "seeds.json"
-HOW = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact", "num_samples": 50}
+HOW = {
+    "probe_fingerprint": "p",
+    "prompt": "{image}{text}",
+    "tokens_fingerprint": "t",
+    "root": "exact",
+    "num_samples": 50,
+}
 NEVER = PlateauRule(warmup=10**6)  # most of a comparison is the replay of its rule, which few tests look at
 PSI = np.random.default_rng(7).normal(size=(9, 50))
 
@@ -195,7 +201,8 @@ def test_ranks_are_tied_where_noise_forbids_a_difference():
 
 
 @pytest.mark.parametrize(
-    ("field", "word"), [("probe_fingerprint", "probe"), ("tokens_fingerprint", "token ids"), ("root", "root")]
+    ("field", "word"),
+    [("probe_fingerprint", "probe"), ("prompt", "around"), ("tokens_fingerprint", "token ids"), ("root", "root")],
 )
 def test_values_of_other_definitions_are_refused_unless_told_to(field, word):
     runs = [make_run("a", falling(3.0)), make_run("b", falling(5.0), **{field: "another"})]
@@ -205,6 +212,13 @@ def test_values_of_other_definitions_are_refused_unless_told_to(field, word):
     assert field in found.mismatch
     assert found.ranking.ranks == (1, 2)
     assert compare([runs[0], runs[0]]).mismatch is None
+
+
+def test_an_older_run_without_its_prompt_is_compared_by_token_ids():
+    older, newer = make_run("a", falling(3.0), prompt=None), make_run("b", falling(3.0))
+    assert compare([older, newer]).mismatch is None
+    with pytest.raises(HistoryError, match="tokens_fingerprint"):
+        compare([older, make_run("c", falling(3.0), tokens_fingerprint="another")])
 
 
 def test_influences_of_another_probe_are_not_paired():

@@ -195,7 +195,11 @@ def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, o
     Probe.from_pairs(pairs(4, seed=1)).save("another.zip")
     for flags, told in [
         (["run", "--probe", "another.zip"], "another probe_fingerprint"),
-        (["run", "--probe", "probe.zip", "--root", "paper_fast"], "another root: it was exact"),
+        (
+            ["run", "--probe", "probe.zip", "--steps", 4, "--prompt", "{image} {text}"],
+            "another prompt: it was '{image}{text}' at step 2 and is '{image} {text}' now",
+        ),
+        (["run", "--probe", "probe.zip", "--root", "paper_fast"], "another root: it was 'exact'"),
         (
             ["run/checkpoint-4", "--probe", "probe.zip", "--history", "run/mir_history.jsonl"],
             "has values of a run, written in training",
@@ -228,6 +232,7 @@ def test_a_processor_of_another_model_is_refused(run, capsys):
         (["run", "--steps", 2, "--processor", "run/checkpoint-2/tokenizer.json"], "tokenizer.json is a file"),
         (["run", "--steps", 2, "--processor", "tokenizer"], "the processor in tokenizer"),
         (["run", "--steps", 2, "--processor", "bare"], "processor in bare"),
+        (["run", "--steps", 2, "--prompt", "{text}"], "prompt='{text}' has no {image}"),
         (["run", "--steps", 2, "--prompt", "v1"], "prompt='v1': LlavaForConditionalGeneration has no conversations"),
     ]:
         status, _, error = mir(capsys, *flags, "--probe", "probe.zip")

@@ -89,6 +89,17 @@ def test_resume_refuses_values_made_differently_and_touches_nothing(run, field):
     assert (run / FILE_NAME).read_bytes() == before
 
 
+def test_resume_with_another_prompt_names_both_and_an_older_history_goes_on_without(run):
+    opened(run, step=100)
+    append(opened(run, step=100, prompt="{image}{text}"), record(150, prompt="{image}{text}"))
+    opened(run, step=150, prompt="{image}{text}")
+    opened(run, step=150)
+    with pytest.raises(
+        HistoryError, match=r"prompt: it was '{image}{text}' at step 150 and is 'Q: {image} {text}' now"
+    ):
+        opened(run, step=150, prompt="Q: {image} {text}", tokens_fingerprint="other")
+
+
 def test_a_line_without_its_end_is_dropped_and_kept_aside(run):
     with (run / FILE_NAME).open("a") as file:
         file.write('{"step": 150, "mi')

@@ -113,6 +113,8 @@ def test_error_leaves_everything_alone_when_the_run_is_resumed_with_another_prob
     assert (tmp_path / "run" / "mir_history.jsonl").read_bytes() == (stopped_run / "mir_history.jsonl").read_bytes()
     with pytest.raises(HistoryError, match="root.*paper_fast"):
         resume(stopped_run, tmp_path / "again", probe, 4, root="paper_fast")
+    with pytest.raises(HistoryError, match="prompt: it was '{image}{text}' .* is '{image} {text}' now"):
+        resume(stopped_run, tmp_path / "prompt", probe, 4, prompt="{image} {text}")
 
 
 def test_other_image_processor_settings_are_said_once_and_not_refused(stopped_run, tmp_path, probe):
