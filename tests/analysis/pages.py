@@ -45,6 +45,7 @@ def records(count: int, layers: int = 4, *, samples: int = 12, seed: int = 0, ev
                 "num_vision_tokens": 16 * samples,
                 "num_text_tokens": 60 * samples,
                 "probe_fingerprint": "d3d069cd243898ce",
+                "prompt": "USER: {image}\n ASSISTANT: {text}</s>",
                 "tokens_fingerprint": "4d49d6bb6949b59f",
                 "dtype": "float32",
                 "world_size": 2,

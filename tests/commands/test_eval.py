@@ -189,6 +189,17 @@ def test_a_probe_is_drawn_or_found_in_the_runs_folder(run, tmp_path, capsys):
     assert f"no {tmp_path / 'run' / 'mir_probe.zip'}" in error
 
 
+def test_another_prompt_than_in_training_is_said_and_not_shown_beside_it(run, capsys):
+    flags = ["run", "--probe", "probe.zip", "--steps", 2, "--history", "prompts.jsonl"]
+    status, told, _ = mir(capsys, *flags, "--prompt", "USER: {image} {text}")
+    assert status == 0
+    assert "prompt was {image}{text} during training and is USER: {image} {text} now: " in told
+    assert "in training" not in told.replace("during training", "")
+    status, _, error = mir(capsys, *flags)
+    assert status == 2
+    assert "another prompt: it was 'USER: {image} {text}' at step 2 and is '{image}{text}' now" in error
+
+
 def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, own, tmp_path, capsys):
     assert mir(capsys, "run", "--probe", "probe.zip", "--steps", 2)[0] == 0
     kept = (tmp_path / "run" / "mir_eval.jsonl").read_bytes()
