@@ -47,12 +47,12 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
             f"{folder} is a LoRA checkpoint of LLaVA, which lacks the projector. Merge it with LLaVA's "
             "scripts/merge_lora_weights.py and evaluate the merged model."
         )
-    config = _configuration(folder)
+    config = _configuration(folder, options)
     places = [folder, checkpoint.run]
     if storage == PROJECTOR:
         named = read_json(folder / "config.json").get("_name_or_path")
         places.append(fetch_base(folder, options.base, named, "_name_or_path in config.json"))
-    tokenizer = _tokenizer(options.processor, places, config)
+    tokenizer = _tokenizer(options, places, config)
     if storage == PROJECTOR:
         model = _with_projector(checkpoint, config, options, places[-1], tokenizer)
     else:
@@ -66,7 +66,7 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     return Opened(model, adapter(model, tokenizer, prompt=prompt))
 
 
-def _configuration(folder: Path) -> Any:
+def _configuration(folder: Path, options: LoadOptions) -> Any:
     try:
         import llava.model  # noqa: F401  # registers its configurations
     except ImportError as error:
@@ -75,7 +75,7 @@ def _configuration(folder: Path) -> Any:
             "Run mir eval in the environment in which the model was trained."
         ) from error
     try:
-        return transformers.AutoConfig.from_pretrained(str(folder))
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
     except ValueError as error:  # llava.model swallows its own import errors, and then nothing is registered
         kind = read_json(folder / "config.json").get("model_type")
         raise ConfigError(
@@ -88,7 +88,8 @@ def _with_projector(checkpoint: Checkpoint, config: Any, options: LoadOptions, b
     file = checkpoint.folder / PROJECTOR_FILE
     weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     dtype = DTYPES.get(options.dtype) or next(iter(weights.values())).dtype  # config.json has the base model's
-    config.vocab_size = transformers.AutoConfig.from_pretrained(str(base)).vocab_size
+    trusted = options.trust_checkpoint
+    config.vocab_size = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=trusted).vocab_size
     model, found = _class_of(config).from_pretrained(
         str(base), config=config, torch_dtype=dtype, output_loading_info=True
     )
@@ -128,17 +129,18 @@ def _class_of(config: Any) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _tokenizer(given: str | None, places: list[Path], config: Any) -> Any:
+def _tokenizer(options: LoadOptions, places: list[Path], config: Any) -> Any:
     """The tokenizer with the tokens that train.py adds."""
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
-    if given is not None:
-        places = [fetch_folder(given, weights=False, what="--processor")]
+    if options.processor is not None:
+        places = [fetch_folder(options.processor, weights=False, what="--processor")]
     folder = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
     if folder is None:
         listed = ", ".join(str(place) for place in dict.fromkeys(places))
         raise ConfigError(f"There is no tokenizer in {listed}. Name a folder or hub name with --processor.")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False)
+    trusted = options.trust_checkpoint
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), use_fast=False, trust_remote_code=trusted)
     if getattr(config, "mm_use_im_patch_token", False):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(config, "mm_use_im_start_end", False):

@@ -94,10 +94,12 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
 
 def _describe_method(checkpoint: Checkpoint, probe: Probe, options: EvalOptions) -> dict[str, Any]:
     """The record's fields that identify how it was evaluated."""
+    loading = asdict(options.loading)
+    loading.pop("trust_checkpoint")  # changes no value
     return {
         "probe_fingerprint": probe.fingerprint,
         "root": options.config.root,
-        "loading": {**asdict(options.loading), "autocast": options.autocast},
+        "loading": {**loading, "autocast": options.autocast},
         "weights_stamp": compute_stamp(checkpoint),
     }
 

@@ -34,6 +34,7 @@ from mir_callback.checkpoints.load import (
     require_complete,
     shorten_message,
 )
+from mir_callback.checkpoints.trust import REMEDY
 from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 
@@ -65,13 +66,12 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         base = fetch_base(folder, options.base, named, f"base_model_name_or_path in {ADAPTER_CONFIG}")
         places.append(base)
-        model = _load_adapter(checkpoint, _load_whole(Checkpoint(base, base, 0), options), sharded=storage == SHARDS)
+        model = _load_adapter(checkpoint, _load_whole(Checkpoint(base, base, 0), options), options)
     elif storage == SHARDS:
         model = _load_shards(checkpoint, options)
     else:
         model = _load_whole(checkpoint, options)
-    processor = _load_processor(options.processor, places)
-    return Opened(model, HuggingFaceAdapter(model, processor, prompt=options.prompt))
+    return Opened(model, HuggingFaceAdapter(model, _load_processor(options, places), prompt=options.prompt))
 
 
 def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
@@ -80,7 +80,7 @@ def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
         raise ConfigError(
             f"The base model {folder} has no whole weights. Pass the model that training started from: --base."
         )
-    return _load(checkpoint, _find_class(folder), str(folder), DTYPES.get(options.dtype, AUTO))
+    return _load(checkpoint, _find_class(folder, options), str(folder), DTYPES.get(options.dtype, AUTO))
 
 
 def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
@@ -96,7 +96,8 @@ def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
                 f"{folder} has DeepSpeed shards without a config.json, and {checkpoint.run} has none either. Pass a "
                 "model of the same architecture: --base FOLDER_OR_HUB_NAME."
             )
-    kind, config = _find_class(folder), transformers.AutoConfig.from_pretrained(str(folder))
+    kind = _find_class(folder, options)
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     dtype = DTYPES.get(options.dtype, stored)
     return _load(checkpoint, kind, None, dtype, config=config, state_dict=read_shards(checkpoint))
@@ -111,11 +112,16 @@ def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **g
     return model  # type: ignore[no-any-return]
 
 
-def _find_class(folder: Path) -> Any:
-    """The model class that config.json names."""
-    names = read_json(folder / "config.json").get("architectures")
-    kind = getattr(transformers, str(names[0]), None) if names else None
-    if kind is None:
+def _find_class(folder: Path, options: LoadOptions) -> Any:
+    """The model class that config.json names; ConfigError if it names kernels too, which are code."""
+    config = read_json(folder / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        named = [str(part.get(name)) for name in ("attn_implementation", "_attn_implementation")]
+        if any("/" in name for name in named) and not options.trust_checkpoint:
+            raise ConfigError(f"{folder / 'config.json'} names code on the hub to run, {max(named)!r}. {REMEDY}")
+    names = config.get("architectures")
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(
             f"transformers {transformers.__version__} has no class {names} (architectures in "
             f"{folder / 'config.json'}). Install a version that has it, or use evaluate_mir in Python."
@@ -123,15 +129,18 @@ def _find_class(folder: Path) -> Any:
     return kind
 
 
-def _load_adapter(checkpoint: Checkpoint, base: nn.Module, *, sharded: bool) -> nn.Module:
+def _load_adapter(checkpoint: Checkpoint, base: nn.Module, options: LoadOptions) -> nn.Module:
     """The base model with the adapter, not merged, as in training."""
     try:
         import peft
     except ImportError as error:
         raise ConfigError(f"The adapter in {checkpoint.folder} needs peft: {error}. Run pip install peft.") from error
     folder = str(checkpoint.folder)
+    file = checkpoint.folder / ADAPTER_CONFIG
+    if read_json(file).get("megatron_config") and not options.trust_checkpoint:
+        raise ConfigError(f"{file} has a megatron_config, with which peft imports the module named in it. {REMEDY}")
     model: Any
-    if sharded:  # trained weights must be in the shards, frozen ones may be
+    if find_storage(checkpoint) == SHARDS:  # trained weights must be in the shards, frozen ones may be
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False  # so that requires_grad shows which weights were trained
         model = peft.PeftModel(base, config)
@@ -148,10 +157,10 @@ def _load_adapter(checkpoint: Checkpoint, base: nn.Module, *, sharded: bool) -> 
     return model  # type: ignore[no-any-return]
 
 
-def _load_processor(given: str | None, places: list[Path]) -> Any:
-    """The processor ``given``, else the first one found in ``places``."""
-    if given is not None:
-        folder = fetch_folder(given, weights=False, what="--processor")
+def _load_processor(options: LoadOptions, places: list[Path]) -> Any:
+    """The processor of the options, else the first one found in ``places``."""
+    if options.processor is not None:
+        folder = fetch_folder(options.processor, weights=False, what="--processor")
     else:
         found = [place for place in places if any((place / name).is_file() for name in _PROCESSOR_FILES)]
         if not found:
@@ -161,7 +170,7 @@ def _load_processor(given: str | None, places: list[Path]) -> Any:
             )
         folder = found[0]
     try:
-        processor = transformers.AutoProcessor.from_pretrained(str(folder))
+        processor = transformers.AutoProcessor.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
     except Exception as error:  # of transformers, of missing image libraries: any kind
         raise ConfigError(
             f"Could not load the processor in {folder}: {shorten_message(error)}. Pass the model's own: --processor "
@@ -196,7 +205,6 @@ def read_shards(checkpoint: Checkpoint) -> dict[str, Tensor]:
         tag = found[0]
     try:
         with redirect_stdout(io.StringIO()):  # it prints each step
-            # NOTE: DeepSpeed unpickles shards with weights_only=False: here a file from someone else could run code.
             weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
     except Exception as error:  # any kind, for missing or damaged shards
         raise ConfigError(

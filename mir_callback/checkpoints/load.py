@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mir_callback.checkpoints.discover import Checkpoint, read_json
+from mir_callback.checkpoints.trust import refuse_code
 from mir_callback.errors import ConfigError, MIRError
 from mir_callback.probe.adapters import Adapter
 
@@ -41,6 +42,7 @@ class LoadOptions:
     base: str | None = None  # folder or hub name of the base model of a partial checkpoint
     processor: str | None = None  # folder or hub name of the processor (for LLaVA: tokenizer)
     prompt: str | None = None  # as MIRConfig.prompt
+    trust_checkpoint: bool = False  # run code that is in its files
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.
     families = (importlib.import_module(name) for name in FAMILIES)
     family: Any = next(family for family in families if family.opens(config))
     try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed and LLaVA print to stdout
+        with redirect_stdout(sys.stderr), refuse_code(trusted=options.trust_checkpoint):  # they print to stdout
             opened: Opened = family.open_checkpoint(checkpoint, options)
             opened.model.to(device).eval()
     except MIRError:

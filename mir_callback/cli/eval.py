@@ -65,6 +65,11 @@ def add_flags(parser: ArgumentParser) -> None:
     opening.add_argument(
         "--vision-dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: as in LLaVA's training)"
     )
+    opening.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="run code in its files, as pickles and remote code may have: for checkpoints of people you trust",
+    )
     opening.add_argument("--autocast", choices=["bfloat16", "float16"], help="as in training with --bf16 or --fp16")
     opening.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     opening.add_argument(

@@ -130,7 +130,7 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
     failures = []
     for kind in (AutoProcessor, AutoTokenizer):
         try:
-            processor = kind.from_pretrained(name)
+            processor = kind.from_pretrained(name, trust_remote_code=False)
             break
         except Exception as error:  # any kind, of the hub client or a damaged folder
             failures.append(f"{kind.__name__}: {error}")
@@ -140,7 +140,8 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
         counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
         with torch.device("meta"):  # the architecture without its weights
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         counts = counts_of_model(probe, HuggingFaceAdapter(model, processor))
     for modality, tokens in (("vision", counts.vision), ("text", counts.text)):
         if tokens is not None:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load checkpoints of others without running code that is in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers.dynamic_module_utils as remote_code
+
+from mir_callback.errors import ConfigError
+
+REMEDY = "If you trust whoever made it, pass --trust-checkpoint."
+_SAFE_FROM = (2, 6)  # of torch; older versions run code of some files in spite of weights_only=True
+# What DeepSpeed pickles with its shards beside tensors and plain values.
+_KNOWN = (
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+_NAMED = re.compile(r"GLOBAL (\S+)")
+
+
+@contextmanager
+def refuse_code(*, trusted: bool) -> Iterator[None]:
+    """Within it, no file that is loaded runs code, whatever the loader asks for: DeepSpeed, LLaVA, transformers, PEFT.
+
+    All of them unpickle with `torch.load`, some with `weights_only=False`, and import Python files of a model through
+    transformers. Both are replaced for this process meanwhile, so other threads must not load files of their own.
+
+    Args:
+        trusted: let files run code instead.
+
+    Raises:
+        ConfigError: a file holds more than weights, or names Python code; also where a loader has caught that.
+    """
+    refused: list[ConfigError] = []
+    load, import_class = torch.load, remote_code.get_class_in_module
+
+    def refuse(message: str) -> ConfigError:
+        refused.append(ConfigError(f"{message} {REMEDY}"))
+        return refused[-1]
+
+    def load_weights(f: Any, *args: Any, **options: Any) -> Any:
+        if trusted:
+            return load(f, *args, **{**options, "weights_only": False})
+        name = getattr(f, "name", f)
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_FROM:
+            raise refuse(
+                f"{name} is a pickle, and torch {torch.__version__} may run code in one. Install torch >= 2.6, or "
+                "save the checkpoint as safetensors."
+            )
+        known = [getattr(sys.modules[module], kind) for module, kind in _KNOWN if module in sys.modules]
+        try:
+            with torch.serialization.safe_globals(known):
+                return load(f, *args, **{**options, "weights_only": True})
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            words = str(error)
+            if found := _NAMED.search(words):
+                raise refuse(
+                    f"Refused {name}: it calls {found[1]}, which no weights need, and could run code."
+                ) from error
+            if re.search("weights.only", words, re.IGNORECASE):
+                why = " ".join(words.split())[-200:]
+                raise refuse(
+                    f"Refused {name}: it is damaged or no file of weights, and could run code ({why})."
+                ) from error
+            raise
+
+    def import_trusted(class_name: str, module_path: Any, *args: Any, **options: Any) -> Any:
+        if trusted:
+            return import_class(class_name, module_path, *args, **options)
+        raise refuse(f"Refused to load {class_name} from {module_path}: the checkpoint brings Python code of its own.")
+
+    torch.load, remote_code.get_class_in_module = load_weights, import_trusted
+    try:
+        yield
+    finally:
+        torch.load, remote_code.get_class_in_module = load, import_class
+        if refused:  # which a loader may have replaced by an error of its own, or passed over
+            raise refused[0]
