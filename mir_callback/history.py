@@ -15,6 +15,7 @@ from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
+MAX_BYTES = 2**30  # of a file, which is read as a whole
 _LISTED = 3  # messages of one kind that are listed one by one
 
 _log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def read_history(path: str | Path) -> list[EvalRecord]:
 
     Ranks: any.
     """
+    _require_size(Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -159,6 +161,7 @@ def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
     Ranks: pure.
     """
     try:
+        _require_size(Path(path))
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise HistoryError(f"Could not read {path}: {error.strerror or error}.") from error
@@ -185,6 +188,12 @@ def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
             f"unknown root {', '.join(map(repr, unknown))} (known: {', '.join(_ROOTS)}): not comparable with others"
         )
     return [by_step[step] for step in sorted(by_step)], messages
+
+
+def _require_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise HistoryError(f"{path} has {size} bytes, no history has more than {MAX_BYTES}. Is it another file?")
 
 
 def _first_few(messages: list[str], kind: str) -> list[str]:

@@ -20,6 +20,7 @@ from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_o
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
 from mir_callback.fs import printable
 from mir_callback.probe.probe import Probe
+from mir_callback.probe.storage import RUN_PROBE
 
 FILE_NAME = "mir_report.html"
 EPILOG = f"""\
@@ -83,7 +84,7 @@ def _write(page: Path, options: Namespace, probe: Probe | None, seen: set[str]) 
             f"--probe {options.probe} is not the probe that the values were measured on: the samples shown are others"
         )
     if probe is None and not options.no_probe:
-        probe = _find_probe(runs)
+        probe = _find_probe(runs, notes)
     views = [RunView.from_run(run, recipe) for recipe in recipes for run in recipe.runs]
     _warn([*notes, *(f"{view.name}: {note}" for view in views for note in view.notes)], seen)
     parts = {"comparison": _compare(recipes), "probe": probe, "notes": notes, "reload_seconds": options.watch}
@@ -117,15 +118,17 @@ def _choose_page(options: Namespace) -> Path:
     return (only if only.is_dir() else only.parent) / FILE_NAME
 
 
-def _find_probe(runs: Sequence[Run]) -> Probe | None:
-    """The probe in a run's folder that its values were measured on, if there is one."""
+def _find_probe(runs: Sequence[Run], notes: list[str]) -> Probe | None:
+    """The probe in a run's folder, if its values were measured on it; adds a note if it cannot be read."""
     for run in runs:
-        folder, measured_on = run.source.parent, {record.probe_fingerprint for record in run.records}
-        for path in [*sorted(folder.glob("*.zip")), *sorted(file.parent for file in folder.glob("*/probe.json"))]:
-            try:
-                probe = Probe.load(path)
-            except ProbeError:  # another kind of archive or folder
-                continue
-            if probe.fingerprint in measured_on:
+        path = run.source.parent / RUN_PROBE
+        if not path.exists():
+            continue
+        try:
+            probe = Probe.load(path)
+        except ProbeError as error:
+            notes.append(f"no samples are shown: {error}")
+        else:
+            if probe.fingerprint in {record.probe_fingerprint for record in run.records}:
                 return probe
     return None

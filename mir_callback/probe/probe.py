@@ -20,7 +20,9 @@ from mir_callback.probe.sources import as_path
 # Part of the fingerprint: values of samples that are encoded differently cannot be compared.
 ENCODING = "image, text; plain prompt; version 1"
 DEFAULT_MAX_TEXT_TOKENS = 1024
-MAX_PIXELS = 178_956_970  # of one image; where Pillow refuses to decode by default, in this process or a later one
+MAX_PIXELS = 89_478_485  # of one image; where Pillow warns of a decompression bomb
+# Pillow opens more, some of it with other programs (EPS) or without a limit (FITS).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,21 @@ class Sample:
         """Decode the whole image, as RGB.
 
         Raises:
-            ProbeError: the bytes are not a whole image, it has more than MAX_PIXELS pixels, or more than 8 bits per
-                channel.
+            ProbeError: the bytes are not a whole image of one of FORMATS, it has more than MAX_PIXELS pixels, or more
+                than 8 bits per channel.
         """
         try:
             with Image.open(io.BytesIO(self.image)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
-                    raise Image.DecompressionBombError(f"Image size ({size}) exceeds limit of {MAX_PIXELS} pixels.")
+                    raise Image.DecompressionBombError(f"it has {size}.")
+                if image.format not in FORMATS:
+                    raise ValueError(f"its format is {image.format}, not one of {', '.join(FORMATS)}")
                 return _to_rgb(image)
-        except Image.DecompressionBombError as error:
-            raise ProbeError(f"The image of {self.name} is too large: {error} Scale it down or remove it.") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ProbeError(
+                f"The image of {self.name} is too large (at most {MAX_PIXELS} pixels): {error} Scale it down or remove it."
+            ) from error
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
             # The message of an UnidentifiedImageError only names an object in memory.
             unknown = isinstance(error, UnidentifiedImageError)

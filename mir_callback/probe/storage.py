@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ RUN_PROBE = "mir_probe.zip"
 _MANIFEST = "probe.json"
 _FORMAT = "mir-callback probe"
 _VERSION = 1
+# What no honest probe reaches; a file made to exhaust memory does. Every rank keeps its probe in memory.
+MAX_SAMPLES = 100_000
+MAX_BYTES = 4 * 2**30  # of all its files
+MAX_INDEX_BYTES = 64 * 2**20  # of probe.json, with the texts
+MAX_INFLATION = 20  # times the size of a .zip file; ours are not compressed
+_SMALL = 2**20  # bytes that a file of any size may unpack to
 
 Entry = tuple[str, bytes, str]  # name, image bytes, text
 
@@ -64,28 +71,76 @@ def read(path: Path) -> StoredProbe:
                 f"The folder {path} is not a saved probe: it has no {_MANIFEST}. To draw a probe from a folder of "
                 "images and one of texts, use Probe.from_folders or mir probe --images DIR --texts DIR."
             )
-        return _parse(path, lambda name: (path / name).read_bytes())
+        return _parse(path, lambda name, limit: _read_file(path / name, limit))
     if not path.exists():
         raise ProbeError(f"There is no probe at {path}. Check the path; Probe.save or mir probe --save write one.")
     if not path.is_file():
         raise ProbeError(f"{path} is not a saved probe, which is a folder or a .zip file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _parse(path, archive.read)
+            _require_sane(path, archive)
+            return _parse(path, lambda name, limit: _read_member(archive, name, limit))
     except (OSError, zipfile.BadZipFile) as error:
         raise ProbeError(f"Could not read {path} as a saved probe, a folder or a .zip file: {error}.") from error
 
 
-def _parse(path: Path, content: Callable[[str], bytes]) -> StoredProbe:
+def _require_sane(path: Path, archive: zipfile.ZipFile) -> None:
+    """ProbeError, before anything is unpacked, if it would be far more than its file."""
+    members, size = archive.infolist(), path.stat().st_size
+    total = sum(member.file_size for member in members)
+    if len(members) > 2 * MAX_SAMPLES:
+        raise ProbeError(f"{path} has {len(members)} files; a saved probe has at most {MAX_SAMPLES} samples.")
+    if total > max(_SMALL, MAX_INFLATION * size):
+        raise ProbeError(
+            f"{path} has {size} bytes and would unpack to {total}, more than {MAX_INFLATION} times as many. Probe.save "
+            "writes no such file; if you trust it, unpack it and pass the folder."
+        )
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A file of an archive, of which no more is unpacked than the size it declares."""
+    member = archive.getinfo(name)
+    _require_size(name, member.file_size, limit)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+        raise ValueError(f"{name} is compressed with method {member.compress_type}, not stored or deflated")
+    with archive.open(member) as file:
+        return file.read(member.file_size)
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    if not path.is_file():  # a device would not end
+        raise FileNotFoundError(f"there is no file {path}")
+    _require_size(path.name, path.stat().st_size, limit)
+    return path.read_bytes()
+
+
+def _require_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(
+            f"{name} has {size} bytes, at most {limit} are read ({_MANIFEST}: {MAX_INDEX_BYTES}, all images: {MAX_BYTES})"
+        )
+
+
+def _parse(path: Path, content: Callable[[str, int], bytes]) -> StoredProbe:
+    """Read a probe from its files, which ``content`` reads by name, up to a number of bytes."""
     try:
-        manifest = json.loads(content(_MANIFEST))
+        manifest = json.loads(content(_MANIFEST, MAX_INDEX_BYTES))
         if manifest["format"] != _FORMAT or manifest["version"] != _VERSION:
             found = f"{manifest['format']!r} version {manifest['version']!r}"
             raise ValueError(f"it has format {found}, this version reads {_FORMAT!r} version {_VERSION}")
-        entries = [(str(s["name"]), content(_image_member(s["image"])), str(s["text"])) for s in manifest["samples"]]
+        samples = manifest["samples"]
+        if len(samples) > MAX_SAMPLES:
+            raise ValueError(f"it has {len(samples)} samples, more than {MAX_SAMPLES}")
+        images = [_image_member(sample["image"]) for sample in samples]
+        if len({*images}) < len(images):
+            raise ValueError(f"{len(images)} samples share {len({*images})} images, each should have its own")
+        entries, left = [], MAX_BYTES
+        for image, sample in zip(images, samples, strict=True):
+            entries.append((str(sample["name"]), content(image, left), str(sample["text"])))
+            left -= len(entries[-1][1])
         return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]))
     # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ProbeError(
             f"Could not read the probe {path}: {type(error).__name__}: {error}. Save it again, with this version."
         ) from error
@@ -129,4 +184,11 @@ def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> 
             for (name, _, text), member in zip(entries, images, strict=True)
         ],
     }
-    return {_MANIFEST: json.dumps(manifest, indent=1, ensure_ascii=False).encode(), **images}
+    index = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    total = sum(map(len, images.values()))
+    if len(entries) > MAX_SAMPLES or len(index) > MAX_INDEX_BYTES or total > MAX_BYTES:
+        raise ProbeError(
+            f"The probe is too large to be saved: {len(entries)} samples (at most {MAX_SAMPLES}), {total} bytes of "
+            f"images (at most {MAX_BYTES}), {len(index)} of texts (at most {MAX_INDEX_BYTES}). Draw fewer samples."
+        )
+    return {_MANIFEST: index, **images}

@@ -201,16 +201,7 @@ def test_a_refusal_that_a_loader_passes_over_is_raised_and_everything_is_put_bac
 def test_scaled_losses_of_float16_runs_are_known(tmp_path):
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    scaler = DynamicLossScaler(
-        init_scale=2.0**16,
-        scale_factor=2.0,
-        scale_window=1000,
-        min_scale=1.0,
-        delayed_shift=1,
-        consecutive_hysteresis=False,
-        raise_error_at_min_scale=False,
-        dtype=torch.float16,
-    )
+    scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, False, torch.float16)
     torch.save(scaler, tmp_path / "scaler.pt")
     with refuse_code(trusted=False):
         assert torch.load(tmp_path / "scaler.pt", weights_only=False).cur_scale == 2.0**16

@@ -140,14 +140,14 @@ def test_a_run_that_cannot_be_read_is_told_and_the_others_are_shown(runs, capsys
 def test_samples_come_from_a_probe_in_the_folder_when_it_is_the_one_measured(runs, capsys):
     probe = Probe.from_pairs(pairs(6, seed=3))
     Probe.from_pairs(pairs(6, seed=4)).save(runs / "slow" / "a_other.zip")
-    (runs / "slow" / "b_broken.zip").write_bytes(b"PK no archive")
+    (runs / "slow" / "b_broken.zip").write_bytes(b"PK no archive")  # of no other name is any opened
     assert mir(capsys, "slow") == (0, f"wrote {os.path.join('slow', 'mir_report.html')}\n", "")
     assert len(page().one("section", aria_labelledby="samples").all("img")) == 6  # the run's own
     (runs / "slow" / "mir_probe.zip").unlink()
     assert mir(capsys, "slow") == (0, f"wrote {os.path.join('slow', 'mir_report.html')}\n", "")
     assert not [e for e in page().all("section") if e.attributes["aria-labelledby"] == "samples" and e.all("img")]
     probe.save(runs / "slow" / "probe")
-    mir(capsys, "slow")
+    mir(capsys, "slow", "--probe", "slow/probe")
     assert len(page().one("section", aria_labelledby="samples").all("img")) == 6
     mir(capsys, "slow", "--no-probe")
     assert not page().all("ol", "samples") or not page().one("ol", "samples").all("img")
