@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and texts for tests, drawn from a seed."""
+"""Images and texts for tests, drawn from a seed; and a pickle that runs code."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 SENTENCE = "the model reads an image and then a text about something else "
+
+
+class Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self._folder,)
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:

@@ -63,7 +63,8 @@ class Sample:
                 return _to_rgb(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ProbeError(
-                f"The image of {self.name} is too large (at most {MAX_PIXELS} pixels): {error} Scale it down or remove it."
+                f"The image of {self.name} is too large (at most {MAX_PIXELS} pixels): {error} Scale it down or remove "
+                "it."
             ) from error
         except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
             # The message of an UnidentifiedImageError only names an object in memory.

@@ -117,7 +117,7 @@ def _read_file(path: Path, limit: int) -> bytes:
 def _require_size(name: str, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(
-            f"{name} has {size} bytes, at most {limit} are read ({_MANIFEST}: {MAX_INDEX_BYTES}, all images: {MAX_BYTES})"
+            f"{name} has {size} bytes, at most {limit} are read ({MAX_INDEX_BYTES} of texts, {MAX_BYTES} of images)"
         )
 
 
@@ -184,11 +184,11 @@ def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> 
             for (name, _, text), member in zip(entries, images, strict=True)
         ],
     }
-    index = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    texts = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
     total = sum(map(len, images.values()))
-    if len(entries) > MAX_SAMPLES or len(index) > MAX_INDEX_BYTES or total > MAX_BYTES:
+    if len(entries) > MAX_SAMPLES or len(texts) > MAX_INDEX_BYTES or total > MAX_BYTES:
         raise ProbeError(
             f"The probe is too large to be saved: {len(entries)} samples (at most {MAX_SAMPLES}), {total} bytes of "
-            f"images (at most {MAX_BYTES}), {len(index)} of texts (at most {MAX_INDEX_BYTES}). Draw fewer samples."
+            f"images (at most {MAX_BYTES}), {len(texts)} of texts (at most {MAX_INDEX_BYTES}). Draw fewer samples."
         )
-    return {_MANIFEST: index, **images}
+    return {_MANIFEST: texts, **images}

@@ -3,7 +3,6 @@
 
 import io
 import json
-import os
 import pickle
 import shutil
 import tarfile
@@ -21,14 +20,7 @@ from tests.checkpoints.shards_worker import STAGES
 from tests.commands.running import run_command
 from tests.distributed.adapter_worker import adapted
 from tests.distributed.launch import run_ranks
-from tests.samples import pairs
-
-
-class Evil:
-    """Makes a folder where it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
+from tests.samples import Evil, pairs
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +60,12 @@ def test_honest_shards_have_the_value_of_the_training(saved, here, capsys, stage
 
 
 def poison(file, **more):
-    torch.save({**torch.load(file, weights_only=False), **more, "evil": Evil()}, file)
+    torch.save({**torch.load(file, weights_only=False), **more, "evil": Evil("ran")}, file)
 
 
 def as_pickle(file):
     """What a model's safetensors holds, as a pickle with code."""
-    torch.save({**load_file(file), "evil": Evil()}, file.parent / "weights.bin")
+    torch.save({**load_file(file), "evil": Evil("ran")}, file.parent / "weights.bin")
     file.unlink()
     return file.parent / "weights.bin"
 
@@ -115,11 +107,11 @@ def test_no_other_format_of_torch_is_a_way_around(here, capsys, kind):
     if kind == "script":
         torch.jit.script(torch.nn.Linear(2, 2)).save(file)
     elif kind == "pickle":
-        file.write_bytes(pickle.dumps(Evil()))
+        file.write_bytes(pickle.dumps(Evil("ran")))
     else:
         with tarfile.open(file, "w") as archive:
             for name in ("storages", "tensors", "pickle"):
-                content = pickle.dumps(Evil())
+                content = pickle.dumps(Evil("ran"))
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
@@ -183,7 +175,7 @@ def test_a_class_that_is_no_model_is_refused_by_name(here, capsys):
 
 
 def test_a_refusal_that_a_loader_passes_over_is_raised_and_everything_is_put_back(here):
-    torch.save(Evil(), "evil.pt")
+    torch.save(Evil("ran"), "evil.pt")
     load = torch.load
 
     def careless():

@@ -4,11 +4,13 @@
 import json
 
 import pytest
+import torch
 
 from mir_callback.history import read_history
 from tests.distributed.launch import run_process, run_ranks
 from tests.llava.conftest import PYTHON
 from tests.llava.test_original import EXAMPLE, arguments
+from tests.samples import Evil
 
 
 def train(assets, folder, **changes):
@@ -63,6 +65,12 @@ def test_projectors_have_the_values_the_run_measured_itself(assets, tmp_path):
     done = mir_eval(assets, output, "--again", "--base", assets / "tiny-vicuna")
     assert done.returncode == 0, done.stderr
     require_live_values(output)
+    file = output / "checkpoint-2" / "mm_projector.bin"
+    torch.save({**torch.load(file), "evil": Evil(str(tmp_path / "ran"))}, file)
+    done = mir_eval(assets, output, "--steps", "2", "--base", assets / "tiny-vicuna")
+    assert (done.returncode, (tmp_path / "ran").exists()) == (2, False)
+    for named in (str(file), "posix.mkdir", "--trust-checkpoint"):
+        assert named in done.stderr
 
 
 @pytest.mark.slow
