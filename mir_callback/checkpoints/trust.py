@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import sys
@@ -50,7 +51,7 @@ def refuse_code(*, trusted: bool) -> Iterator[None]:
     def load_weights(f: Any, *args: Any, **options: Any) -> Any:
         if trusted:
             return load(f, *args, **{**options, "weights_only": False})
-        name = getattr(f, "name", f)
+        name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", f)
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_FROM:
             raise refuse(
                 f"{name} is a pickle, and torch {torch.__version__} may run code in one. Install torch >= 2.6, or "
