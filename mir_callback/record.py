@@ -87,6 +87,9 @@ class EvalRecord:
     mir_se: float | None = _field("amount", "value", "standard error of mir over draws of the probe", always=True)
     per_layer: list[float] | None = _field("amounts", "value", "distance of decoder layers 1 to K", always=True)
     per_layer_se: list[float] | None = _field("amounts", "value", "standard error of each distance")
+    outlier_se_ratio: float | None = _field(
+        "amount", "value", "mir_se over the error with replaced rows as given; well above 1: mir jumps between probes"
+    )
     influences: list[float] | None = _field("numbers", "value", "of each sample of the probe on mir, to first order")
     companions: dict[str, list[float]] | None = _field("lists", "value", "further quantities of each layer, by name")
     probe_loss: float | None = _field("amount", "value", "mean loss on the probe's texts", unit="nats per token")
