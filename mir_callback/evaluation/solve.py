@@ -87,7 +87,8 @@ def solve_layers(
 def _find_influences(sums: Tensor, layer: LayerRows, samples: SampleRows, distance: float) -> tuple[Tensor, Tensor]:
     """Influences and draws of a :class:`LayerResult`, from the sums of all ranks, (3 + 4 BINS, n)."""
     rows = samples.totals(VISION), samples.totals(TEXT)
-    influences = compute_influences(SampleSums(*sums[:3].unbind(), *rows), distance)
+    vision, text, norms = sums[:3]
+    influences = compute_influences(SampleSums(vision, text, norms, *rows), distance)
     fixed = draw_weights(samples.num_samples) @ influences / samples.num_samples
     anew = fixed.clone()
     for part, table in zip((layer.vision, layer.text), sums[3:].unflatten(0, (2, 2, BINS)), strict=True):
