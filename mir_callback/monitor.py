@@ -34,7 +34,7 @@ from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
-from mir_callback.record import EvalRecord, changed_circumstances, is_stopped, since_last_stop
+from mir_callback.record import EvalRecord, changed_circumstances, explain_jumps, is_stopped, since_last_stop
 from mir_callback.schedule import EveryEpochs, TrainingProgress, is_due_at_start
 from mir_callback.watchdog import enter_phase, watchdog
 
@@ -378,6 +378,9 @@ class MIRMonitor:
             self._num_continued = None
             if changed:
                 _warn(changed)
+        jumps = explain_jumps(self.history[:-1], record)
+        if jumps:
+            _warn(jumps)
         enter_phase("keeping the best model")
         if self._best is not None:
             with evaluation_weights(self._model, self._optimizer):  # those that were measured

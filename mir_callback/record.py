@@ -20,6 +20,7 @@ CIRCUMSTANCES = {
     "pixels_fingerprint": "pixel inputs (settings of the image processor, or the version of an image library)",
 }
 STOPPING = "plateau"  # the verdict that ends a run, as records hold it
+JUMPS = 1.5  # outlier_se_ratio from which MIR jumps between probes
 _MAX_STEP = 2**53
 _LARGEST = 1e100  # above any real value, and its square is still a float
 _MAX_DEPTH = 20  # of nested JSON
@@ -87,6 +88,9 @@ class EvalRecord:
     mir_se: float | None = _field("amount", "value", "standard error of mir over draws of the probe", always=True)
     per_layer: list[float] | None = _field("amounts", "value", "distance of decoder layers 1 to K", always=True)
     per_layer_se: list[float] | None = _field("amounts", "value", "standard error of each distance")
+    outlier_se_ratio: float | None = _field(
+        "amount", "value", "mir_se over the error with replaced rows as given; well above 1: mir jumps between probes"
+    )
     influences: list[float] | None = _field("numbers", "value", "of each sample of the probe on mir, to first order")
     companions: dict[str, list[float]] | None = _field("lists", "value", "further quantities of each layer, by name")
     probe_loss: float | None = _field("amount", "value", "mean loss on the probe's texts", unit="nats per token")
@@ -269,6 +273,20 @@ def changed_circumstances(earlier: Sequence[EvalRecord], record: EvalRecord) -> 
     return (
         f"step {record.step}: the conditions of the measurement have changed, a jump of MIR here may come from that: "
         f"{'; '.join(changes)}"
+    )
+
+
+def explain_jumps(earlier: Sequence[EvalRecord], record: EvalRecord) -> str | None:
+    """A message if outliers decide a record's error, and none of the values before had one. Ranks: pure."""
+    if any((each.outlier_se_ratio or 0.0) >= JUMPS for each in earlier):
+        return None
+    ratio = record.outlier_se_ratio
+    if ratio is None or ratio < JUMPS:
+        return None
+    return (
+        f"step {record.step}: many tokens of the probe lie near the limit of the 3-sigma rule, and another probe would have "
+        f"other outliers: mir_se is {ratio:.1f} times as large for it. Values of this probe compare as usual, those of "
+        "another may jump. More samples, or samples more alike, help"
     )
 
 

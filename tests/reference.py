@@ -58,11 +58,15 @@ def frechet_paper_fast(vision: np.ndarray, text: np.ndarray) -> float:
     )
 
 
-def without_outliers(rows: np.ndarray) -> np.ndarray:
+# How far apart equal norms may lie, relative to the median, by the dtype of the rows.
+EQUAL = {torch.float64: 2.0**-42, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def without_outliers(rows: np.ndarray, equal: float = 0.0) -> np.ndarray:
     """Rows more than three unbiased standard deviations from the lower median norm become the lower median row."""
     norms = np.sqrt((rows**2).sum(axis=1))
     middle = np.sort(norms)[(len(norms) - 1) // 2]
-    outlier = np.abs(norms - middle) > 3 * norms.std(ddof=1)
+    outlier = np.abs(norms - middle) > max(3 * norms.std(ddof=1), equal * middle)
     median = np.sort(rows, axis=0)[(len(rows) - 1) // 2]
     return np.where(outlier[:, None], median, rows)
 
@@ -70,7 +74,8 @@ def without_outliers(rows: np.ndarray) -> np.ndarray:
 def rate(vision: list[torch.Tensor], text: list[torch.Tensor], distance=frechet) -> tuple[float, list[float]]:
     """MIR and its per-layer distances."""
     distances = []
-    for vision_rows, text_rows in zip(map(to_numpy, vision), map(to_numpy, text), strict=True):
-        alpha = 1 / np.sqrt((text_rows**2).sum(axis=1)).mean()
-        distances.append(max(0.0, distance(without_outliers(vision_rows * alpha), without_outliers(text_rows * alpha))))
+    for pair in zip(vision, text, strict=True):
+        alpha = 1 / np.sqrt((to_numpy(pair[1]) ** 2).sum(axis=1)).mean()
+        clean = [without_outliers(to_numpy(rows) * alpha, EQUAL[rows.dtype]) for rows in pair]
+        distances.append(max(0.0, distance(*clean)))
     return float(np.log10(sum(distances))), distances

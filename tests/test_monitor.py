@@ -507,3 +507,26 @@ def test_kept_weights_are_those_that_were_measured_when_the_optimizer_trains_oth
     kept = type(model).from_pretrained(tmp_path / "run" / "mir_best")
     assert evaluate_mir(kept, probe, processor=processor).mir == pytest.approx(record.mir, abs=1e-6)
     assert evaluate_mir(model, probe, processor=processor).mir != pytest.approx(record.mir, abs=1e-4)
+
+
+def test_says_once_where_outliers_decide_the_error(monitored, monkeypatch):
+    monkeypatch.setattr("mir_callback.record.JUMPS", 0.1)  # which any probe reaches
+    with logged_here() as lines:
+        monitor = monitored(total_steps=4)
+        for step in range(1, 5):
+            monitor.step(step)
+        monitor.close()
+    assert len([line for line in lines if "3-sigma" in line]) == 1
+    assert all(record.outlier_se_ratio > 0.1 for record in monitor.history)
+
+
+def test_errors_that_are_not_finite_cost_no_record(tmp_path, monitored, monkeypatch):
+    monkeypatch.setattr(
+        "mir_callback.evaluation.evaluate.compute_standard_error", lambda found: math.nan * found.sum(dim=-1)
+    )
+    monitor = monitored()
+    assert monitor.step(2).record.mir is not None
+    monitor.close()
+    for record in read_history(tmp_path / "mir_history.jsonl"):
+        assert record.mir is not None
+        assert (record.mir_se, record.per_layer_se, record.influences) == (None, None, None)

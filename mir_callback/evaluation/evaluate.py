@@ -29,6 +29,7 @@ from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
+from mir_callback.metric.bootstrap import compare_spreads
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
@@ -52,8 +53,8 @@ class MIRReport:
     """The result of one evaluation. The same on every rank.
 
     Fields have the meaning and unit of the fields of :class:`mir_callback.record.EvalRecord` with the same name.
-    ``mir`` is -inf if every distance is zero. ``mir_se``, ``per_layer_se`` and ``influences`` are None with
-    ``standard_error=False``, for one sample, and with root "paper_fast".
+    ``mir`` is -inf if every distance is zero. ``mir_se``, ``outlier_se_ratio``, ``per_layer_se`` and ``influences`` are
+    None with ``standard_error=False``, for one sample, with root "paper_fast", and where they are not finite.
 
     Example::
 
@@ -79,6 +80,7 @@ class MIRReport:
     mir_se: float | None
     per_layer_se: list[float] | None
     influences: list[float] | None
+    outlier_se_ratio: float | None
     probe_loss: float | None
     companions: dict[str, list[float]]
     batch_size: int
@@ -253,7 +255,7 @@ class Evaluator:
                 errors = config.standard_error and config.root == "exact" and samples.num_samples > 1
                 for group in passed.groups():
                     with torch.autocast(device.type, enabled=False):  # the training loop's is meant for forwards
-                        layers = clean_rows(passed.take(group), group.start)
+                        layers = clean_rows(passed.take(group), samples, group.start, errors)
                         results += solve_layers(layers, samples, group.start, config.root, errors, bar, peak)
                     del layers  # before the next rows come
         assert samples is not None
@@ -283,7 +285,7 @@ class Evaluator:
             passes=passes,
             storage_device="host" if on_host else "device",
             peak_memory_bytes=max(extra for _, extra, _ in everyone),
-            **_find_errors(results),
+            **find_errors(results),
         )
 
     def _halve_batches(self, shortage: OutOfMemory, device: torch.device) -> None:
@@ -308,15 +310,26 @@ class Evaluator:
             )
 
 
-def _find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
-    """The fields of a report that follow from the samples' influences."""
-    fields: dict[str, Any] = {"mir_se": None, "per_layer_se": None, "influences": None}
-    on_layers = [result.influences for result in results if result.influences is not None]
+def find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
+    """The fields of a report that follow from the samples' influences; None for what is not finite."""
+    fields: dict[str, Any] = dict.fromkeys(("mir_se", "per_layer_se", "influences", "outlier_se_ratio"))
+    known = [(result.influences, result.draws) for result in results]
+    influences = [each for each, _ in known if each is not None]
+    draws = [each for _, each in known if each is not None]
+    if not draws:
+        return fields
+    on_layers, on_draws = torch.stack(influences), torch.stack(draws)
+    errors = compute_standard_error(on_layers) * compare_spreads(on_draws)
+    if bool(errors.isfinite().all()):
+        fields["per_layer_se"] = errors.tolist()
     distances = [result.distance for result in results]
-    if on_layers:
-        fields["per_layer_se"] = compute_standard_error(torch.stack(on_layers)).tolist()
-    if on_layers and math.fsum(distances) > 0.0:  # else MIR is -inf
-        on_mir = compute_mir_influences(torch.stack(on_layers), distances)
-        fields["mir_se"] = compute_standard_error(on_mir).item()
-        fields["influences"] = [float(f"{value:.6g}") for value in on_mir.tolist()]
+    total = math.fsum(distances)
+    if total > 0.0:  # else MIR is -inf
+        on_mir = compute_mir_influences(on_layers, distances)
+        # To first order a draw may lower a distance below zero.
+        ratio = compare_spreads((total + on_draws.sum(dim=0)).clamp_min(0.1 * total).log10()).item()
+        error = ratio * compute_standard_error(on_mir).item()
+        if math.isfinite(error):
+            fields |= {"mir_se": error, "outlier_se_ratio": ratio}
+            fields["influences"] = [float(f"{value:.6g}") for value in on_mir.tolist()]
     return fields

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mir_callback import distributed
 from mir_callback.errors import NumericsError
+from mir_callback.metric.bootstrap import ResampledRule
 from mir_callback.metric.moments import Moments, compute_scatter, moments_from_centred, moments_from_scatter, sum_rows
 from mir_callback.metric.tokens import (
     OutlierRule,
@@ -72,9 +73,12 @@ class ModalityRows:
     """One modality of one layer."""
 
     rows: Tensor  # this rank's, (n, d), n may be 0
+    norms: Tensor  # (n,) float64, of the rows before any was replaced
     outliers: Tensor  # (n,) bool, rows that the 3-sigma rule replaces
     count: int  # number of rows on all ranks
     replaced: int  # number of outliers on all ranks
+    resampled: ResampledRule | None  # None without standard errors
+    spared: Tensor  # (m, d), of the outliers those that some draw of the samples keeps, as they were
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,14 @@ class LayerRows:
     text: ModalityRows
     scale: float  # one over the mean text norm
     vision_norm: float  # mean norm of the vision rows of all ranks, outliers included
-    text_norms: Tensor  # (s,) float64, norms of this rank's text rows, outliers included
 
 
-def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerRows]:
+def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], samples: SampleRows, first: int, errors: bool) -> list[LayerRows]:
     """Compute text scale and outliers of every layer from the norms of all ranks, and replace the outliers in place.
 
     ``rows`` are this rank's for each layer, vision (r, d) and text (s, d); ``first`` is the index of the first layer in
-    the model. Raises NumericsError, on every rank, if a modality has fewer than two rows or norms that are not finite.
+    the model. With ``errors`` the rule is also applied to resampled norms, for standard errors. Raises NumericsError,
+    on every rank, if a modality has fewer than two rows or norms that are not finite.
     Ranks: collective.
     """
     enter_phase("norms of all tokens")
@@ -101,11 +105,12 @@ def clean_rows(rows: Sequence[tuple[Tensor, Tensor]], first: int) -> list[LayerR
     all_vision, all_text = distributed.gather_columns(vision), distributed.gather_columns(text)
     with distributed.fail_together():
         vision_norms, text_norms = torch.cat(all_vision, dim=1), torch.cat(all_text, dim=1)
-        visions = _find_outliers([pair[VISION] for pair in rows], vision, vision_norms, first, "vision")
-        texts = _find_outliers([pair[TEXT] for pair in rows], text, text_norms, first, "text")
+        resampling = samples if errors else None
+        visions = _find_outliers([pair[VISION] for pair in rows], vision, vision_norms, first, VISION, resampling)
+        texts = _find_outliers([pair[TEXT] for pair in rows], text, text_norms, first, TEXT, resampling)
         scales = [compute_text_scale(norms) for norms in text_norms]
         lengths = vision_norms.mean(dim=1).tolist()
-    layers = [LayerRows(*parts) for parts in zip(visions, texts, scales, lengths, text, strict=True)]
+    layers = [LayerRows(*parts) for parts in zip(visions, texts, scales, lengths, strict=True)]
     enter_phase("outlier medians")
     # The same on every rank, because all ranks have all norms.
     affected = [part for layer in layers for part in (layer.vision, layer.text) if part.replaced]
@@ -155,8 +160,11 @@ def reduce_moments(layer: LayerRows, owner: int) -> tuple[MomentShard, MomentSha
     return shards[VISION], shards[TEXT]
 
 
-def _find_outliers(rows: list[Tensor], own: Tensor, everyone: Tensor, first: int, name: str) -> list[ModalityRows]:
+def _find_outliers(
+    rows: list[Tensor], own: Tensor, everyone: Tensor, first: int, modality: int, samples: SampleRows | None
+) -> list[ModalityRows]:
     """One modality of each layer, from this rank's rows, their norms (L, n) and all norms (L, N). Ranks: pure."""
+    name = ("vision", "text")[modality]
     if everyone.shape[1] < 2:
         raise NumericsError(
             f"The probe has {everyone.shape[1]} {name} tokens in total, too few for a covariance. Use more samples."
@@ -168,11 +176,17 @@ def _find_outliers(rows: list[Tensor], own: Tensor, everyone: Tensor, first: int
             f"layer {first + layer + 1}: hidden states of {int(bad[layer])} of {everyone.shape[1]} {name} tokens are "
             "NaN or infinite. The model may have diverged, or its dtype overflowed."
         )
+    of = None if samples is None else samples.of_all_ranks(modality).to(everyone.device)
     found = []
     for layer_rows, norms, all_norms in zip(rows, own, everyone, strict=True):
-        rule = OutlierRule.from_norms(all_norms)
-        replaced = int(rule.outliers(all_norms).sum())
-        found.append(ModalityRows(layer_rows, rule.outliers(norms), len(all_norms), replaced))
+        rule = OutlierRule.from_norms(all_norms, layer_rows.dtype)
+        outliers, replaced = rule.outliers(norms), int(rule.outliers(all_norms).sum())
+        if samples is None or of is None:
+            resampled, spared = None, layer_rows[:0]
+        else:
+            resampled = ResampledRule.from_norms(all_norms, of, samples.num_samples, rule)
+            spared = layer_rows[outliers & resampled.undecided(norms)]
+        found.append(ModalityRows(layer_rows, norms, outliers, len(all_norms), replaced, resampled, spared))
     return found
 
 

@@ -111,7 +111,7 @@ def replace_outliers(rows: Tensor) -> Tensor:
     Source: the authors' code (the paper removes outliers); see docs/metric.md.
     """
     norms = compute_row_norms(rows)
-    outliers = OutlierRule.from_norms(norms).outliers(norms)
+    outliers = OutlierRule.from_norms(norms, rows.dtype).outliers(norms)
     if not bool(outliers.any()):
         return rows
     replaced = rows.clone()

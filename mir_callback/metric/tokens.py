@@ -17,8 +17,9 @@ from torch import Tensor
 from mir_callback.errors import NumericsError
 
 SIGMAS = 3.0
-# Equal norms may differ by less than this relative error, because their squares are added in a different order.
-_NORM_ROUNDING = 1024 * torch.finfo(torch.float64).eps
+# By how many units of rounding (eps) of their dtype norms may differ that a norm layer has made equal. It rounds every
+# value of a half-precision row once or twice; in float32 and float64 adding up the squares counts too.
+_EQUAL_NORMS = {16: 1.0, 32: 8.0, 64: 1024.0}
 _GPU_ELEMENTS = 2**24  # numbers converted to float64 at a time: enough to keep a GPU busy,
 _CPU_ELEMENTS = 2**20  # few enough that a CPU reuses the same memory, as fresh memory is slow
 _MEDIAN_ELEMENTS = 2**21
@@ -59,19 +60,22 @@ class OutlierRule:
 
     median: float
     limit: float
+    rounding: float  # the lowest limit: norms this near may be equal but for the rounding of their rows
 
     @classmethod
-    def from_norms(cls, norms: Tensor) -> OutlierRule:
-        """From the norms (N,) float64 of all rows of the modality. Ranks: pure.
+    def from_norms(cls, norms: Tensor, dtype: torch.dtype) -> OutlierRule:
+        """From the norms (N,) float64 of all rows of the modality, and the dtype of the rows. Ranks: pure.
 
         The limit is three unbiased standard deviations from the lower median, but at least the rounding of the norms,
-        which would otherwise decide if all norms are equal.
+        which would otherwise decide if all norms are equal, as behind a norm layer without weights.
         Source: arXiv:2410.07167, section 3, with the lower median of the authors' code.
         """
         # Sorted, so that std does not depend on the order in which ranks contribute.
         ordered = norms.sort().values
         median = ordered[(len(ordered) - 1) // 2].item()
-        return cls(median=median, limit=max(SIGMAS * ordered.std().item(), _NORM_ROUNDING * median))
+        info = torch.finfo(dtype)
+        rounding = _EQUAL_NORMS[info.bits] * info.eps * median
+        return cls(median=median, limit=max(SIGMAS * ordered.std().item(), rounding), rounding=rounding)
 
     def outliers(self, norms: Tensor) -> Tensor:
         """Whether rows with these norms (N,) float64 are outliers, (N,) bool. Ranks: pure."""

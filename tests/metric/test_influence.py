@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Influences are derivatives, and their spread is that of repeated probes."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from mir_callback.evaluation.evaluate import find_errors
+from mir_callback.evaluation.solve import LayerResult
+from mir_callback.metric.bootstrap import DRAWS
 from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.influence import (
     SampleSums,
     compute_influences,
     compute_maps_by_polar_factor,
     compute_mir_influences,
+    compute_row_influences,
     compute_standard_error,
     compute_transport_maps,
-    sum_over_samples,
 )
 from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments
 from mir_callback.metric.tokens import compute_row_norms, compute_text_scale
 from tests import clouds, reference
+from tests.metric.solving import evaluate_rows
 
 SAMPLES = 12
 
@@ -34,18 +40,20 @@ def evaluate(vision, text, vision_samples, text_samples, samples):
     """Distance and influences of one layer."""
     norms = compute_row_norms(text)
     scale = compute_text_scale(norms)
-    of_vision, of_text = compute_moments(vision), compute_moments(text)
-    distance = scale**2 * frechet_from_moments(GaussianPair(of_vision, of_text)).distance
+    of_vision, of_text = compute_moments(vision, scale), compute_moments(text, scale)
+    distance = frechet_from_moments(GaussianPair(of_vision, of_text)).distance
     maps = compute_transport_maps(GaussianPair(of_vision, of_text, need_maps=True))
-    gap = of_vision.mean - of_text.mean
-    counts = [torch.bincount(of, minlength=samples) for of in (vision_samples, text_samples)]
-    sums = SampleSums(
-        sum_over_samples(vision, of_vision.mean, gap, maps[0], vision_samples, samples, len(vision)),
-        sum_over_samples(text, of_text.mean, -gap, maps[1], text_samples, samples, len(text)),
-        torch.zeros(samples, dtype=torch.float64).index_add_(0, text_samples, norms),
-        *counts,
-    )
-    return distance, compute_influences(sums, distance, scale)
+    means = [rows.mean(dim=0) for rows in (vision, text)]
+    gap = means[0] - means[1]
+    values = [
+        compute_row_influences(vision, means[0], gap, maps[0], len(vision), scale),
+        compute_row_influences(text, means[1], -gap, maps[1], len(text), scale),
+        scale * norms,
+    ]
+    of = [vision_samples, text_samples, text_samples]
+    sums = [torch.zeros(samples).double().index_add_(0, *pair) for pair in zip(of, values, strict=True)]
+    counts = [torch.bincount(each, minlength=samples) for each in of[:2]]
+    return distance, compute_influences(SampleSums(*sums, *counts), distance)
 
 
 def weighted_distance(vision, text, vision_weights, text_weights):
@@ -64,8 +72,8 @@ def weighted_distance(vision, text, vision_weights, text_weights):
 def test_influences_have_the_precision_of_float64():
     sums = torch.rand(3, SAMPLES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(1, SAMPLES + 1)
-    found = compute_influences(SampleSums(*sums, rows, rows + 3), distance=2.0, scale=0.3)
-    expected = compute_influences(SampleSums(*sums, rows.double(), rows.double() + 3), distance=2.0, scale=0.3)
+    found = compute_influences(SampleSums(*sums, rows, rows + 3), distance=2.0)
+    expected = compute_influences(SampleSums(*sums, rows.double(), rows.double() + 3), distance=2.0)
     np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
@@ -153,3 +161,41 @@ def test_standard_error_is_the_deviation_over_repeated_probes(vision_scale, turn
         values.append(np.log10(distance))
         errors.append(compute_standard_error(compute_mir_influences(found[None], [distance])).item())
     assert 0.9 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e-23])
+def test_error_does_not_depend_on_the_size_of_hidden_states(factor):
+    vision, text = (rows.float().reshape(40, -1, 48) for rows in draw(clouds.generator(7), 40, 48, 2.0, True))
+    (expected, usual), (mir, found) = (evaluate_rows(vision * by, text * by) for by in (1.0, factor))
+    assert mir == pytest.approx(expected, abs=1e-6)
+    for name in ("mir_se", "per_layer_se", "outlier_se_ratio"):
+        assert found[name] == pytest.approx(usual[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("difference", [1e-2, 1e-4, 1e-5])
+def test_error_is_that_of_the_jackknife_when_clouds_are_nearly_equal(difference):
+    samples, rng = 25, clouds.generator(8)
+    # Few different rows, with norms that are equal in one modality and nearly so in the other: none is ever replaced.
+    patterns = torch.randn(64, 32, generator=rng).double().sign()
+    chosen = torch.randint(64, (samples, 12), generator=rng)  # each sample has some of the patterns
+    chosen = chosen.gather(1, torch.randint(12, (samples, 40), generator=rng))
+    moved = patterns @ (torch.eye(32) + difference * torch.randn(32, 32, generator=rng)).double()
+    text, vision = patterns[chosen], moved[chosen]
+    whole, found = evaluate_rows(vision, text)
+    left_out = [
+        reference.rate([torch.cat([*vision[:one], *vision[one + 1 :]])], [torch.cat([*text[:one], *text[one + 1 :]])])
+        for one in range(samples)
+    ]
+    jackknife = np.std([mir for mir, _ in left_out]) * (samples - 1) ** 0.5
+    assert whole < 2 * np.log10(difference) + 1.5
+    assert found["mir_se"] == pytest.approx(jackknife, rel=0.1)
+
+
+def test_errors_that_are_not_finite_are_none():
+    draws = torch.zeros(2, DRAWS, dtype=torch.float64)
+    layers = [
+        LayerResult(1.0, {}, torch.tensor(values, dtype=torch.float64), draws, 0, 0, "float32")
+        for values in ([1.0, -1.0], [math.nan, 0.0])
+    ]
+    assert set(find_errors(layers).values()) == {None}
+    assert find_errors(layers[:1])["mir_se"] > 0.0

@@ -14,6 +14,7 @@ from mir_callback.metric import matrix_sqrt
 from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.matrix_sqrt import GaussianPair
 from mir_callback.metric.moments import compute_moments
+from mir_callback.metric.rate import replace_outliers
 from mir_callback.metric.tokens import OutlierRule, compute_row_norms
 from tests import reference
 from tests.clouds import generator
@@ -232,11 +233,23 @@ def test_no_row_is_an_outlier_when_all_norms_are_equal_but_for_rounding(dtype):
         row = normal(rng, DIM).to(dtype)
         others = [row[torch.randperm(DIM, generator=rng)] for _ in range(20)]
         norms = compute_row_norms(torch.stack([row] * 400 + others))
-        assert not OutlierRule.from_norms(norms).outliers(norms).any()
+        assert not OutlierRule.from_norms(norms, dtype).outliers(norms).any()
 
 
-def test_a_single_row_that_stands_out_of_equal_norms_is_an_outlier():
-    rows = torch.ones(50, DIM)
-    rows[7] *= 1 + 1e-6
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("massive", [1.0, 300.0])
+def test_no_row_is_an_outlier_behind_a_norm_layer_whose_weights_are_equal(dtype, massive):
+    states = normal(generator(1), 4000, 1024)
+    states[:, 7] *= massive
+    layer = torch.nn.LayerNorm(1024, eps=0.0, dtype=dtype)
+    torch.nn.init.constant_(layer.weight, 0.37)
+    rows = layer(states.to(dtype)).detach()
+    assert replace_outliers(rows) is rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_row_that_stands_out_of_equal_norms_is_an_outlier(dtype):
+    rows = torch.ones(50, DIM, dtype=dtype)
+    rows[7] *= 1 + 16 * torch.finfo(dtype).eps if dtype != torch.float64 else 1 + 1e-6
     norms = compute_row_norms(rows)
-    assert OutlierRule.from_norms(norms).outliers(norms).nonzero().flatten().tolist() == [7]
+    assert OutlierRule.from_norms(norms, dtype).outliers(norms).nonzero().flatten().tolist() == [7]

@@ -26,13 +26,13 @@ def test_outliers_are_replaced_as_in_the_reference(case):
 def test_outlier_cases_do_replace_rows():
     rows, _ = CASES["with_outliers"](generator(11))
     norms = compute_row_norms(rows)
-    assert int(OutlierRule.from_norms(norms).outliers(norms).sum()) == 5
+    assert int(OutlierRule.from_norms(norms, torch.float64).outliers(norms).sum()) == 5
 
 
 def test_outlier_rule_is_the_same_whatever_order_norms_come_in():
     norms = compute_row_norms(CASES["massive"](generator(1))[0])
     shuffled = norms[torch.randperm(len(norms), generator=generator(2))]
-    assert OutlierRule.from_norms(norms) == OutlierRule.from_norms(shuffled)
+    assert OutlierRule.from_norms(norms, torch.float64) == OutlierRule.from_norms(shuffled, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

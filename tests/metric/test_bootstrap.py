@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The standard error knows that another probe would have other outliers."""
+
+import numpy as np
+import pytest
+import torch
+
+from mir_callback.metric.bootstrap import DRAWS, ResampledRule, compare_spreads, draw_weights
+from mir_callback.metric.tokens import OutlierRule
+from tests import clouds, reference
+from tests.metric.solving import evaluate_rows
+
+DIM, SAMPLES, IMAGE, WORDS = 24, 100, 8, 12
+SPREAD = torch.arange(1, DIM + 1).double() ** -0.6
+TURN = torch.linalg.qr(torch.randn(DIM, DIM, generator=clouds.generator(1)).double())[0]
+
+
+def tokens(rng, count, lengths):
+    """Rows (SAMPLES, count, d) of samples with effects of their own."""
+    own, each = (torch.randn(SAMPLES, size, DIM, generator=rng).double() for size in (1, count))
+    noise = torch.exp(0.2 * torch.randn(SAMPLES, count, 1, generator=rng).double())
+    return (0.5 * own + each) * noise * SPREAD * lengths
+
+
+def long_samples(share, factor):
+    return lambda rng: torch.where(torch.rand(SAMPLES, 1, 1, generator=rng) < share, factor, 1.0).double()
+
+
+def pareto(tail):
+    return lambda rng: torch.rand(SAMPLES, 1, 1, generator=rng).double() ** (-1 / tail)
+
+
+def draw(seed, lengths, in_text):
+    """A probe whose samples have these lengths, as images alone or as texts too."""
+    rng = clouds.generator(seed)
+    of_images = lengths(rng)
+    vision = 2.0 * (tokens(rng, IMAGE, of_images) @ TURN + 0.1)
+    return vision, tokens(rng, WORDS, of_images if in_text else torch.ones(()))
+
+
+def rate(vision, text):
+    return reference.rate([vision.flatten(0, 1)], [text.flatten(0, 1)])[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "in_text"),
+    [
+        (long_samples(0.0, 1.0), False),
+        (long_samples(0.05, 3.0), False),
+        (long_samples(0.05, 4.0), False),
+        (long_samples(0.1, 3.0), False),
+        (long_samples(0.1, 4.0), False),
+        (long_samples(0.2, 3.0), False),
+        (pareto(3.0), False),
+        (long_samples(0.08, 3.0), True),
+        (long_samples(0.2, 3.0), True),
+        (pareto(3.0), True),
+    ],
+    ids=[
+        "none",
+        "5 % x3",
+        "5 % x4",
+        "10 % x3",
+        "10 % x4",
+        "20 % x3",
+        "Pareto",
+        "8 % x3 both",
+        "20 % x3 both",
+        "Pareto both",
+    ],
+)
+def test_standard_error_is_the_deviation_over_redrawn_probes_when_outliers_change(lengths, in_text):
+    values = [rate(*draw(seed, lengths, in_text)) for seed in range(300)]
+    errors = [evaluate_rows(*draw(1000 + seed, lengths, in_text))[1]["mir_se"] for seed in range(40)]
+    assert 0.8 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35
+
+
+def test_ratio_says_where_outliers_decide_the_error():
+    calm, jumping = (
+        [evaluate_rows(*draw(seed, long_samples(share, 4.0), False))[1]["outlier_se_ratio"] for seed in range(10)]
+        for share in (0.0, 0.1)
+    )
+    assert np.median(calm) < 1.3
+    assert np.median(jumping) > 1.6
+
+
+def test_error_is_that_of_the_influences_when_no_row_is_near_the_limit():
+    rng = clouds.generator(0)
+    vision, text = (torch.randn(SAMPLES, count, DIM, generator=rng).double() for count in (IMAGE, WORDS))
+    vision, text = (rows / rows.norm(dim=-1, keepdim=True) * lengths for rows, lengths in ((vision, 3.0), (text, 1.0)))
+    _, found = evaluate_rows(vision, text)
+    assert found["outlier_se_ratio"] == 1.0
+    assert found["mir_se"] == pytest.approx(np.std(found["influences"], ddof=1) / SAMPLES**0.5, rel=1e-4)
+
+
+def test_limits_are_those_of_the_rows_drawn():
+    rng = clouds.generator(3)
+    samples = torch.arange(30).repeat_interleave(torch.randint(1, 40, (30,), generator=rng))
+    norms = torch.rand(30, generator=rng).double()[samples] + torch.rand(len(samples), generator=rng).double() ** 2
+    rule = OutlierRule.from_norms(norms, torch.float64)
+    found = ResampledRule.from_norms(norms, samples, 30, rule).limits
+    assert found[:, 0].tolist() == [rule.median + rule.limit, rule.limit - rule.median]
+    for index in range(0, DRAWS, 97):
+        drawn = torch.cat([norms[samples == sample].repeat(int(n)) for sample, n in enumerate(draw_weights(30)[index])])
+        expected = OutlierRule.from_norms(drawn, torch.float64)
+        step = 0.02 * drawn.std().item()  # between the quantiles
+        assert found[0, 1 + index].item() == pytest.approx(expected.median + expected.limit, abs=step)
+        assert found[1, 1 + index].item() == pytest.approx(expected.limit - expected.median, abs=step)
+
+
+def test_effects_are_those_of_the_rows_decided_otherwise():
+    rng = clouds.generator(4)
+    samples = torch.arange(40).repeat_interleave(200)
+    norms = torch.exp(0.5 * torch.randn(8000, generator=rng).double())
+    effects = 1.0 + 0.3 * torch.randn(8000, generator=rng).double()
+    rule = OutlierRule.from_norms(norms, torch.float64)
+    resampled = ResampledRule.from_norms(norms, samples, 40, rule)
+    near = resampled.undecided(norms)
+    assert 0 < int(near.sum()) < 4000
+    halves = [near & (samples % 2 == half) for half in range(2)]  # as two ranks add them up
+    table = sum(resampled.tabulate(norms[half], effects[half], samples[half], 40) for half in halves)
+    weights = draw_weights(40)[:, samples]
+    upper, lower = resampled.limits[0, 1:, None], -resampled.limits[1, 1:, None]
+    kept = ((norms <= upper) & (norms >= lower)).double()
+    expected = (weights * effects * (kept - (~rule.outliers(norms)).double())).sum(dim=1)
+    found = resampled.effects(table)
+    # Rows count as evenly spread inside a bin.
+    assert found.std().item() == pytest.approx(expected.std().item(), rel=0.1)
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.98
+
+
+def test_spreads_of_draws_that_never_differ_compare_as_one():
+    assert compare_spreads(torch.zeros(3, 2, DRAWS)).tolist() == [1.0, 1.0, 1.0]
