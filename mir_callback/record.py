@@ -284,9 +284,9 @@ def explain_jumps(earlier: Sequence[EvalRecord], record: EvalRecord) -> str | No
     if ratio is None or ratio < JUMPS:
         return None
     return (
-        f"step {record.step}: many tokens of the probe lie near the limit of the 3-sigma rule, and another probe would have "
-        f"other outliers: mir_se is {ratio:.1f} times as large for it. Values of this probe compare as usual, those of "
-        "another may jump. More samples, or samples more alike, help"
+        f"step {record.step}: many tokens of the probe lie near the limit of the 3-sigma rule, and another probe would "
+        f"have other outliers: mir_se is {ratio:.1f} times as large for it. Values of this probe compare as usual, "
+        "those of another may jump. More samples, or samples more alike, help"
     )
 
 

@@ -67,7 +67,7 @@ def test_no_record_is_lost_when_two_processes_write_one_file(tmp_path):
 def test_values_made_otherwise_are_refused_when_another_process_put_some_meanwhile(tmp_path):
     first, second = (Results(tmp_path / RESULTS_NAME, tmp_path) for _ in range(2))
     first.put(record(2))
-    with pytest.raises(HistoryError, match="probe_fingerprint: it was p at step 2 and is q"):
+    with pytest.raises(HistoryError, match="probe_fingerprint: it was 'p' at step 2 and is 'q'"):
         second.put(record(4, probe="q"))
     second.put(record(4))
     assert [each.step for each in read_history(tmp_path / RESULTS_NAME)] == [2, 4]
