@@ -38,7 +38,7 @@ class NumericsError(MIRError):
 
 
 class HistoryError(MIRError):
-    """A history file cannot be continued: other probe, other definition, or not readable."""
+    """A history file cannot be continued: other probe, other definition, not readable, or in use by another run."""
 
 
 class RemoteError(MIRError):

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes (write beside, flush, rename), free names, and names fit for a terminal."""
+"""Writes that are atomic and follow no link, free names, and names fit for a terminal.
+
+Everything in a run's folder is written with these: others may have put links there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +25,40 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: writing failed; an existing file is unchanged.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.new")
     try:
-        with new.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(new, content)
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_new(path: Path, content: bytes | str) -> None:
+    """Write a file that does not exist yet, and flush it: whole or not at all.
+
+    Raises:
+        FileExistsError: a file or link has this name, which is left alone.
+        OSError: writing failed.
+    """
+    with path.open("xb") as file:
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    with contextlib.suppress(OSError):  # not on every system can a folder be flushed
+        fsync(path.parent)
+
+
+def write_beside(path: Path, content: bytes | str) -> Path:
+    """Write a file to the first free name beside ``path``; returns it."""
+    while True:
+        free = free_name(path)
+        with contextlib.suppress(FileExistsError):  # taken meanwhile
+            write_new(free, content)
+            return free
 
 
 @contextmanager
@@ -39,9 +69,9 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def free_name(path: Path) -> Path:
-    """``name.1.suffix``, or the first number that is free: where an older file is moved aside to."""
+    """``name.1.suffix``, or the first number that is free: where an older file is moved aside to. A link counts."""
     number = 1
-    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while os.path.lexists(candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
     return candidate
 

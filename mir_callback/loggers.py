@@ -102,21 +102,21 @@ class Loggers:
                 run.log(row, commit=self._commit)
                 self._waiting_at = None if self._commit else run.step
 
-    def close(self, files: Sequence[Path]) -> None:
-        """Upload history and probe to wandb as an artifact; `mir compare` reads its downloaded folder.
+    def close(self, files: Mapping[str, Path]) -> None:
+        """Upload history and probe, by name, to wandb as an artifact; `mir compare` reads its downloaded folder.
 
         Ranks: all; rank 0 uploads.
         """
         run = active_wandb_run()
-        there = [path for path in files if path.is_file()]
+        there = {name: path for name, path in files.items() if path.is_file()}
         if run is None or "wandb" in self._failed or not there or not distributed.is_main():
             return
         with self._guarded("wandb artifacts"):
             import wandb
 
             artifact = wandb.Artifact(f"mir-{run.id}", type="mir-history")
-            for path in there:
-                artifact.add_file(str(path), policy="immutable")
+            for name, path in there.items():
+                artifact.add_file(str(path), name, policy="immutable")
             run.log_artifact(artifact)
 
     def _define(self, bare_run: Any, reporters: list[Any], record: EvalRecord) -> None:

@@ -170,9 +170,9 @@ class MIRMonitor:
                 self._dry_run(total_epochs)
             enter_phase("opening the history")
             self._history.open(output_dir, start_step, self._evaluator.definition)
-            self._files = [Path(output_dir) / FILE_NAME, Path(output_dir) / RUN_PROBE]
+            self._probe_path = Path(output_dir) / RUN_PROBE
             if self.config.save_probe and distributed.is_main():
-                _keep_probe(probe, self._files[1])
+                _keep_probe(probe, self._probe_path)
             self._clock.begin(start_step, self.history)
             self._num_continued: int | None = len(self.history)  # until circumstances have been compared
             self._best = None
@@ -276,27 +276,33 @@ class MIRMonitor:
     def close(self, *, evaluate: bool = True) -> Decision:
         """Call it when training has ended: evaluates the last step if it has not been, and uploads the files to wandb.
 
+        It also frees the folder for another run.
+
         Args:
             evaluate: False if other weights have been loaded meanwhile.
 
         Ranks: collective.
         """
         record = self.evaluate() if evaluate and "end" in self.config.also_on else None
-        self._write()
-        self._loggers.close(self._files)
+        self._write(self._history.close)
+        self._loggers.close({FILE_NAME: self._history.path or Path(FILE_NAME), RUN_PROBE: self._probe_path})
         return Decision(self.should_stop, record)
 
-    def _write(self) -> None:
+    def _write(self, write: Callable[[], None]) -> None:
         """Write the records that are not on disk yet; a failure is tried again with the next record and at the end."""
         try:
-            self._history.write()
+            write()
         except (OSError, ValueError) as error:
             _log.warning("step %d: could not write MIR to disk: %s", self._now.step, error)
 
     @contextmanager
     def _watched(self, work: str) -> Iterator[None]:
         with watchdog(work, distributed.rank(), self.config.watchdog_seconds, abort=self.config.abort_on_hang):
-            yield
+            try:
+                yield
+            except BaseException:
+                self._history.release()  # most likely the run is over; else the next record takes it again
+                raise
 
     def _dry_run(self, total_epochs: float | None) -> None:
         report = self._evaluator.evaluate(self._model, optimizer=self._optimizer)
@@ -367,7 +373,7 @@ class MIRMonitor:
         """Write the record, log it, and keep the weights if they are the best."""
         enter_phase("writing the history")
         self._history.records.append(record)
-        self._write()
+        self._write(self._history.write)
         enter_phase("logging")
         self._loggers.send(record, self.history)
         _log.info(evaluation_line(record, verdict, self.history[:-1]))

@@ -24,6 +24,7 @@ from mir_callback.best_model import FOLDER_NAME, WeightSaver
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import log
 from mir_callback.errors import ConfigError
+from mir_callback.history import close_earlier
 from mir_callback.loggers import Loggers
 from mir_callback.monitor import MIRMonitor
 from mir_callback.probe.adapters import Adapter, find_adapter
@@ -142,13 +143,15 @@ class MIRCallback(TrainerCallback):
         with distributed.fail_together():
             processor = kwargs.get("processing_class") or kwargs.get("tokenizer")
             adapter = self._adapter_for(kwargs["model"], processor, trainer)
+        folder = run_folder(trainer, args)
+        close_earlier(folder)  # a Trainer is in one run at a time: one before ended in an error
         self._monitor = MIRMonitor(
             kwargs["model"],
             self.probe,
             adapter=adapter,
             optimizer=kwargs.get("optimizer"),
             lr_scheduler=kwargs.get("lr_scheduler"),
-            output_dir=run_folder(trainer, args),
+            output_dir=folder,
             total_steps=state.max_steps if state.max_steps > 0 else None,
             total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
             start_step=state.global_step,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.history import close_earlier
 from mir_callback.loggers import Loggers
 from mir_callback.monitor import MIRMonitor
 from mir_callback.probe.adapters import Adapter
@@ -78,6 +79,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # mypy does not see
                 "DDPStrategy or ModelParallelStrategy."
             )
         planned, self._step = trainer.estimated_stepping_batches, trainer.global_step
+        close_earlier(trainer.default_root_dir)  # a run before ended in an error
         with trainer.precision_plugin.forward_context():
             self._monitor = MIRMonitor(
                 find_model(pl_module, self._model),
