@@ -14,12 +14,15 @@ from typing import Any
 
 from mir_callback import distributed
 from mir_callback.errors import HistoryError
-from mir_callback.fs import free_name, fsync
+from mir_callback.fs import free_name, fsync, write_atomic, write_new
 from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord, is_count, is_number, lowest_record
 
 # Not `checkpoint-*`, so that the Trainer neither rotates it away nor resumes from it.
 FOLDER_NAME = "mir_best"
 NOTE_NAME = "mir_best.json"
+_MARK = "mir_callback.txt"
+_MARKED = "Made by mir-callback while it replaces mir_best; the next start of the run removes this folder.\n"
+_DISCARDED = "discarded"  # of a note: the step that training was resumed at, before these weights
 _NOTED = ("step", "epoch", "mir", *DEFINITION_FIELDS, *CIRCUMSTANCES, "time")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
@@ -32,12 +35,15 @@ WeightSaver = Callable[[Path], None]
 class BestModel:
     """The best model of one run in `<output_dir>/mir_best/`.
 
-    New weights are written to `mir_best.new`, the folder is renamed to `mir_best.old`, the new one to `mir_best`, and
-    the old one removed. If the process is killed at any point, one of these folders is complete, which the note in it
-    (`mir_best.json`, written last) shows, and the next start restores it.
+    New weights are written to `.mir_best.new/new`, the folder is renamed to `.mir_best.new/old`, the new one to
+    `mir_best`, and `.mir_best.new` removed. If the process is killed at any point, one of these folders is complete,
+    which the note in it (`mir_best.json`, written last) shows, and the next start restores it. A mark in the folder
+    `.mir_best.new` says that it may be removed; without it another name is used.
 
-    A folder of another run (``records`` is empty, or its note has another definition) is moved aside, to
-    `mir_best.<n>`, when this run first writes its own.
+    What counts is the history that this run continues. Weights of a branch that it has left, by resuming before them,
+    stay until better ones replace them, and their note says so (`discarded`). A folder of another run (``records`` is
+    empty, its note has another definition or is damaged) is moved aside, to `mir_best.<n>`, when this run first writes
+    its own.
 
     Attributes:
         lowest: the MIR to beat; None before there is one.
@@ -59,17 +65,21 @@ class BestModel:
             if distributed.is_main():
                 try:
                     _repair(self._path)
-                    exists, note = self._path.exists(), _read_note(self._path)
+                    exists, note = os.path.lexists(self._path), _read_note(self._path)
+                    if note is not None and _is_left(note, records, definition):
+                        _discard(self._path, note, records[-1].step)
                 except OSError as error:
                     raise HistoryError(
                         f"keep_best could not read or write {self._path}: {error}. Choose another output_dir."
                     ) from error
+                if exists and note is None:
+                    log.warning("%s has no valid %s: it will be moved aside by the next best", self._path, NOTE_NAME)
         exists, note = distributed.broadcast_object((exists, note))
-        ours = bool(records) and note is not None and all(note.get(f) == definition[f] for f in DEFINITION_FIELDS)
-        self._foreign = exists and not ours
+        is_held = note is not None and _is_of(note, records, definition)
+        self._foreign = exists and not is_held and not (note is not None and _is_left(note, records, definition))
         earlier = lowest_record(records)
         self.lowest: float | None = None
-        if ours and note is not None:
+        if is_held and note is not None:
             self.lowest, kept = float(note["mir"]), f"holds the weights of step {note['step']}"
         elif earlier is not None:
             self.lowest, kept = earlier.mir, f"does not hold this run's best weights so far (step {earlier.step})"
@@ -91,36 +101,58 @@ class BestModel:
                 raise
             kept = "keeping the earlier ones" if self.lowest is not None else "none are saved yet"
             if distributed.is_main():
-                shutil.rmtree(_beside(self._path, "new"), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _undo(self._path)
                 log.warning("step %d: could not save the best weights, %s: %s", record.step, kept, error)
             return
         self.lowest, self._foreign = record.mir, False
         log.info("step %d: lowest MIR so far, saved the weights to %s", record.step, FOLDER_NAME)
 
     def _replace(self, record: EvalRecord) -> None:
-        new = _beside(self._path, "new")
+        staging = self._path
         with distributed.fail_together():
             if distributed.is_main():
-                if new.exists():
-                    shutil.rmtree(new)
-                new.mkdir(parents=True)
+                staging = _stage(self._path)
+        staging = distributed.broadcast_object(staging)
         with distributed.fail_together():
-            self._save(new)
+            self._save(staging / "new")
         with distributed.fail_together():
             if distributed.is_main():
-                _complete(new, {name: record[name] for name in _NOTED if record[name] is not None})
-                _publish(new, self._path, free_name(self._path) if self._foreign else _beside(self._path, "old"))
+                _complete(staging / "new", {name: record[name] for name in _NOTED if record[name] is not None})
+                _publish(staging, self._path, aside=self._foreign)
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}.{kind}")
+def _is_made_alike(note: Mapping[str, Any], definition: Mapping[str, Any]) -> bool:
+    return all(note.get(field) == definition.get(field) for field in DEFINITION_FIELDS)
+
+
+def _is_of(note: Mapping[str, Any], records: Sequence[EvalRecord], definition: Mapping[str, str]) -> bool:
+    """Whether these are the weights of one of the records."""
+    is_known = any((record.step, record.mir) == (note["step"], note["mir"]) for record in records)
+    return is_known and _is_made_alike(note, definition) and _DISCARDED not in note
+
+
+def _is_left(note: Mapping[str, Any], records: Sequence[EvalRecord], definition: Mapping[str, str]) -> bool:
+    """Whether these weights are of a branch that the run has left: later than all that it continues."""
+    is_later = bool(records) and note["step"] > records[-1].step
+    return (is_later or _DISCARDED in note) and bool(records) and _is_made_alike(note, definition)
+
+
+def _discard(folder: Path, note: dict[str, Any], step: int) -> None:
+    if _DISCARDED in note:
+        return
+    words = "%s holds the weights of step %d, of a branch that this run leaves; they stay until its next best"
+    log.info(words, folder, note["step"])
+    write_atomic(folder / NOTE_NAME, json.dumps({**note, _DISCARDED: step}, allow_nan=False) + "\n")
 
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     """The note of a complete folder; None if there is no valid one."""
+    if not (folder / NOTE_NAME).is_file():
+        return None
     try:
         note = json.loads((folder / NOTE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return note if isinstance(note, dict) and is_count(note.get("step")) and is_number(note.get("mir")) else None
 
@@ -132,46 +164,79 @@ def _complete(folder: Path, note: Mapping[str, Any]) -> None:
         raise OSError(f"no weights were saved to {folder}, only {', '.join(f.name for f in files) or 'nothing'}")
     for file in files:
         fsync(file)
-    written = folder / NOTE_NAME
-    written.write_text(json.dumps(note, allow_nan=False) + "\n", encoding="utf-8")
-    fsync(written)
+    write_new(folder / NOTE_NAME, json.dumps(note, allow_nan=False) + "\n")
 
 
-def _publish(new: Path, path: Path, aside: Path) -> None:
-    """Rename ``path`` to ``aside`` and ``new`` to ``path``; remove `mir_best.old`."""
-    old = _beside(path, "old")
-    _remove(old)
-    existed = path.exists()
+def _stage(path: Path) -> Path:
+    """A folder of ours beside ``path``, with an empty folder `new` in it."""
+    staging = path.with_name(f".{path.name}.new")
+    if _is_ours(staging):
+        _remove(staging)
+    if os.path.lexists(staging):
+        staging = free_name(staging)
+    staging.mkdir(parents=True)
+    write_new(staging / _MARK, _MARKED)
+    (staging / "new").mkdir()
+    return staging
+
+
+def _is_ours(staging: Path) -> bool:
+    if staging.is_symlink() or not staging.is_dir():
+        return False
+    mark = staging / _MARK
+    return mark.read_bytes() == _MARKED.encode() if mark.is_file() else not any(staging.iterdir())
+
+
+def _publish(staging: Path, path: Path, *, aside: bool) -> None:
+    """Rename the new folder to ``path``, and the one there before to the next free name, or remove it."""
+    old = free_name(path) if aside else staging / "old"
+    existed = os.path.lexists(path)
     if existed:
-        os.replace(path, aside)
+        os.replace(path, old)
     try:
-        os.replace(new, path)
+        os.replace(staging / "new", path)
     except OSError:
         if existed:
-            os.replace(aside, path)
+            os.replace(old, path)
         raise
     # The new folder is in place; whatever fails from here on, the next save or start cleans up.
     with contextlib.suppress(OSError):
         fsync(path.parent)
-        _remove(old)
+        _remove(staging)
+
+
+def _left_over(path: Path) -> list[Path]:
+    return [staging for staging in sorted(path.parent.glob(f".{path.name}*.new")) if _is_ours(staging)]
+
+
+def _undo(path: Path) -> None:
+    """Take back a save that has failed."""
+    for staging in _left_over(path):
+        (staging / "new" / NOTE_NAME).unlink(missing_ok=True)
+    _repair(path)
 
 
 def _repair(path: Path) -> None:
     """Complete or undo what a killed process has left half done."""
-    new, old = _beside(path, "new"), _beside(path, "old")
-    note = _read_note(new)
-    if note is None and not path.exists() and _read_note(old) is not None:
-        os.replace(old, path)
-    if note is not None:  # killed between the note and the last rename
-        before = _read_note(path) or {}
-        same = all(before.get(field) == note.get(field) for field in DEFINITION_FIELDS)
-        _publish(new, path, old if same else free_name(path))
-    for leftover in (new, old):
-        _remove(leftover)
+    for staging in _left_over(path):
+        note, old = _read_note(staging / "new"), staging / "old"
+        if note is not None:  # killed between the note and the last rename
+            before = _read_note(path)
+            _publish(staging, path, aside=before is None or not _is_made_alike(before, note))
+        elif _read_note(old) is not None and not os.path.lexists(path):
+            os.replace(old, path)
+        if staging.exists():
+            _remove(staging)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder, its note first, so that a half-deleted one never counts as complete."""
-    (folder / NOTE_NAME).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
+def _remove(staging: Path) -> None:
+    """Delete it: the notes first, so that no half-deleted folder counts as complete; its mark last."""
+    for part in (staging / "new", staging / "old"):
+        if part.is_symlink():
+            part.unlink()
+        elif part.is_dir():
+            (part / NOTE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(part)
+    (staging / _MARK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody has put something there
+        staging.rmdir()

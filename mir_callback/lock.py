@@ -16,9 +16,11 @@ from mir_callback.errors import HistoryError
 from mir_callback.fs import printable
 
 try:
-    import fcntl
+    from fcntl import LOCK_EX, LOCK_NB, flock
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    HAS_FLOCK = False
+else:
+    HAS_FLOCK = True
 
 PATIENCE = 10.0  # seconds: a killed process keeps its lock until the system has taken its memory apart
 _POLL = 0.1
@@ -51,7 +53,7 @@ class RunLock:
         if self.is_held():
             return None
         self._close()
-        if fcntl is None:
+        if not HAS_FLOCK:
             return "this system has no flock"
         deadline, has_said = time.monotonic() + seconds, False
         while True:
@@ -95,7 +97,7 @@ class RunLock:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(self.path, flags, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, LOCK_EX | LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 200)
             os.close(descriptor)

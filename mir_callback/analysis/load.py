@@ -199,12 +199,18 @@ def _find_history(path: Path) -> tuple[Path, int | None]:
 def _find_checkpoint_step(folder: Path) -> int | None:
     """The step of a checkpoint; None if the folder is not one."""
     for name in (os.path.basename(os.path.abspath(folder)), folder.resolve().name):
-        if found := _CHECKPOINT.fullmatch(name):
-            return int(found[1])
+        if match := _CHECKPOINT.fullmatch(name):
+            return int(match[1])
     from mir_callback.best_model import NOTE_NAME  # imports torch
 
     for name, key in ((NOTE_NAME, "step"), (_TRAINER_STATE, "global_step")):
-        step = _read_object(folder / name).get(key)
+        found = _read_object(folder / name)
+        step = found.get(key)
+        if is_count(step) and is_count(found.get("discarded")):
+            raise HistoryError(
+                f"{folder} has weights of step {step} that the run has left by resuming at step {found['discarded']}: "
+                f"its history is not theirs. Name a copy of the history that reaches step {step}."
+            )
         if is_count(step):
             return step
     return None

@@ -76,6 +76,7 @@ def history_is_continued(folder: Path, step: int, moment: int) -> bool:
     whole.open(folder, 0, DEFINITION)
     for past in (0, 50, 100):
         append(whole, record(past))
+    whole.close()
 
     def work() -> None:
         die_at(moment, "mir_history")
@@ -97,6 +98,7 @@ def line_is_written(folder: Path, size: int) -> bool:
     history = History()
     history.open(folder, 0, DEFINITION)
     append(history, record(0))
+    history.release()
 
     def work() -> None:
         import resource
@@ -138,7 +140,7 @@ def best_is_replaced(folder: Path, moment: int) -> bool:
 
 def best_after_restart(folder: Path) -> dict[str, Any]:
     """What lies there after the kill, before and after the next start."""
-    whole = [path.name for path in sorted(folder.iterdir()) if _is_whole(path)]
+    whole = [path.name for path in sorted([*folder.iterdir(), *folder.glob(".*/*")]) if _is_whole(path)]
     BestModel(Numbers(0), folder, [record(50)], DEFINITION)
     files = sorted(path.name for path in folder.iterdir())
     numbers = {(folder / "mir_best" / name).read_text() for name in ("model-1.safetensors", "model-2.safetensors")}
@@ -186,18 +188,20 @@ def main(folder: str) -> None:
             again = History()
             again.open(root / "history", step, DEFINITION)
             moments.append([left, [entry.step for entry in again.records]])
+            again.close()
     for size in (0, 1, 30, 70):
         assert line_is_written(root / "lines", size)
         history = History()
         history.open(root / "lines", 50, DEFINITION)
         append(history, record(60))
+        history.close()
         found["lines"].append([entry.step for entry in read_history(root / "lines" / FILE_NAME)])
     while best_is_replaced(root / "best", len(found["best"]) + 1):
         found["best"].append(best_after_restart(root / "best"))
     for moment in (3, 6):
         run = root / f"run{moment}"
         assert training_is_killed(run, moment)
-        found["training"].append([str(run), [path.name for path in sorted(run.glob("mir_best*"))]])
+        found["training"].append([str(run), [path.name for path in sorted(run.glob("*mir_best*"))]])
     write_rank(folder, 0, found)
 
 

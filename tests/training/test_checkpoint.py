@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mir_callback import MIRCallback, Probe
-from mir_callback.best_model import FOLDER_NAME, NOTE_NAME, BestModel
-from mir_callback.errors import ConfigError
+from mir_callback.analysis.load import read_run
+from mir_callback.best_model import _MARKED, FOLDER_NAME, NOTE_NAME, BestModel
+from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.history import FILE_NAME
 from mir_callback.record import EvalRecord, lowest_record
 from tests.logs import logged
 from tests.samples import pairs
@@ -27,6 +30,10 @@ def probe():
 
 def note_of(folder):
     return json.loads((folder / FOLDER_NAME / NOTE_NAME).read_text())
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
 
 
 class Snapshots(TrainerCallback):
@@ -87,6 +94,8 @@ def test_resumed_run_knows_its_best_and_a_worse_one_does_not_overwrite_it(finish
     shutil.copytree(source, folder)
     before = note_of(folder)
     # A value so low that nothing of the resumed run can reach it.
+    lower = [{**each, "mir": -5.0} if each["step"] == before["step"] else each for each in records_of(folder)]
+    (folder / FILE_NAME).write_text("".join(json.dumps(each) + "\n" for each in lower))
     (folder / FOLDER_NAME / NOTE_NAME).write_text(json.dumps({**before, "mir": -5.0}))
     resumed = make_trainer(folder, steps=10)
     MIRCallback(probe, every=1, keep_best=True).attach(resumed)
@@ -115,17 +124,24 @@ def test_error_when_the_callback_is_not_attached(tmp_path, probe):
     assert trainer.state.global_step == 0
 
 
-def test_a_failing_save_warns_training_goes_on_and_the_older_best_stays(tmp_path, probe):
+def test_a_failing_save_warns_training_goes_on_and_the_older_best_stays(tmp_path, probe, monkeypatch):
     trainer = make_trainer(tmp_path, steps=4, learning_rate=1e-2)
     callback = MIRCallback(probe, every=1, keep_best=True).attach(trainer)
 
     class FullDisk(TrainerCallback):
-        """From step 2 on a file stands where the folder beside would be made."""
+        """From step 2 on there is no room for another best model."""
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 callback._monitor._best.lowest = 100.0  # whatever comes is better
-                (tmp_path / "mir_best.new").write_text("")
+                monkeypatch.setattr(Path, "mkdir", full)
+
+    mkdir = Path.mkdir
+
+    def full(path, *arguments, **options):
+        if ".mir_best" in str(path):
+            raise OSError("No space left on device")
+        mkdir(path, *arguments, **options)
 
     trainer.add_callback(FullDisk())
     with logged("step 2: could not save the best weights"):
@@ -168,9 +184,67 @@ def test_the_lowest_value_is_that_of_what_is_kept_or_else_of_the_history(tmp_pat
     assert opened(tmp_path, history).lowest == 2.1
     opened(tmp_path).offer(record(50, 2.5))  # and at step 100 the disk was full
     assert opened(tmp_path, history).lowest == 2.5
-    assert opened(tmp_path, history[:1]).lowest == 2.5  # resumed before it: still the lowest there is
     assert opened(tmp_path, []).lowest is None  # another run's
     assert opened(tmp_path, history, root="paper_fast").lowest == 2.1
+
+
+def test_what_counts_is_the_history_that_a_resumed_run_continues(tmp_path):
+    history, saver = [record(0, 1.0), record(50, 2.5), record(100, 2.1)], Files()
+    best = opened(tmp_path, saver=saver)
+    for saver.value, each in zip("012", history, strict=True):
+        best.offer(each)
+    (tmp_path / FILE_NAME).write_text("".join(each.to_line() for each in history[:2]))
+    for _ in range(2):  # killed before the next best, and resumed again
+        left = opened(tmp_path, history[:2], saver)
+        assert left.lowest == 2.5
+        assert (tmp_path / FOLDER_NAME / saver.name).read_text() == "2"
+        assert (note_of(tmp_path)["step"], note_of(tmp_path)["discarded"]) == (100, 50)
+        with pytest.raises(HistoryError, match="step 100 that the run has left"):
+            read_run(tmp_path / FOLDER_NAME)
+    left.offer(record(60, 2.6))
+    assert note_of(tmp_path)["step"] == 100
+    saver.value = "new"
+    left.offer(record(70, 2.3))  # above what the branch had that was left
+    assert (note_of(tmp_path)["step"], note_of(tmp_path)["mir"]) == (70, 2.3)
+    assert (tmp_path / FOLDER_NAME / saver.name).read_text() == "new"
+    assert opened(tmp_path, [*history[:2], record(60, 2.6), record(70, 2.3)]).lowest == 2.3
+
+
+@pytest.mark.parametrize(
+    "damage", ['"mir": -1e400', '"mir": -1e99', '"mir": 1' + 400 * "0", '"mir": null', '"own": ' + 99999 * "["]
+)
+def test_a_damaged_note_blocks_no_save(tmp_path, damage):
+    opened(tmp_path).offer(record(50, 2.5))
+    note = (tmp_path / FOLDER_NAME / NOTE_NAME).read_text().replace('"mir": 2.5', damage)
+    (tmp_path / FOLDER_NAME / NOTE_NAME).write_text(note)
+    with logged(None if "-1e99" in damage else "no valid mir_best.json"):
+        best = opened(tmp_path, [record(50, 2.5)])
+    assert best.lowest == 2.5
+    best.offer(record(100, 2.4))
+    assert note_of(tmp_path)["step"] == 100
+    assert (tmp_path / "mir_best.1" / NOTE_NAME).read_text() == note
+
+
+@pytest.mark.parametrize("name", ["mir_best.new", "mir_best.old", ".mir_best.new", ".mir_best.1.new"])
+def test_folders_of_the_user_are_never_deleted(tmp_path, name):
+    opened(tmp_path).offer(record(50, 2.5))
+    shutil.copytree(tmp_path / FOLDER_NAME, tmp_path / name)
+    best = opened(tmp_path, [record(50, 2.5)])
+    best.offer(record(100, 2.4))
+    assert note_of(tmp_path)["step"] == 100
+    assert json.loads((tmp_path / name / NOTE_NAME).read_text())["step"] == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FOLDER_NAME, name])
+
+
+def test_links_in_the_place_of_the_best_model_are_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "theirs").write_text("")
+    for name in (FOLDER_NAME, ".mir_best.new"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    opened(tmp_path).offer(record(50, 2.5))
+    assert note_of(tmp_path)["step"] == 50
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["theirs"]
+    assert (tmp_path / "mir_best.1").is_symlink()
 
 
 def test_error_when_the_saver_writes_no_weights(tmp_path):
@@ -181,7 +255,7 @@ def test_error_when_the_saver_writes_no_weights(tmp_path):
 
 
 def whole(folder, step, mir=2.0):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(str(step))
     (folder / NOTE_NAME).write_text(json.dumps({"step": step, "mir": mir, **DEFINITION}))
 
@@ -189,12 +263,12 @@ def whole(folder, step, mir=2.0):
 @pytest.mark.parametrize(
     ("left", "step"),
     [
-        ({"mir_best": 1, "mir_best.new": None}, 1),
-        ({"mir_best": 1, "mir_best.new": 2}, 2),
-        ({"mir_best.old": 1, "mir_best.new": 2}, 2),
-        ({"mir_best.old": 1}, 1),
-        ({"mir_best": 2, "mir_best.old": 1}, 2),
-        ({"mir_best": 2, "mir_best.old": None}, 2),
+        ({"mir_best": 1, ".mir_best.new/new": None}, 1),
+        ({"mir_best": 1, ".mir_best.new/new": 2}, 2),
+        ({".mir_best.new/old": 1, ".mir_best.new/new": 2}, 2),
+        ({".mir_best.new/old": 1}, 1),
+        ({"mir_best": 2, ".mir_best.new/old": 1}, 2),
+        ({"mir_best": 2, ".mir_best.new/old": None}, 2),
     ],
 )
 def test_what_a_killed_process_left_is_put_right_at_the_next_start(tmp_path, left, step):
@@ -202,6 +276,7 @@ def test_what_a_killed_process_left_is_put_right_at_the_next_start(tmp_path, lef
         whole(tmp_path / name, number or 9)
         if number is None:
             (tmp_path / name / NOTE_NAME).write_text('{"step": 9, "mi')
+    (tmp_path / ".mir_best.new" / "mir_callback.txt").write_text(_MARKED)
     opened(tmp_path, [record(1, 2.0)])
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER_NAME]
     assert (tmp_path / FOLDER_NAME / "model.safetensors").read_text() == str(step)

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The history file: written line by line, continued on resume, never losing what was there."""
 
+import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mir_callback.console  # noqa: F401  # shows log lines, as in training
+from mir_callback import lock
+from mir_callback.analysis.load import read_run
 from mir_callback.errors import HistoryError
 from mir_callback.history import FILE_NAME, History, read_history
 from mir_callback.record import EvalRecord
+from tests.logs import logged
 
 DEFINITION = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
 
@@ -34,6 +44,7 @@ def run(tmp_path):
     history = opened(tmp_path / "deep" / "run")
     for step in (0, 50, 100):
         append(history, record(step))
+    history.close()
     return tmp_path / "deep" / "run"
 
 
@@ -54,6 +65,7 @@ def test_resume_continues_the_file(run):
     history = opened(run, step=100)
     assert [r.step for r in history.records] == [0, 50, 100]
     append(history, record(150))
+    history.close()
     assert lines(run / FILE_NAME) == [0, 50, 100, 150]
     assert [path.name for path in run.iterdir()] == [FILE_NAME]
 
@@ -167,12 +179,190 @@ def test_what_a_full_disk_refused_is_written_with_the_next_line(run, monkeypatch
     assert lines(run / FILE_NAME) == [0, 50, 100, 150, 200]
 
 
-def test_two_writers_of_one_file_are_noticed(run):
-    first, second = opened(run, step=100), opened(run, step=100)
+def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(run):
+    first = opened(run, step=100)
+    for step in (0, 100):
+        with pytest.raises(HistoryError, match="in use by another run of this process"):
+            opened(run, step=step)
     append(first, record(150))
-    with pytest.raises(HistoryError, match="mir_history"):
-        append(second, record(150))
+    first.close()
     assert lines(run / FILE_NAME) == [0, 50, 100, 150]
+    assert [each.step for each in opened(run, step=150).records] == [0, 50, 100, 150]
+
+
+HOLD = """
+import os, sys, time
+from tests.training.test_history import append, opened, record
+history = opened(sys.argv[1])
+append(history, record(0))
+if os.fork() == 0:  # a data loader's worker, which outlives its trainer
+    time.sleep(600)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A run of another process, with a forked child, in the folder `run`; both end with the test."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_another_process_is_named_and_its_folder_free_at_once_when_it_was_killed(other_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    with pytest.raises(HistoryError, match=rf"in use by another run \(pid {other_run.pid} on"):
+        opened(tmp_path / "run", step=50)
+    with pytest.raises(HistoryError):
+        opened(tmp_path / "run")
+    assert [each.step for each in read_run(tmp_path / "run").records] == [0]
+    assert lines(tmp_path / "run" / FILE_NAME) == [0]
+    other_run.kill()
+    other_run.wait()
+    assert [each.step for each in opened(tmp_path / "run", step=50).records] == [0]
+
+
+def test_a_run_that_ended_in_an_error_holds_nothing(tmp_path):
+    history = opened(tmp_path)
+    cycle = [history]
+    cycle.append(cycle)
+    append(history, record(0))
+    del history, cycle
+    assert [each.step for each in opened(tmp_path, step=50).records] == [0]
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOLCK, "No locks available"), None], ids=["no locks", "no flock"])
+def test_a_run_goes_on_with_a_warning_where_there_are_no_locks(tmp_path, monkeypatch, refusal):
+    if refusal is None:
+        monkeypatch.setattr(lock, "HAS_FLOCK", False)
+    else:
+        monkeypatch.setattr(lock, "flock", lambda *_: (_ for _ in ()).throw(refusal))
+    with logged("could not lock .*(No locks available|no flock)") as found:
+        history = opened(tmp_path)
+        append(history, record(0))
+        history.close()
+    assert len(found) == 1
+    assert lines(tmp_path / FILE_NAME) == [0]
+
+
+def test_a_history_that_another_process_changes_stays_and_the_run_goes_on_in_a_file_of_its_own(run):
+    history = opened(run, step=100)
+    with (run / FILE_NAME).open("a") as file:
+        file.write(record(120).to_line())
+    with logged(r"changed by another process.*mir_history\.1\.jsonl") as found:
+        append(history, record(150))
+        append(history, record(200))
+        history.close()
+    assert len(found) == 1
+    assert lines(run / FILE_NAME) == [0, 50, 100, 120]
+    assert lines(history.path) == [0, 50, 100, 150, 200]
+    assert history.path == run / "mir_history.1.jsonl"
+
+
+def test_the_second_of_two_runs_in_a_folder_that_was_deleted_keeps_it(tmp_path):
+    first = opened(tmp_path / "run")
+    append(first, record(0))
+    shutil.rmtree(tmp_path / "run")
+    second = opened(tmp_path / "run")
+    append(second, record(0, mir=1.5))
+    with logged(r"in use by another run .*mir_history\.1\.jsonl"):
+        append(first, record(50))
+    append(second, record(50, mir=1.5))
+    first.close()
+    second.close()
+    assert [each.mir for each in read_history(tmp_path / "run" / FILE_NAME)] == [1.5, 1.5]
+    assert [each.mir for each in read_history(first.path)] == [2.0, 1.95]
+
+
+def replace_by(path, kind):
+    path.unlink(missing_ok=True)
+    path.mkdir() if kind == "folder" else path.symlink_to(path.with_name("target"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_stands_in_the_place_of_the_history_is_not_written_to(run, kind):
+    history = opened(run, step=100)
+    (run / "target").write_text("theirs")
+    replace_by(run / FILE_NAME, kind)
+    with logged("not the file of this run any more"):
+        append(history, record(150))
+    assert (run / "target").read_text() == "theirs"
+    assert lines(history.path) == [0, 50, 100, 150]
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_a_history_that_is_a_link_is_read_and_not_written_through(run, step, capsys):
+    target = run.parent / "elsewhere.jsonl"
+    (run / FILE_NAME).rename(target)
+    (run / FILE_NAME).symlink_to(target)
+    history = opened(run, step=step)
+    append(history, record(150))
+    assert lines(target) == [0, 50, 100]
+    assert not (run / FILE_NAME).is_symlink()
+    assert lines(run / FILE_NAME) == ([150] if step == 0 else [0, 50, 100, 150])
+    assert str(target) in capsys.readouterr().out or (run / "mir_history.1.jsonl").resolve() == target
+
+
+def test_resume_is_refused_when_the_history_is_a_link_to_nothing(run):
+    (run / FILE_NAME).unlink()
+    (run / FILE_NAME).symlink_to(run / "gone")
+    with pytest.raises(HistoryError, match="link to .*gone"):
+        opened(run, step=100)
+    assert not (run / "gone").exists()
+    append(opened(run, step=0), record(0))
+    assert not (run / "gone").exists()
+    assert lines(run / FILE_NAME) == [0]
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_resume_is_refused_when_the_history_is_a_pipe(run, step):
+    (run / FILE_NAME).unlink()
+    os.mkfifo(run / FILE_NAME)
+    with pytest.raises(HistoryError, match="no regular file"):
+        opened(run, step=step)
+
+
+def test_a_link_where_the_lock_would_be_is_not_followed(tmp_path):
+    (tmp_path / f"{FILE_NAME}.lock").symlink_to(tmp_path / "target")
+    (tmp_path / "target").write_text("theirs")
+    with logged("could not lock"):
+        history = opened(tmp_path)
+    append(history, record(0))
+    history.close()
+    assert (tmp_path / "target").read_text() == "theirs"
+    assert (tmp_path / f"{FILE_NAME}.lock").is_symlink()
+
+
+DEEDS = {
+    "write": None,
+    "delete file": lambda path: path.unlink(missing_ok=True),
+    "move file": lambda path: path.exists() and path.replace(path.with_name("moved.jsonl")),
+    "append junk": lambda path: path.exists() and path.write_bytes(path.read_bytes() + b"junk\n"),
+    "truncate": lambda path: path.exists() and os.truncate(path, path.stat().st_size // 2),
+    "edit": lambda path: path.exists() and path.write_bytes(path.read_bytes().replace(b"2", b"3")),
+    "delete folder": lambda path: shutil.rmtree(path.parent, ignore_errors=True),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(deeds=st.lists(st.sampled_from(sorted(DEEDS)), max_size=8))
+def test_all_records_of_a_run_can_be_read_back_whatever_happens_to_its_file(tmp_path, deeds):
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    history = opened(tmp_path / "run")
+    append(history, record(0))
+    for step, deed in enumerate(deeds, start=1):
+        if deed == "write":
+            append(history, record(step))
+        else:
+            DEEDS[deed](history.path)
+    history.close()
+    assert read_history(history.path) == history.records
+    assert not (tmp_path / "run" / f"{FILE_NAME}.lock").exists()
 
 
 def test_what_is_not_finite_is_null_and_the_record_is_written(tmp_path):

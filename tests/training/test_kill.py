@@ -43,7 +43,7 @@ def test_a_whole_best_model_is_there_at_every_moment_of_its_replacement(found):
 
 def test_the_model_kept_before_can_be_loaded_when_training_is_killed_while_it_saves_the_next(found):
     for folder, left in found["training"]:
-        assert left == ["mir_best", "mir_best.new"]
+        assert left == [".mir_best.new", "mir_best"]
         kept = Path(folder) / "mir_best"
         assert json.loads((kept / "mir_best.json").read_text())["step"] == 1
         AutoModelForImageTextToText.from_pretrained(kept)
