@@ -52,7 +52,7 @@ setup(
     packages=find_packages(include=["mir_callback", "mir_callback.*", "llava_integration", "llava_integration.*"]),
     package_data={"": ["py.typed"], "mir_callback.analysis.page": ["page.*"]},
     install_requires=[
-        *["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "psutil", "filelock"],
+        *["torch>=2.1", "transformers>=4.37", "numpy", "pillow>=10.1", "tqdm", "psutil", "filelock>=3.20.1"],
         *["matplotlib", "rich", "scipy", "jinja2"],  # the `mir` command: pictures, tables, Student's t, pages
     ],
     entry_points={"console_scripts": ["mir = mir_callback.cli:main"]},

@@ -9,8 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mir_callback import MIRCallback, PlateauRule, Probe
+from mir_callback.analysis.load import read_run
+from mir_callback.best_model import BestModel
 from mir_callback.errors import MIRError
 from mir_callback.history import FILE_NAME, History, read_history
+from mir_callback.record import EvalRecord
 from tests.samples import pairs, write_folders
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -64,6 +67,52 @@ def test_saved_probes_with_another_manifest(saved, tmp_path, data):
     with zipfile.ZipFile(tmp_path / "probe.zip", "w") as archive:
         for name, content in {**saved, "probe.json": json.dumps(manifest)}.items():
             archive.writestr(name, content)
+    works_or_says_why(Probe.load, tmp_path / "probe.zip")
+
+
+DEEP = [depth * "[" + depth * "]" for depth in (850, 900, 950, 99999)]
+ODD = [*DEEP, "1e400", "-1e400", "1" + 400 * "0", "1" + 5000 * "0", '"\\u001b[31m\\ud800"']
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: f"{value:.6} of {len(value)}")
+def test_odd_json_wherever_json_is_read(saved, tmp_path, value):
+    write_folders(tmp_path, 1)
+    for text in (value, f'[{{"id": {value}, "conversations": {value}}}]', f'[{{"image": {value}}}]', f"[{value}]"):
+        (tmp_path / "data.json").write_text(text)
+        works_or_says_why(Probe.from_llava_json, tmp_path / "data.json", tmp_path / "images", num_samples=1)
+        questions = (tmp_path / "data.json", tmp_path / "images", tmp_path / "texts")
+        works_or_says_why(Probe.from_textvqa, *questions, num_samples=1)
+    for field in ("samples", "max_text_tokens", "fingerprint", "version", "extra"):
+        manifest = json.dumps({**json.loads(saved["probe.json"]), field: "HERE"}).replace('"HERE"', value)
+        with zipfile.ZipFile(tmp_path / "probe.zip", "w") as archive:
+            for name, content in {**saved, "probe.json": manifest}.items():
+                archive.writestr(name, content)
+        works_or_says_why(Probe.load, tmp_path / "probe.zip")
+    for field in ("step", "mir", "per_layer", "loading", "companions", "root", "own"):
+        line = json.dumps({"step": 2, "mir": 1.0, **DEFINITION, field: "HERE"}).replace('"HERE"', value)
+        (tmp_path / FILE_NAME).write_text(f"{line}\n{line}\n")
+        works_or_says_why(read_run, tmp_path)
+        works_or_says_why(History().open, tmp_path, 5, DEFINITION)
+        note = {"step": 2, "mir": 1.0, **DEFINITION, field: "HERE"}
+        (tmp_path / "mir_best").mkdir(exist_ok=True)
+        (tmp_path / "mir_best" / "mir_best.json").write_text(json.dumps(note).replace('"HERE"', value))
+        works_or_says_why(BestModel, lambda folder: None, tmp_path, [EvalRecord(step=2, mir=1.0)], DEFINITION)
+        works_or_says_why(read_run, tmp_path / "mir_best")
+
+
+@FUZZ
+@given(
+    kind=st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]),
+    at=st.integers(0, 10**6),
+    value=st.integers(0, 255),
+)
+def test_compressed_probes_with_a_byte_changed(saved, tmp_path, kind, at, value):
+    with zipfile.ZipFile(tmp_path / "probe.zip", "w", kind) as archive:
+        for name, content in saved.items():
+            archive.writestr(name, content)
+    content = bytearray((tmp_path / "probe.zip").read_bytes())
+    content[at % len(content)] = value
+    (tmp_path / "probe.zip").write_bytes(content)
     works_or_says_why(Probe.load, tmp_path / "probe.zip")
 
 

@@ -11,7 +11,7 @@ import torch
 import wandb
 
 from mir_callback import MIRConfig, MIRMonitor, PlateauRule, Probe, Verdict, evaluate_mir
-from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.errors import ConfigError, HistoryError, NumericsError
 from mir_callback.history import read_history
 from mir_callback.monitor import Decision, DryRunDone
 from mir_callback.schedule import EveryEpochs
@@ -132,6 +132,7 @@ def test_a_run_that_begins_in_the_middle_is_told_of_start_step(monitored):
         monitor = monitored()
         monitor.step(1)
         monitor.step(7)
+        monitor.close(evaluate=False)
         monitored(start_step=7).step(9)
 
 
@@ -161,6 +162,7 @@ def test_a_run_resumed_where_it_was_stopped_stays_stopped_unless_told_to_go_on(m
     assert resumed.is_already_stopped
     assert resumed.step(3).stop
     assert steps_of(resumed.history) == [0, 2]
+    resumed.close()
     assert not monitored(start_step=2).should_stop  # without a rule
     assert not monitored(stop=PlateauRule(observe_only=True), start_step=2).should_stop
     going_on = monitored(stop=AtStep(2), start_step=2, continue_after_stop=True)
@@ -176,6 +178,7 @@ def test_resumed_run_continues_the_history_up_to_its_step(tmp_path, monitored):
     first = monitored()
     for step in range(1, 7):
         first.step(step)
+    first.close()
     resumed = monitored(start_step=4)
     assert resumed.history == first.history[:3]
     resumed.step(5)
@@ -189,6 +192,39 @@ def test_resumed_run_continues_the_history_up_to_its_step(tmp_path, monitored):
 def test_resumed_run_makes_up_for_what_was_due_at_its_checkpoint(monitored):
     monitored(every=4).step(3)
     assert steps_of(monitored(every=4, start_step=4).history) == [0, 4]
+
+
+def test_a_second_monitor_is_refused_where_another_one_runs(tmp_path, monitored):
+    first = monitored()
+    with pytest.raises(HistoryError, match="in use by another run of this process"):
+        monitored()
+    first.step(2)
+    first.close()
+    assert steps_of(read_history(tmp_path / "mir_history.jsonl")) == [0, 2]
+    assert steps_of(monitored(start_step=2).history) == [0, 2]
+
+
+def test_a_run_that_failed_keeps_nobody_out(tmp_path, monitored):
+    first = monitored(on_error="raise")
+    poison(first.model)
+    with pytest.raises(NumericsError):
+        first.step(2)
+    assert steps_of(monitored(start_step=2).history) == [0, 2]
+    assert steps_of(first.history) == [0]
+
+
+def test_what_was_deleted_during_a_run_is_there_again_and_a_changed_history_is_not_touched(tmp_path, monitored):
+    monitor = monitored(total_steps=4)
+    (tmp_path / "mir_history.jsonl").unlink()
+    with logged(r"mir_history\.jsonl was gone"):
+        monitor.step(2)
+    assert steps_of(read_history(tmp_path / "mir_history.jsonl")) == [0, 2]
+    (tmp_path / "mir_history.jsonl").write_text("theirs")
+    with logged(r"mir_history\.1\.jsonl"):
+        monitor.step(4)
+    monitor.close()
+    assert (tmp_path / "mir_history.jsonl").read_text() == "theirs"
+    assert read_history(tmp_path / "mir_history.1.jsonl") == monitor.history
 
 
 def test_another_probe_is_refused_on_resume(tmp_path, monitored):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
+from mir_callback.fs import printable
 from mir_callback.history import FILE_NAME, read_records
 from mir_callback.record import EvalRecord, is_count, is_number
 
@@ -25,7 +26,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 class Run:
     """One run, read from disk; it may still be training."""
 
-    name: str  # unique among runs read together
+    name: str  # unique among runs read together; control characters are escaped
     path: Path  # as the user gave it
     source: Path  # the file its records come from
     records: tuple[EvalRecord, ...]  # sorted by step; of a checkpoint those up to its step
@@ -85,7 +86,7 @@ def read_run(path: str | Path) -> Run:
     tokens = tuple((record.step, record.tokens_seen) for record in records if record.tokens_seen is not None)
     planned = next((record.max_steps for record in reversed(records) if record.max_steps), log.max_steps)
     losses = log.losses or noted_losses(records)
-    return Run(name, path, source, tuple(records), losses, tokens or log.tokens, planned, tuple(problems))
+    return Run(printable(name), path, source, tuple(records), losses, tokens or log.tokens, planned, tuple(problems))
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
@@ -109,7 +110,7 @@ def make_names_unique(runs: Sequence[Run]) -> list[Run]:
         for index, folder in enumerate(folders):
             alike = {other for other, name in zip(folders, before, strict=True) if name == before[index]}
             if len(alike) > 1:
-                names[index] = "/".join(folder.parts[-depth:])
+                names[index] = printable("/".join(folder.parts[-depth:]))
     seen = [names[:index].count(name) for index, name in enumerate(names)]
     counted = [f"{name} ({times + 1})" if times else name for name, times in zip(names, seen, strict=True)]
     return [replace(run, name=name) for run, name in zip(runs, counted, strict=True)]

@@ -56,6 +56,9 @@ def run(options: Namespace) -> None:
         print(f"mir compare: skipped: {printable(message)}", file=sys.stderr)
     runs = [run for recipe in recipes for run in recipe.runs]
     files = {name: check_output(f"--{name}", words, runs) for name, words in outputs.items() if words != "-"}
+    for name, path in files.items():
+        if same := [f"--{other}" for other in files if other != name and files[other] == path]:
+            raise ConfigError(f"--{name} and {same[0]} both name {outputs[name]}. Choose another for one of them.")
     settings = {name: getattr(options, name) for name in ("by", "at", "level", "seed_std", "allow_mismatch")}
     found = compare(recipes, rule=rule, **settings)
     for name in outputs:

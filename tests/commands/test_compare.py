@@ -206,6 +206,15 @@ def test_what_stood_in_an_output_stays_when_it_cannot_be_written(runs, capsys):
     assert sorted(path.name for path in runs.glob(".kept*")) == []
 
 
+def test_two_outputs_in_one_file_are_refused(runs, capsys):
+    (runs / "link").symlink_to("o")
+    for other in ("o", "./o", "link"):
+        status, _, error = mir(capsys, "a1", "--json", "o", "--csv", other)
+        assert status == 2
+        assert "--json and --csv" in error
+        assert not (runs / "o").exists()
+
+
 def test_links_are_followed_when_an_output_is_one(runs, capsys):
     (runs / "link.md").symlink_to("real.md")
     assert mir(capsys, "a1", "--markdown", "link.md")[0] == 0
@@ -222,6 +231,7 @@ def test_names_that_are_no_text_are_written_all_the_same(runs, capsys):
     assert "\x1b" not in said
     assert "\x1b" not in mir(capsys, name, "a2", "--at", "99")[2]
     assert "bad\\udcff" in (runs / "c.csv").read_text()
+    assert "\x1b" not in (runs / "c.csv").read_text()
     assert "\x1b" not in (runs / "c.md").read_text()
 
 

@@ -170,6 +170,19 @@ def test_a_link_in_place_of_the_page_is_replaced_and_not_followed(runs, capsys):
         assert sorted((runs / "fast").iterdir()) == before
 
 
+def test_control_characters_of_names_and_errors_are_escaped(runs, capsys):
+    name = "a\x1b[31m\u202eb"
+    (runs / "slow").rename(runs / name)
+    with (runs / name / "mir_history.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 900, "mir": None, "error": "x\x1b[2J\x9b"}) + "\n")
+    status, said, error = mir(capsys, name, "fast", "-o", "page.html")
+    assert status == 0
+    text = (runs / "page.html").read_text()
+    assert "a\\x1b[31m\\u202eb" in text
+    assert "x\\u001b[2J" in text
+    assert not [sign for sign in said + error + text if sign in "\x1b\x9b\u202e"]
+
+
 def test_folder_names_are_text_when_they_look_like_html(runs, capsys):
     name = "<img src=x onerror=alert(1)>"
     (runs / "slow").rename(runs / name)

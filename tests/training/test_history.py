@@ -136,6 +136,7 @@ def test_a_line_without_its_end_is_dropped_and_kept_aside(run):
         '{"step": 3, "mir": 2, "own": ' + 90 * "[" + 90 * "]" + "}",
         '{"step": 3, "mir": 2, "loading": ' + 90 * '{"a": ' + "1" + 90 * "}" + "}",
         '{"step": 3, "mir": 2, "own": ' + 99999 * "[" + 99999 * "]" + "}",
+        *('{"step": 3, "mir": 2, "per_layer": ' + depth * "[" + depth * "]" + "}" for depth in (800, 850, 900, 950)),
     ],
     ids=lambda line: line[:40],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -30,6 +31,8 @@ _NAMED = 4  # recipes that a title has room for
 _FAILURES = 20  # that are listed
 _DRAWN = (100, 1280, 400)  # evaluations: of a run at least, of all runs together, of a run at most
 _PALETTE = [[round(255 * part) for part in colormaps["viridis"](at)[:3]] for at in np.linspace(0, 1, 17)]
+# What a terminal obeys, and what turns the direction of text around: names of folders can contain it.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _TEMPLATES = Environment(
     loader=FileSystemLoader(_PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -55,7 +58,8 @@ def render_report(
         reload_seconds: the page loads itself again after this time, for a file that is written again and again.
 
     Returns:
-        HTML. What comes from outside is escaped in it; its policy lets a browser run the page's own script only.
+        HTML. What comes from outside is escaped in it, control characters too; its policy lets a browser run the
+        page's own script only.
 
     Raises:
         HistoryError: no runs.
@@ -73,7 +77,7 @@ def render_report(
     own = [(f"{run.name}: " if len(ordered) > 1 else "", run) for run in ordered]
     cards, effects_of = facts.make_cards(shown, probe) if probe else ([], "")
     script = Markup((_PARTS / "page.js").read_text(encoding="utf-8"))
-    return _TEMPLATES.get_template("page.html").render(
+    text = _TEMPLATES.get_template("page.html").render(
         version=metadata.version("mir-callback"),
         styles=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
         script=script,
@@ -116,6 +120,7 @@ def render_report(
             "palette": _PALETTE,
         },
     )
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _describe_comparison(found: Comparison) -> dict[str, Any]:
