@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeGuard
@@ -183,7 +182,7 @@ class EvalRecord:
             if is_valid(value):
                 known[name] = value
                 continue
-            message = f"step {values['step']}: ignored {name}={reprlib.repr(value):.60}, expected {expected}"
+            message = f"step {values['step']}: ignored {name}={value!r:.60}, expected {expected}"
             if damaged is None:
                 raise ValueError(message)
             damaged.append(message)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,8 +103,8 @@ def _record(entry: Any, index: int, json_file: Path) -> tuple[str, str, str] | N
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
         raise ProbeError(
-            f'{name} has no conversations in LLaVA\'s format, a list of {{"from": ..., "value": text}}: '
-            f"{reprlib.repr(turns):.80}. Repair or remove it."
+            f'{name} has no conversations in LLaVA\'s format, a list of {{"from": ..., "value": text}}: {turns!r:.80}. '
+            "Repair or remove it."
         )
     image = entry.get("image")
     if isinstance(image, list) and len(image) == 1:
@@ -141,8 +140,7 @@ def _question_image(entry: Any, index: int, path: Path) -> str:
         if isinstance(entry.get("image_id"), str):
             return f"{entry['image_id']}.jpg"
     raise ProbeError(
-        f"Question {index} of {path.name} has neither `image` nor `image_id`: {reprlib.repr(entry):.80}. "
-        "Repair or remove it."
+        f"Question {index} of {path.name} has neither `image` nor `image_id`: {entry!r:.80}. Repair or remove it."
     )
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from mir_callback.history import History
 from tests.faults.places import read_only, small_disk
 from tests.faults.runs import run_broken
 from tests.faults.train_worker import FAULT_STEP, STEPS
@@ -52,3 +53,25 @@ def test_run_ends_before_its_first_step_when_the_output_folder_is_read_only(read
         assert "HistoryError" in rank["error"]
         assert "output_dir writable" in rank["error"]
         assert rank["seconds"] < 10
+
+
+def test_every_rank_is_refused_before_its_first_step_when_another_run_is_in_the_folder(tmp_path):
+    other = History()
+    other.open(tmp_path / "run", 0, {})
+    run = run_broken(tmp_path, "none")
+    for rank in run.ranks:
+        assert rank["step"] == 0
+        assert "HistoryError" in rank["error"]
+        assert "in use by another run" in rank["error"]
+        assert "output_dir" in rank["error"]
+    assert run.steps == []
+    other.close()
+
+
+def test_a_folder_that_is_deleted_during_a_run_is_made_again_with_all_values(tmp_path):
+    run = run_broken(tmp_path, "no folder", every=2)
+    assert run.code == 0
+    assert run.steps == list(range(0, STEPS + 1, 2))
+    assert [record.step for record in run.ranks[1]["history"]] == run.steps
+    assert sum("was gone: wrote all" in warning for warning in run.ranks[0]["warnings"]) == 1
+    assert run.ranks[1]["warnings"] == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -125,6 +126,12 @@ def free_disk(folder: Path) -> None:
         (folder / "run" / "ballast").unlink()
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete the run's folder."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / "run")
+
+
 def callback_of(fault: str, folder: Path, model: torch.nn.Module) -> TrainerCallback:
     """What brings a fault about."""
     faults: dict[str, Callable[[], TrainerCallback]] = {
@@ -137,6 +144,7 @@ def callback_of(fault: str, folder: Path, model: torch.nn.Module) -> TrainerCall
         "poison": lambda: FromStep(lambda: poison(model)),
         "file limit": lambda: FromStep(lambda: limit_files(folder), free_files),
         "full disk": lambda: FromStep(lambda: fill_disk(folder), lambda: free_disk(folder), steps=3),
+        "no folder": lambda: FromStep(lambda: delete_folder(folder)),
         "reporter": Reporter,
         "clock": lambda: FromStep((folder / "back").touch, lambda: (folder / "back").unlink(missing_ok=True)),
     }
