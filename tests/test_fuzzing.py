@@ -32,7 +32,18 @@ def works_or_says_why(call, *arguments, **options):
         message = str(error)
     # A sentence that names the file, the record in it or the option, and not the words of some library alone.
     assert len(message.split()) >= 5, message
-    named = ("probe", "sample", "max_text_tokens", "json", "uestion", "record", "mir_best", FILE_NAME, *options)
+    named = (
+        "probe",
+        "sample",
+        "max_text_tokens",
+        "json",
+        "question",
+        "Question",
+        "record",
+        "mir_best",
+        FILE_NAME,
+        *options,
+    )
     assert any(name in message for name in named), message
     return message
 
