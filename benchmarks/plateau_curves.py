@@ -6,7 +6,7 @@ A curve is a function of the part of the run done, in 0 to 1 and a little beyond
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,25 @@ def corner(rng: np.random.Generator) -> Curve:
     return lambda t: 3 + depth * np.maximum(1 - t / end, 0)
 
 
+def flat_start(rng: np.random.Generator) -> Curve:
+    """Level for up to 30 % of the run, as in a long warm-up of the learning rate, and only then falls."""
+    start, depth, tau = rng.uniform(0.05, 0.3), rng.uniform(0.5, 1.2), rng.uniform(0.04, 0.1)
+    return lambda t: 3 + depth * np.exp(-np.maximum(t - start, 0) / tau)
+
+
+def late_logistic(rng: np.random.Generator) -> Curve:
+    """As the logistic one, with its middle as late as 60 % of the run."""
+    depth, middle, width = rng.uniform(0.5, 1.2), rng.uniform(0.25, 0.6), rng.uniform(0.03, 0.06)
+    return lambda t: 3 + depth / (1 + np.exp((t - middle) / width))
+
+
+def shelf_after_rise(rng: np.random.Generator) -> Curve:
+    """A short rise, level until 10 to 20 % of the run, then falls below the start."""
+    up, rise, shelf = rng.uniform(0.2, 0.6), rng.uniform(0.005, 0.015), rng.uniform(0.1, 0.2)
+    depth, tau = rng.uniform(0.8, 1.4), rng.uniform(0.04, 0.1)
+    return lambda t: 3 - up * np.exp(-t / rise) + depth * (np.exp(-np.maximum(t - shelf, 0) / tau) - 1)
+
+
 def slow_exponential(rng: np.random.Generator) -> Curve:
     """Falls all through the run."""
     depth, tau = rng.uniform(0.8, 2.0), rng.uniform(0.35, 1.0)
@@ -122,6 +141,33 @@ def second_fall(rng: np.random.Generator, shelf: float) -> Curve:
     return lambda t: 3 + depth * np.exp(-t / tau) + drop * np.where(t > begin, np.exp(-(t - begin) / after), 1.0)
 
 
+def stepwise(rng: np.random.Generator, changes: Sequence[float], drop: tuple[float, float]) -> Curve:
+    """Falls and levels off, and falls again by about 0.1 after each of the changes (parts of the run).
+
+    ``drop`` is the range of how fast: a drop of the learning rate or a new epoch acts within a few percent of the run.
+    """
+    depth, tau = rng.uniform(0.5, 1.5), rng.uniform(0.03, 0.07)
+    falls = [(at, rng.uniform(0.07, 0.2), rng.uniform(*drop)) for at in changes]
+    return lambda t: (
+        3 + depth * np.exp(-t / tau) - sum(by * (1 - np.exp(-np.maximum(t - at, 0) / fast)) for at, by, fast in falls)
+    )
+
+
+def drops(rng: np.random.Generator) -> Curve:
+    """The learning rate drops after a third and after two thirds of the run."""
+    return stepwise(rng, (1 / 3, 2 / 3), (0.01, 0.03))
+
+
+def epochs(rng: np.random.Generator) -> Curve:
+    """Three epochs, with a step of MIR at the beginning of the second and the third."""
+    return stepwise(rng, (1 / 3, 2 / 3), (0.002, 0.02))
+
+
+def decay(rng: np.random.Generator) -> Curve:
+    """The learning rate is constant until 70 % of the run and then decays to zero (WSD)."""
+    return stepwise(rng, (0.7,), (0.03, 0.06))
+
+
 def level(rng: np.random.Generator) -> Curve:
     """Does not move at all."""
     return lambda t: np.full_like(t, 3.0)
@@ -134,12 +180,21 @@ SATURATING: dict[str, Family] = {
     "logistic": logistic,
     "rise, then fall": rise_and_fall,
     "corner": corner,
+    "flat start": flat_start,
+    "late logistic": late_logistic,
+    "rise, shelf, fall": shelf_after_rise,
 }
 FALLING: dict[str, Family] = {
     "slow exponential": slow_exponential,
     "data scale": data_scale,
     "straight": straight,
     "two epochs": two_epochs,
+}
+# With what the plan says of the changes: the parts of the run where they come, and the field of a record.
+PLANNED: dict[str, tuple[Family, tuple[float, ...], str]] = {
+    "drops of the learning rate": (drops, (1 / 3, 2 / 3), "next_drop"),
+    "three epochs": (epochs, (1 / 3, 2 / 3), "next_epoch"),
+    "decay at the end": (decay, (0.7,), "next_drop"),
 }
 
 

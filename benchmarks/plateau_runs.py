@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from plateau_curves import FALLING, SATURATING, Array, Curve, Family, noise, settled
+from plateau_curves import FALLING, PLANNED, SATURATING, Array, Curve, Family, noise, settled
 
 from mir_callback import PlateauRule
 from mir_callback.record import EvalRecord
@@ -23,26 +24,41 @@ LATEST = 1 - 0.05 - IN_TIME  # a true plateau that begins later leaves no time t
 
 @dataclass(frozen=True)
 class Setting:
-    """Evaluations in a run, and the noise on them."""
+    """Evaluations in a run, the noise on them, and when they are made.
+
+    ``memory`` is the noise's autocorrelation from one evaluation to the next, if there are 44: it belongs to the
+    training, so that denser evaluations have more of it.
+    """
 
     evaluations: int
     size: float
     memory: float = 0.0
+    schedule: str = "evenly"
 
     def __str__(self) -> str:
         """In words."""
         lasting = f", autocorrelation {self.memory}" if self.memory else ""
-        return f"{self.evaluations} evaluations, noise {self.size}{lasting}"
+        when = "" if self.schedule == "evenly" else f", {self.schedule}"
+        return f"{self.evaluations} evaluations, noise {self.size}{lasting}{when}"
+
+    def times(self, rng: np.random.Generator) -> Array:
+        """Parts of the run at which evaluations are made, the first at 0, the last at 1."""
+        even = np.arange(self.evaluations + 1) / self.evaluations
+        if self.schedule == "log-spaced":
+            return np.unique(np.round([0.0, *MAX_STEPS**even])) / MAX_STEPS
+        if self.schedule == "by a share of the time":
+            gaps = rng.uniform(0.5, 1.5, self.evaluations)
+            return np.concatenate([[0.0], np.cumsum(gaps) / gaps.sum()])
+        return even
+
+    def noise(self, rng: np.random.Generator, count: int) -> Array:
+        """(count,) noise of evaluations."""
+        memory = self.memory ** (44 / self.evaluations) if self.memory else 0.0
+        return noise(rng, count, self.size, memory)
 
 
-SETTINGS = (
-    Setting(44, 0.001),
-    Setting(44, 0.003),
-    Setting(44, 0.003, 0.5),
-    Setting(100, 0.004),
-    Setting(100, 0.003, 0.5),
-)
-STANDARD = SETTINGS[1]
+SETTINGS = tuple(Setting(evaluations, 0.003, memory) for memory in (0.0, 0.5) for evaluations in (44, 100, 400, 2000))
+STANDARD = SETTINGS[0]
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,9 @@ def records(t: Array, values: Array, max_steps: int = MAX_STEPS, **fields: Seque
 
 def stop_of(rule: PlateauRule, history: Sequence[EvalRecord]) -> float:
     """Part of the run at which the rule ends it; inf if it doesn't."""
-    for count in range(1, len(history) + 1):
-        if rule.verdict(history[:count]).stop:
-            return history[count - 1].step / (history[count - 1].max_steps or MAX_STEPS)
+    for record, verdict in zip(history, rule.replay(history), strict=True):
+        if verdict.stop:
+            return record.step / (record.max_steps or MAX_STEPS)
     return math.inf
 
 
@@ -99,12 +115,27 @@ def outcomes(
     rule: PlateauRule, family: Family, falls: bool, setting: Setting, runs: int, **spoil: float
 ) -> list[Outcome]:
     """Many runs of a family."""
-    t = np.arange(setting.evaluations + 1) / setting.evaluations
     found = []
     for curve, false_before, plateau, rng in draws(family, falls, runs, SEED):
-        values = curve(t) + noise(rng, len(t), setting.size, setting.memory)
+        t = setting.times(rng)
+        values = curve(t) + setting.noise(rng, len(t))
         values = spoiled(values, setting, rng, **spoil)
         found.append(Outcome(stop_of(rule, records(t, values)), false_before, plateau))
+    return found
+
+
+def planned_outcomes(rule: PlateauRule, name: str, setting: Setting, runs: int, is_known: bool = True) -> list[Outcome]:
+    """Runs that fall again where the plan has a change, with or without the plan in the records."""
+    family, changes, field = PLANNED[name]
+    found = []
+    for curve, false_before, plateau, rng in draws(family, False, runs, SEED):
+        t = setting.times(rng)
+        ahead = [
+            next((round(at * MAX_STEPS) for at in changes if round(at * MAX_STEPS) >= round(part * MAX_STEPS)), None)
+            for part in t
+        ]
+        history = records(t, curve(t) + setting.noise(rng, len(t)), **{field: ahead} if is_known else {})
+        found.append(Outcome(stop_of(rule, history), false_before, plateau))
     return found
 
 
@@ -122,12 +153,28 @@ def rate(hits: int, runs: int) -> str:
     return f"{100 * p:.1f} % ({100 * max(0, middle - half):.1f} to {100 * min(1, middle + half):.1f})"
 
 
-def pooled(rule: PlateauRule, setting: Setting, runs: int, **spoil: float) -> tuple[list[Outcome], list[Outcome]]:
-    """The outcomes of all saturating families, and of all falling ones."""
-    return (
-        [o for family in SATURATING.values() for o in outcomes(rule, family, False, setting, runs, **spoil)],
-        [o for family in FALLING.values() for o in outcomes(rule, family, True, setting, runs, **spoil)],
+def pooled(
+    rule: PlateauRule, setting: Setting, runs: int, spread: Callable[..., Iterable[list[Outcome]]] = map, **spoil: float
+) -> tuple[list[Outcome], list[Outcome]]:
+    """The outcomes of all saturating families, and of all falling ones; ``spread`` may be the map of a process pool."""
+    per = families(rule, setting, runs, spread, **spoil)
+    return [o for name in SATURATING for o in per[name]], [o for name in FALLING for o in per[name]]
+
+
+def families(
+    rule: PlateauRule, setting: Setting, runs: int, spread: Callable[..., Iterable[list[Outcome]]] = map, **spoil: float
+) -> dict[str, list[Outcome]]:
+    """The outcomes of each family."""
+    every = {**SATURATING, **FALLING}
+    falls = [name in FALLING for name in every]
+    work = functools.partial(outcomes, rule, setting=setting, runs=runs, **spoil)
+    return dict(
+        zip(every, spread(functools.partial(_with, work), list(zip(every.values(), falls, strict=True))), strict=True)
     )
+
+
+def _with(work: Callable[..., list[Outcome]], family_and_kind: tuple[Family, bool]) -> list[Outcome]:
+    return work(*family_and_kind)
 
 
 def summary(saturating: list[Outcome], falling: list[Outcome]) -> tuple[str, str, str]:

@@ -80,7 +80,8 @@ def main() -> None:
     trainer.remove_callback(PrinterCallback)
 
     probe = Probe.from_folders(images=start.images, texts=start.texts, num_samples=size.probe_samples, seed=0)
-    mir = MIRCallback(probe, every=size.every, stop=PlateauRule(min_delta=0.04), batch_size=50).attach(trainer)
+    rule = PlateauRule(min_delta=0.04, patience=2)  # steps of 16 samples: MIR is noisier than the rule likes
+    mir = MIRCallback(probe, every=size.every, stop=rule, batch_size=50).attach(trainer)
     trainer.train()
     trainer.save_model()
     trainer.save_state()

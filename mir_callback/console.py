@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
 from mir_callback.early_stopping import Verdict
+from mir_callback.lr_schedule import epoch_starts
 from mir_callback.record import EvalRecord
 from mir_callback.schedule import TimeShare
 
@@ -101,18 +102,26 @@ def start_notes(
         )
     if not config.may_stop:
         return notes
-    planned, needed = config.planned_steps(total_steps, total_epochs), getattr(config.stop, "min_evaluations", None)
-    is_counted = planned is not None and not {"evaluate", "save"} & set(config.also_on)
-    if planned is not None and is_counted and isinstance(needed, int) and len(planned) < needed:
-        notes.append(
-            f"the stop rule can't stop this run: {len(planned)} evaluations are planned and it needs {needed}; "
-            "evaluate more often (every=), or lower its warmup and window"
+    stop, planned = config.stop, config.planned_steps(total_steps, total_epochs)
+    ahead = [*drops, *epoch_starts(total_steps, total_epochs)]
+    waits = bool(getattr(stop, "wait_for_schedule", False))
+    if ahead:
+        drop = ", ".join(map(str, drops[:3])) + " and later" * (len(drops) > 3)
+        why = f"the learning rate will drop at step {drop}" if drops else f"the run has {total_epochs:.4g} epochs"
+        then = (
+            f"waits for step {max(ahead)}; wait_for_schedule=False ends it before" if waits else "does not wait for it"
         )
-    if drops:
-        at = ", ".join(map(str, drops[:3])) + " and later" * (len(drops) > 3)
+        notes.append(f"{why}: MIR may fall again there, and the stop rule {then}")
+    is_counted = planned is not None and not {"evaluate", "save"} & set(config.also_on)
+    if planned is None or not is_counted:
+        return notes
+    needed, window = getattr(stop, "min_evaluations", 0), getattr(stop, "window", 0)
+    late = [step for step in planned if step > max(ahead)] if ahead and waits else planned
+    if len(planned) < needed or len(late) < window:
+        after = f" after step {max(ahead)}" if len(planned) >= needed else ""
         notes.append(
-            f"the learning rate will drop at step {at}: MIR may fall again there, and the stop rule does not wait for "
-            "it; if that matters use patience_steps or observe_only"
+            f"the stop rule can't stop this run: {len(late) if after else len(planned)} evaluations are planned{after} "
+            f"and it needs {window if after else needed}; evaluate more often (every=), or lower its warmup and window"
         )
     return notes
 

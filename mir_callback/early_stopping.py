@@ -9,10 +9,10 @@ is wrong: docs/stopping.md.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,18 @@ from numpy.typing import NDArray
 
 from mir_callback.errors import ConfigError
 from mir_callback.record import EvalRecord, as_records
+from mir_callback.trend import (
+    Array,
+    Cells,
+    level_above_best,
+    median,
+    paired_error,
+    residual_scatter,
+    scatter,
+    spread,
+    theil_sen_slope,
+    window_for,
+)
 
 VerdictKind = Literal["going on", "plateau", "rising", "too noisy", "no data"]
 
@@ -59,108 +71,17 @@ class Verdict:
         return self.kind == "plateau"
 
 
-Array = NDArray[np.float64]
-
-# Median of the square of a standard normal variable, and standard deviation over median absolute deviation.
-_MEDIAN_SQUARE = 0.4549364
-_PER_MAD = 1.4826
-
-
-def theil_sen_slope(x: Array, y: Array) -> float:
-    """The Theil-Sen estimate: the median of the slopes through every two points.
-
-    Least squares gives most weight to the ends of the window, where a bend of the curve or one outlier does the most
-    harm; this estimate tolerates up to 29 % of outliers.
-    """
-    later, earlier = _pairs(len(x))
-    return float(np.median((y[later] - y[earlier]) / (x[later] - x[earlier])))
-
-
-def scatter(x: Array, y: Array) -> float:
-    """Standard deviation of independent noise around a smooth curve, whatever the curve.
-
-    Each point is compared with the line through its two neighbours; the median of the squares ignores a few outliers
-    and a steep stretch. 0 for fewer than 3 points.
-    """
-    if len(x) < 3:
-        return 0.0
-    part = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
-    beside = y[1:-1] - (1 - part) * y[:-2] - part * y[2:]
-    return math.sqrt(float(np.median(beside**2 / (1 + part**2 + (1 - part) ** 2))) / _MEDIAN_SQUARE)
-
-
-def autocorrelated_scatter(x: Array, y: Array, block: int) -> float:
-    """As :func:`scatter`, for noise that is autocorrelated over up to ``block`` points.
-
-    It is the largest scatter of the means of 1 to ``block`` neighbours, scaled to a single point.
-    """
-    found = [scatter(x, y)]
-    for size in range(2, block + 1):
-        count = len(x) // size
-        means = [values[len(x) - count * size :].reshape(count, size).mean(axis=1) for values in (x, y)]
-        found.append(math.sqrt(size) * scatter(*means))
-    return max(found)
-
-
-def residual_scatter(x: Array, y: Array, slope: float) -> float:
-    """Robust standard deviation of 3 points or more around a line with this slope; sees autocorrelated noise too."""
-    beside = y - slope * x
-    beside = beside - np.median(beside)
-    return _PER_MAD * float(np.median(np.abs(beside))) * math.sqrt(len(x) / (len(x) - 2))
-
-
-def spread(x: Array) -> float:
-    """Square root of the sum of squares about the mean; noise divided by it is the standard error of a slope."""
-    return float(np.linalg.norm(x - x.mean()))
-
-
-def window_for(x: Array, noise: float, error: float, least: int, most: int) -> int:
-    """How many of the last points a line needs for its slope to have a standard error of at most ``error``.
-
-    At least ``least``; if no number is enough, ``most`` or all there are. ``noise`` is the standard deviation of a
-    point.
-    """
-    most = min(most, len(x))
-    back = x[::-1][:most] - x[-1]
-    count = np.arange(1, most + 1)
-    squares = np.cumsum(back**2) - np.cumsum(back) ** 2 / count
-    enough = np.flatnonzero(noise**2 <= squares * error**2) + 1
-    enough = enough[enough >= least]
-    return int(enough[0]) if len(enough) else most
-
-
-def paired_error(x: Array, influences: Array) -> float:
-    """Standard error of a slope from the choice of the probe's samples, by their influences on every value.
-
-    The samples are the same in every evaluation, so what they share cancels in a slope, and the error of a single value
-    (`mir_se`) would be far too large. ``influences`` is (N evaluations, S samples).
-    """
-    weights = (x - x.mean()) / spread(x) ** 2
-    of_slope = weights @ influences  # (S,)
-    return float(of_slope.std(ddof=1)) / math.sqrt(influences.shape[1])
-
-
-def level_above_best(y: Array, window: int) -> float:
-    """How far the mean of the last ``window`` points lies above the lowest mean of half as many in a row."""
-    half = window // 2
-    sums = np.cumsum(np.concatenate([[0.0], y]))
-    return float(y[-window:].mean() - ((sums[half:] - sums[:-half]) / half).min())
-
-
-def _pairs(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    later, earlier = np.tril_indices(count, -1)
-    return later, earlier
-
-
 Records = Sequence[EvalRecord]
+_NONE: Array = np.empty(0)
 
 # No two logarithms of floating-point numbers lie farther apart.
 _LARGEST_DELTA = 1000
 # Standard errors around the gain. The rule is applied at every evaluation: this is not a single test's quantile.
-_STANDARD_ERRORS = 1.75
+_STANDARD_ERRORS = 1.5
 # The window grows until the uncertainty is this share of min_delta; a run that has levelled off then shows it.
 _SHARE = 0.6
 _GROWTH = 3  # windows at most
+_CELLS = 8  # parts of what a window looks back on, in which evaluations are put together
 _LOOK_BACK = 1.5  # how far a window looks back at least, in horizons: no farther ahead than it has seen
 # A confident rise by less than this share of min_delta counts as flat, or an exactly settled run could never stop.
 _NEGLIGIBLE_RISE = 0.5
@@ -168,13 +89,15 @@ _NEGLIGIBLE_RISE = 0.5
 _MEMORY_WINDOWS = 3
 # Noise is taken from this many windows: from fewer points it is uncertain itself, earlier ones lie in a steeper fall.
 _NOISE_WINDOWS = 2
-# Noise of dense evaluations is autocorrelated: means of neighbours show it, as long as a window holds so many of them.
-_BLOCKS = 5
 # A line through this many windows is fitted too. If it falls by min_delta or more, the longer fit decides, unless the
 # two differ by more than so many standard errors: autocorrelated noise can make a few evaluations look level, with an
 # error up to three times too small, and only a larger difference shows that the curve has bent.
 _CHECKED_WINDOWS = 2
-_BEND = 4.5
+_BEND, _BEND_IN_NOISE = 3.0, 15.0
+# Parts of a stage before which it is not ended: one whose MIR has fallen since its peak, and one whose MIR has not and
+# may still be about to. Without the planned length the second is counted in windows.
+_EARLIEST, _EARLIEST_UNFALLEN, _UNFALLEN_WINDOWS = 0.25, 0.6, 2
+_PEAK_NOISE = 2.0  # how far noise alone lifts the highest median of three values in a run, in standard deviations
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -204,7 +127,7 @@ class PlateauRule:
         ('plateau', True)
     """
 
-    window: int = _option(7, "fewest evaluations the line is fitted to, at least 4")
+    window: int = _option(5, "fewest evaluations the line is fitted to, at least 4")
     min_delta: float = _option(0.02, "fall of MIR within the horizon that is still worth going on for, at most 1000")
     warmup: int = _option(5, "evaluations at the start of a stage that no line is fitted to, step 0 included")
     horizon: float | None = _option(
@@ -213,6 +136,9 @@ class PlateauRule:
     patience: int = _option(1, "evaluations in a row that must find the plateau")
     patience_steps: int = _option(0, "steps over which evaluations must have found the plateau")
     log_steps: bool = _option(False, "fit against the logarithm of the step, if MIR falls with every doubling")
+    wait_for_schedule: bool = _option(
+        True, "do not stop while a drop of the learning rate or another epoch lies ahead, as far as that is known"
+    )
     observe_only: bool = _option(False, "say what it would do, and never stop")
 
     def __post_init__(self) -> None:
@@ -233,7 +159,7 @@ class PlateauRule:
                 f"horizon={horizon!r}: give a part of the run below 1, such as 0.1, a whole number of steps, or None "
                 "for the window's length"
             )
-        for name in ("log_steps", "observe_only"):
+        for name in ("log_steps", "wait_for_schedule", "observe_only"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
 
@@ -248,31 +174,44 @@ class PlateauRule:
 
         Args:
             records: of the run, oldest first, or mappings with `step` and `mir` (None or NaN: a failed evaluation);
-                used if known: `max_steps`, `stage`, `influences` with `probe_fingerprint`.
+                used if known: `max_steps`, `stage`, `next_drop`, `next_epoch`, `influences` with `probe_fingerprint`.
 
         Returns:
             The verdict; the same for the same history.
 
         Ranks: pure. In a run rank 0 decides and the others follow.
         """
-        stage = _last_stage(as_records(records))
-        found = self._look(stage)
+        history = _History(as_records(records), self)
+        return self._judge(history, len(history.records))
+
+    def replay(self, records: Iterable[EvalRecord | Mapping[str, Any]]) -> Iterator[Verdict]:
+        """The verdict after each evaluation of a history, as :meth:`verdict` gave it in the run; in linear time.
+
+        Ranks: pure.
+        """
+        history = _History(as_records(records), self)
+        for count in range(1, len(history.records) + 1):
+            yield self._judge(history, count)
+
+    def _judge(self, history: _History, count: int) -> Verdict:
+        """The verdict on the first ``count`` records."""
+        found = self._look(history, count)
         if found.kind != "plateau":
             return found
-        patience = self._missing_patience(stage)
+        patience = self._missing_patience(history, count)
         if patience:
             reason = f"{found.reason}; found so far by {patience}, as patience asks"
             return replace(found, kind="going on", reason=reason, summary=f"plateau ({patience})")
         return replace(found, observed=self.observe_only)
 
-    def _missing_patience(self, stage: Records) -> str | None:
-        """How far patience has come in a stage whose latest evaluation found the plateau; None if it is satisfied."""
-        last, flat = stage[-1].step, 1
+    def _missing_patience(self, history: _History, count: int) -> str | None:
+        """How far patience has come where the latest evaluation found the plateau; None if it is satisfied."""
+        last, flat = history.records[count - 1].step, 1
         since = last
-        while flat < len(stage) and (flat < self.patience or last - since < self.patience_steps):
-            if self._look(stage[:-flat]).kind != "plateau":
+        while flat < self.patience or last - since < self.patience_steps:
+            if self._look(history, count - flat).kind != "plateau":
                 break
-            since = stage[-flat - 1].step
+            since = history.records[count - flat - 1].step
             flat += 1
         if flat < self.patience:
             return f"{flat} of {self.patience} evaluations"
@@ -280,112 +219,253 @@ class PlateauRule:
             return f"{last - since} of {self.patience_steps} steps"
         return None
 
-    def _look(self, stage: Records) -> Verdict:
-        """What the evaluations of a stage say, without patience."""
-        points = [record for record in stage[self.warmup :] if record.mir is not None]
-        if stage and stage[-1].mir is None:
+    def _look(self, history: _History, count: int) -> Verdict:
+        """What the first ``count`` records say, without patience."""
+        if count not in history.looks:
+            history.looks[count] = self._examine(history, count)
+        return history.looks[count]
+
+    def _examine(self, history: _History, count: int) -> Verdict:
+        part = history.parts[count - 1] if count else _Part(0, self.warmup)
+        if count and history.records[count - 1].mir is None:
             return Verdict("no data", "the latest evaluation gave no finite MIR")
-        if len(points) < self.window:
-            have = f"{len(points)} of {self.window}"
-            return Verdict(
-                "no data",
-                f"{have} evaluations in the window, after {self.warmup} of warm-up",
-                summary=f"waiting ({have})",
-            )
-        if any(later.step <= earlier.step for earlier, later in pairwise(points)):
+        begin, end = int(history.finite[min(part.fit, count)]), int(history.finite[count])
+        since = f"since {part.since}" if part.since else f"after {self.warmup} of warm-up"
+        if end - begin < self.window:
+            have = f"{end - begin} of {self.window}"
+            return Verdict("no data", f"{have} evaluations in the window, {since}", summary=f"waiting ({have})")
+        if history.disorder[end - 1] > history.disorder[begin]:
             return Verdict("no data", "the steps in the window do not increase; the history is damaged")
-        last = float(points[-1].step)
-        horizon, words = self._horizon(points)
-        back = _LOOK_BACK * horizon if self.horizon is not None else horizon
-        if last - points[0].step < horizon:
-            span = last - points[0].step
+        steps, record = history.steps[begin:end], history.records[count - 1]
+        horizon, words, is_counted = self._horizon(record.max_steps, steps)
+        span = float(steps[-1] - steps[0])
+        if span < horizon:
+            since = since if part.since else "after the warm-up"
             return Verdict(
                 "no data",
-                f"evaluations after the warm-up span {span:.0f} steps, less than {words}",
+                f"evaluations {since} span {span:.0f} steps, less than {words}",
                 summary=f"waiting ({span:.0f} of {horizon:.0f} steps)",
             )
-        least = max(self.window, sum(record.step >= last - back for record in points))
-        points = points[-_GROWTH * least :]
-        steps = np.array([record.step for record in points], dtype=np.float64)
-        x, ahead = steps, horizon
+        back = horizon if is_counted else _LOOK_BACK * horizon
+        cells = history.cells(0.0 if is_counted else back / _CELLS)
+        end = cells.settled(end)
+        key = (part, end, horizon)
+        if key not in history.trends:
+            history.trends[key] = self._trend(history, part, begin, end, cells, horizon, words, back)
+        found, has_fallen = history.trends[key]
+        early = self._too_early(history, count, has_fallen) if found.kind == "plateau" else None
+        if early is None:
+            return found
+        return replace(found, kind="going on", reason=f"{found.reason}; {early[0]}", summary=early[1])
+
+    def _trend(
+        self,
+        history: _History,
+        part: _Part,
+        begin: int,
+        end: int,
+        cells: Cells,
+        horizon: float,
+        words: str,
+        back: float,
+    ) -> tuple[Verdict, bool]:
+        """The verdict of the line through evaluations up to ``end``, and whether MIR has fallen since its peak."""
+        x, y = cells.until(begin, end) if end > begin else (_NONE, _NONE)
+        if len(x) < self.window:
+            have = f"{len(x)} of {self.window}"
+            return Verdict("no data", f"{have} values in the window", summary=f"waiting ({have})"), False
+        least = max(self.window, int(np.count_nonzero(x >= x[-1] - back)))
+        x, y = x[-_GROWTH * least :], y[-_GROWTH * least :]
+        last, ahead = float(history.steps[end - 1]), horizon
+        fit = _Fit(np.log1p(x) if self.log_steps else x, y, functools.partial(history.influences, cells, end))
         if self.log_steps:
-            x, ahead = np.log1p(steps), math.log1p(last + horizon) - math.log1p(last)
-        gain, error, count = self._gain(points, x, ahead, least)
+            ahead = math.log1p(last + horizon) - math.log1p(last)
+        most = max(least, int(np.count_nonzero(x >= x[-1] - _CHECKED_WINDOWS * back)))
+        gain, error, size, noise = self._gain(fit, ahead, least, most)
+        first = history.steps[cells.first[cells.of[end - 1] + 1 - size]]
         estimate = (
             f"in the next {words} MIR would {'fall' if gain >= 0 else 'rise'} by {abs(gain):.4f} (standard error "
-            f"{error:.4f}), from {count} evaluations, steps {steps[-count]:.0f} to {last:.0f}"
+            f"{error:.4f}), from {size} values, steps {first:.0f} to {last:.0f}"
         )
-        kind, more, summary = self._weigh(gain, error, [r.mir for r in stage if r.mir is not None], count)
-        return Verdict(kind, f"{estimate}; {more}" if more else estimate, gain, error, summary=summary)
+        kind, more, summary = self._weigh(gain, error)
+        fallen = history.peak(cells, end) - median(y[-size:])
+        if kind == "plateau":
+            _, seen = cells.until(begin if part.since else int(history.finite[part.start]), end)
+            above = level_above_best(seen[-_MEMORY_WINDOWS * size :], size)
+            if above > self.min_delta:
+                more, summary = f"level, but {above:.4f} above its recent lowest level", "level above its low"
+                kind = "going on"
+        reason = f"{estimate}; {more}" if more else estimate
+        verdict = Verdict(kind, reason, gain, error, summary=summary)
+        return verdict, fallen > self.min_delta + _PEAK_NOISE * noise
 
-    def _horizon(self, points: Records) -> tuple[float, str]:
-        """Length of the horizon in steps, and in words."""
-        planned = points[-1].max_steps
+    def _too_early(self, history: _History, count: int, has_fallen: bool) -> tuple[str, str] | None:
+        """Why a plateau does not end the run yet, and in a word or three; None if it does."""
+        record, start = history.records[count - 1], history.parts[count - 1].start
+        if self.wait_for_schedule:
+            for ahead, what in (
+                (record.next_drop, "the learning rate will drop"),
+                (record.next_epoch, "an epoch begins"),
+            ):
+                if ahead is not None and ahead >= record.step:
+                    return f"but {what} at step {ahead}", f"level, waits for step {ahead}"
+        if self.horizon is None:
+            return None
+        why = "" if has_fallen else "MIR has not begun to fall and "
+        if record.max_steps is None:
+            done = int(history.finite[count] - history.finite[start])
+            needed = self.warmup + _UNFALLEN_WINDOWS * self.window
+            enough = has_fallen or done >= needed
+            return None if enough else (f"but {why}there are {done} of {needed} evaluations", "level, not fallen yet")
+        begin = history.records[start].step
+        earliest = math.ceil(begin + (_EARLIEST if has_fallen else _EARLIEST_UNFALLEN) * (record.max_steps - begin))
+        if record.step >= earliest:
+            return None
+        return f"but {why}step {earliest} is not reached", f"level, waits for step {earliest}"
+
+    def _horizon(self, planned: float | None, steps: Array) -> tuple[float, str, bool]:
+        """Length of the horizon in steps, in words, and whether it is counted in evaluations."""
         if self.horizon is not None and self.horizon >= 1:
-            return float(self.horizon), f"{self.horizon:.0f} steps"
+            return float(self.horizon), f"{self.horizon:.0f} steps", False
         if self.horizon is not None and planned is not None and _is_positive(planned):
-            return self.horizon * planned, f"{self.horizon * planned:.0f} steps ({self.horizon:.0%} of the run)"
-        length = float(points[-1].step - points[-self.window].step)
-        return length, f"{length:.0f} steps"
+            return self.horizon * planned, f"{self.horizon * planned:.0f} steps ({self.horizon:.0%} of the run)", False
+        length = float(steps[-1] - steps[-self.window])
+        return length, f"{length:.0f} steps", True
 
-    def _gain(self, points: Records, x: Array, ahead: float, least: int) -> tuple[float, float, int]:
-        """Expected fall over the horizon, its standard error, and how many evaluations it comes from."""
-        values = np.array([record.mir for record in points], dtype=np.float64)
+    def _gain(self, fit: _Fit, ahead: float, least: int, checked: int) -> tuple[float, float, int, float]:
+        """Expected fall over the horizon, its standard error, how many values it comes from, and their noise."""
         recent = slice(-_NOISE_WINDOWS * least, None)
-        noise = autocorrelated_scatter(x[recent], values[recent], max(1, least // _BLOCKS))
+        noise = scatter(fit.x[recent], fit.y[recent])
         wanted = _SHARE * self.min_delta / (_STANDARD_ERRORS * ahead)
-        count = window_for(x, noise, wanted, least, len(x))
-        near = _line(points[-count:], x[-count:], noise, ahead)
-        longer = min(max(count, _CHECKED_WINDOWS * least), len(x))
-        far = _line(points[-longer:], x[-longer:], noise, ahead)
-        if abs(far[0]) >= self.min_delta and abs(far[0] - near[0]) <= _BEND * near[1]:
-            return *far, longer
-        return *near, count
+        count = window_for(fit.x, noise, wanted, least, len(fit.x))
+        near = fit.line(count, noise, ahead)
+        longer = min(max(count, checked), len(fit.x))
+        far = fit.line(longer, noise, ahead)
+        clear = max(_BEND, _BEND_IN_NOISE * near[1] / self.min_delta) * near[1]
+        if abs(far[0]) >= self.min_delta and abs(far[0] - near[0]) <= clear:
+            return *far, longer, noise
+        return *near, count, noise
 
-    def _weigh(self, gain: float, error: float, values: Sequence[float], count: int) -> tuple[Any, str, str]:
+    def _weigh(self, gain: float, error: float) -> tuple[VerdictKind, str, str]:
         """The kind of verdict, what decided it, and a summary in a word or three."""
         margin = _STANDARD_ERRORS * error
         if gain + margin < 0 and gain < -_NEGLIGIBLE_RISE * self.min_delta:
             return "rising", "", "rising"
-        if abs(gain) + margin >= self.min_delta:
-            if margin >= self.min_delta and abs(gain) <= margin:
-                remedy = "evaluate more often, use more samples or a larger min_delta"
-                return "too noisy", f"too uncertain to compare with min_delta={self.min_delta}: {remedy}", "too noisy"
-            reason = f"not confidently below min_delta={self.min_delta}"
-            return "going on", reason, "falling" if gain > 0 else "not level yet"
-        above = level_above_best(np.array(values[-_MEMORY_WINDOWS * count :], dtype=np.float64), count)
-        if above > self.min_delta:
-            return "going on", f"level, but {above:.4f} above its recent lowest level", "level above its low"
-        return "plateau", f"confidently below min_delta={self.min_delta}", "plateau"
+        if abs(gain) + margin < self.min_delta:
+            return "plateau", f"confidently below min_delta={self.min_delta}", "plateau"
+        if margin >= self.min_delta and abs(gain) <= margin:
+            remedy = "evaluate more often, use more samples or a larger min_delta"
+            return "too noisy", f"too uncertain to compare with min_delta={self.min_delta}: {remedy}", "too noisy"
+        reason = f"not confidently below min_delta={self.min_delta}"
+        return "going on", reason, "falling" if gain > 0 else "not level yet"
 
 
-def _last_stage(history: Records) -> Records:
-    """The records since `stage` last changed; one without it belongs to the stage before."""
-    start, current = 0, None
-    for number, record in enumerate(history):
-        marker = record.stage
-        if marker is not None and current is not None and marker != current:
-            start = number
-        current = current if marker is None else marker
-    return history[start:]
+@dataclass(frozen=True)
+class _Part:
+    """Where a record stands: the first record of its stage, the first that a line is fitted to, and why from there."""
+
+    start: int
+    fit: int
+    since: str = ""
 
 
-def _line(points: Records, x: Array, noise: float, ahead: float) -> tuple[float, float]:
-    """Expected fall along the line through these points, and its standard error; ``noise`` is a lower bound."""
-    values = np.array([record.mir for record in points], dtype=np.float64)
-    slope = theil_sen_slope(x, values)
-    noise = max(noise, residual_scatter(x, values, slope))
-    influences = _influences(points)
-    sampling = paired_error(x, influences) if influences is not None else 0.0
-    return -slope * ahead, math.hypot(noise / spread(x), sampling) * ahead
+class _History:
+    """The records of a run as arrays, made once for the verdicts on all of its beginnings."""
+
+    def __init__(self, records: Records, rule: PlateauRule) -> None:
+        self.records = records
+        self.looks: dict[int, Verdict] = {}
+        self.trends: dict[tuple[_Part, int, float], tuple[Verdict, bool]] = {}
+        self._cells: dict[float, Cells] = {}
+        self._peaks: dict[float, Array] = {}
+        self._rows: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.parts, cuts = _parts(records, rule)
+        is_finite = np.array([record.mir is not None for record in records], dtype=bool)
+        self.finite = np.concatenate([[0], np.cumsum(is_finite)])  # evaluations with a value before each record
+        self._measured = [record for record in records if record.mir is not None]
+        self.steps = np.array([record.step for record in self._measured], dtype=np.float64)
+        self._values = np.array([record.mir for record in self._measured], dtype=np.float64)
+        self.disorder = np.concatenate([[0], np.cumsum(np.diff(self.steps) <= 0)])
+        self._segment = np.searchsorted(cuts, np.flatnonzero(is_finite), side="right")
+        self._stage = np.array([part.start for part in self.parts], dtype=np.intp)[is_finite]
+
+    def cells(self, width: float) -> Cells:
+        """The evaluations put together in parts of so many steps."""
+        if width not in self._cells:
+            self._cells[width] = Cells(self.steps, self._values, self._segment, width)
+        return self._cells[width]
+
+    def peak(self, cells: Cells, end: int) -> float:
+        """The highest median of three neighbouring cells of a stage, the one that evaluation ``end`` ends left out."""
+        if id(cells) not in self._peaks:
+            stage, peaks = self._stage[cells.first[:-1]], np.full(len(cells.y), -math.inf)
+            for last in range(2, len(peaks)):
+                if stage[last] == stage[last - 2]:
+                    peaks[last] = max(peaks[last - 1], sorted(cells.y[last - 2 : last + 1])[1])
+            self._peaks[id(cells)] = peaks
+        return float(self._peaks[id(cells)][cells.of[end - 1] - 1])
+
+    def influences(self, cells: Cells, end: int, count: int) -> Array | None:
+        """(count, S) of the last cells before an evaluation, if every evaluation has them, of the same samples."""
+        last = cells.of[end - 1]
+        rows = [self._row(cells, number, end) for number in range(last + 1 - count, last + 1)]
+        if len({samples for samples, _ in rows}) > 1 or rows[0][0] is None:
+            return None
+        return np.array([row for _, row in rows])
+
+    def _row(self, cells: Cells, number: int, end: int) -> tuple[Any, Any]:
+        """Which samples the influences in a cell are of, and their mean; None if any are missing or differ."""
+        inside = int(cells.first[number]), min(int(cells.first[number + 1]), end)
+        if inside not in self._rows:
+            records = self._measured[slice(*inside)]
+            kinds = {(each.probe_fingerprint, len(each.influences or ())) for each in records}
+            is_whole = len(kinds) == 1 and all(count > 1 for _, count in kinds)
+            mean = np.mean([np.asarray(each.influences) for each in records], axis=0) if is_whole else None
+            self._rows[inside] = (kinds.pop() if is_whole else None, mean)
+        return self._rows[inside]
 
 
-def _influences(points: Records) -> Array | None:
-    """(N, S), if every record has them, of the same samples."""
-    rows = [record.influences for record in points if record.influences is not None and len(record.influences) > 1]
-    if len(rows) < len(points) or len({(each.probe_fingerprint, len(each.influences or ())) for each in points}) > 1:
-        return None
-    return np.array(rows, dtype=np.float64)
+@dataclass(frozen=True)
+class _Fit:
+    """What lines are fitted to."""
+
+    x: Array
+    y: Array
+    influences: Callable[[int], Array | None]  # of the last so many values, see `_History.influences`
+
+    def line(self, count: int, noise: float, ahead: float) -> tuple[float, float]:
+        """Expected fall along the line through the last values, and its standard error; ``noise`` is a lower bound."""
+        x, y, influences = self.x[-count:], self.y[-count:], self.influences(count)
+        slope = theil_sen_slope(x, y)
+        noise = max(noise, residual_scatter(x, y, slope))
+        sampling = paired_error(x, influences) if influences is not None else 0.0
+        return -slope * ahead, math.hypot(noise / spread(x), sampling) * ahead
+
+
+def _parts(records: Records, rule: PlateauRule) -> tuple[list[_Part], NDArray[np.intp]]:
+    """For each record where it stands, and the records that evaluations before them are never put together with.
+
+    A stage begins where `stage` changes; a record without it belongs to the stage before.
+    """
+    part, marker, parts, cuts = _Part(0, rule.warmup), None, list[_Part](), {rule.warmup}
+    for number, record in enumerate(records):
+        if None not in (marker, record.stage) and marker != record.stage:
+            part = _Part(number, number + rule.warmup)
+        elif number and rule.wait_for_schedule and (since := _passed(records[number - 1], record.step)):
+            part = _Part(part.start, max(part.fit, number), since)
+        marker = marker if record.stage is None else record.stage
+        parts.append(part)
+        cuts |= {part.start, part.fit}
+    return parts, np.array(sorted(cuts), dtype=np.intp)
+
+
+def _passed(record: EvalRecord, step: int) -> str:
+    """The change in the plan that lies between a record and a later step; empty if there is none."""
+    if record.next_drop is not None and record.next_drop < step:
+        return f"the learning rate dropped at step {record.next_drop}"
+    if record.next_epoch is not None and record.next_epoch < step:
+        return f"an epoch began at step {record.next_epoch}"
+    return ""
 
 
 def _is_positive(value: Any) -> bool:

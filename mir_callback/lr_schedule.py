@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At which steps will the learning rate drop? MIR that is level before a drop may fall again after it."""
+"""What lies ahead in a run: drops of the learning rate, further epochs. MIR that is level may fall again after them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,6 +15,8 @@ _FEWEST_STEPS = 100  # of a run in which level and drop can be told apart
 _POINTS = 2000  # at which a schedule is looked at, however long the run
 _FLAT, _WITHIN = 0.05, 0.1  # parts of the run: level before a drop, and how long a drop may take
 _LEVEL_CHANGE, _DROP = 0.01, 0.3  # relative changes of the learning rate
+_MANY_EPOCHS = 10
+_PART_OF_EPOCH = 0.1  # a shorter one at the end is not worth waiting for
 
 
 def learning_rate_of(scheduler: Any) -> Callable[[int], float] | None:
@@ -50,7 +52,7 @@ def learning_rate_of(scheduler: Any) -> Callable[[int], float] | None:
     return closed_form
 
 
-def find_drops(learning_rate: Callable[[int], float], total_steps: int, start_step: int = 0) -> list[int]:
+def find_drops(learning_rate: Callable[[int], float], total_steps: int) -> list[int]:
     """The steps at which a learning rate that was level begins to fall by 30 % or more within a tenth of the run.
 
     A decay that is smooth over the run (linear, cosine) has none.
@@ -78,4 +80,34 @@ def find_drops(learning_rate: Callable[[int], float], total_steps: int, start_st
             # The grid may skip steps: the first of those between its points that is lower.
             between = range(steps[index - 1] + 1, steps[index] + 1)
             drops.append(next(step for step in between if learning_rate(step) < rates[index - 1]))
-    return [step for step in drops if step > start_step]
+    return drops
+
+
+def next_drop(drops: Sequence[int], step: int) -> int | None:
+    """The next drop of the learning rate after ``step`` optimizer steps; a drop at ``step`` is still to come."""
+    return min((drop for drop in drops if drop >= step), default=None)
+
+
+def epoch_starts(total_steps: int | None, total_epochs: float | None) -> list[int]:
+    """The steps that :func:`next_epoch` gives."""
+    found: list[int] = []
+    while (start := next_epoch(total_steps, total_epochs, found[-1] + 1 if found else 0)) is not None:
+        found.append(start)
+    return found
+
+
+def next_epoch(total_steps: int | None, total_epochs: float | None, step: int) -> int | None:
+    """The step after which the next epoch begins; None in the last one, or if the plan is unknown.
+
+    From ten epochs on it is None as well: a tenth of the run, as far as a stop rule looks, then holds whole epochs.
+
+    Example:
+        >>> [next_epoch(900, 3, step) for step in (0, 300, 301, 600, 601)]
+        [300, 300, 600, 600, None]
+    """
+    if not total_steps or not total_epochs or total_epochs >= _MANY_EPOCHS:
+        return None
+    length = total_steps / total_epochs
+    number = max(1, int(step / length))
+    number += round(number * length) < step
+    return round(number * length) if number <= total_epochs - _PART_OF_EPOCH else None

@@ -29,7 +29,7 @@ from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, History
 from mir_callback.loggers import Loggers
-from mir_callback.lr_schedule import find_drops, learning_rate_of
+from mir_callback.lr_schedule import find_drops, learning_rate_of, next_drop, next_epoch
 from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
@@ -82,10 +82,10 @@ class MIRMonitor:
         processor: the model's processor (image processor and tokenizer); not needed with an adapter.
         adapter: for models that no registered adapter knows, see `mir_callback.probe.adapters`.
         optimizer: of the run; ZeRO-3 with a bare model and schedule-free optimizers need it.
-        lr_scheduler: of the run, stepped once an optimizer step; a drop that it plans is reported at the start.
+        lr_scheduler: of the run, stepped once an optimizer step; the stop rule waits for a drop that it plans.
         output_dir: where history, probe and best weights go; a folder of its own for each run.
         total_steps: planned optimizer steps; a stop rule looks ahead by a fraction of them.
-        total_epochs: planned epochs, for ``every=EveryEpochs(...)`` in a dry run.
+        total_epochs: planned epochs; the stop rule waits for the last one.
         start_step: 0, or the step of the checkpoint that training resumes from: the history is then continued.
         start_status: keyword arguments that :meth:`step` would get there (epoch, loss, samples_seen, ...).
         log: where values go besides an active wandb run: a function of (values, step), an object with `add_scalar`
@@ -162,7 +162,8 @@ class MIRMonitor:
                 saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
                 adapter = find_adapter(model, processor, adapter=adapter, prompt=self.config.prompt)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
-            drops = self._planned_drops(lr_scheduler, start_step)
+            self._total_epochs, self._drops = total_epochs, self._planned_drops(lr_scheduler)
+            drops = [step for step in self._drops if step >= start_step]
             for note in start_notes(self.config, len(probe.samples), total_steps, total_epochs, drops):
                 _log.info("NOTE: %s", note)
             if self.config.dry_run:
@@ -310,15 +311,22 @@ class MIRMonitor:
             _log.info(line)
         raise DryRunDone
 
-    def _planned_drops(self, lr_scheduler: Any, start_step: int) -> list[int]:
-        if lr_scheduler is None or not self.config.may_stop or not self._total_steps:
+    def _planned_drops(self, lr_scheduler: Any) -> list[int]:
+        """Steps at which the learning rate will drop; a warning if a stop rule should know them and can't."""
+        if lr_scheduler is None or not self._total_steps:
             return []
+        why = "it is not one of torch's or transformers' with a known course"
         try:
-            learning_rate = learning_rate_of(lr_scheduler)
-            return [] if learning_rate is None else find_drops(learning_rate, self._total_steps, start_step)
-        except Exception as error:  # a schedule may be anybody's code, and nothing but a note depends on it
-            _warn(f"could not read the learning-rate schedule ahead: {type(error).__name__}: {error}")
-            return []
+            if (learning_rate := learning_rate_of(lr_scheduler)) is not None:
+                return find_drops(learning_rate, self._total_steps)
+        except Exception as error:  # a schedule may be anybody's code, and training does not depend on it
+            why = f"{type(error).__name__}: {error}"
+        if self.config.may_stop:
+            _warn(
+                f"could not read the learning-rate schedule {type(lr_scheduler).__name__} ahead ({why}): the stop rule "
+                "does not wait for its drops"
+            )
+        return []
 
     def _measure(self, step: int) -> EvalRecord:
         """An evaluation; `mir` is None if it failed and that is tolerated."""
@@ -339,7 +347,12 @@ class MIRMonitor:
         """How far training has come, as fields of a record."""
         loss = _number(self._status.get("loss"))
         step = None if loss is None else self._status.get("loss_step")
-        return {**self._status, "loss": loss, "loss_step": step, "max_steps": self._total_steps or None}
+        plan = {
+            "max_steps": self._total_steps or None,
+            "next_drop": next_drop(self._drops, self._now.step),
+            "next_epoch": next_epoch(self._total_steps, self._total_epochs, self._now.step),
+        }
+        return {**self._status, "loss": loss, "loss_step": step, **plan}
 
     def _with_failures(self, record: EvalRecord) -> EvalRecord:
         """Count failures in a row; after too many, disable evaluations."""

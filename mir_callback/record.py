@@ -125,6 +125,8 @@ class EvalRecord:
     samples_seen: int | None = _field("count", "training", "training samples so far, over all ranks")
     tokens_seen: float | None = _field("amount", "training", "input tokens so far, if the Trainer counts them")
     max_steps: float | None = _field("amount", "training", "planned length of the run", unit="steps")
+    next_drop: int | None = _field("count", "training", "step at which the learning rate will drop next, if known")
+    next_epoch: int | None = _field("count", "training", "step at which another epoch will begin, if known")
     stage: str | None = _field("text", "training", "hash of the names of the trained parameters")
     elapsed: float | None = _field("amount", "training", "time since this process began to train", unit="s")
     time: float | None = _field("number", "training", "when it was written", unit="s since 1970")

@@ -3,6 +3,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, get_scheduler
@@ -12,7 +13,7 @@ from mir_callback.config import MIRConfig
 from mir_callback.console import evaluation_line, start_notes
 from mir_callback.early_stopping import Verdict
 from mir_callback.loggers import log_values
-from mir_callback.lr_schedule import find_drops, learning_rate_of
+from mir_callback.lr_schedule import epoch_starts, find_drops, learning_rate_of, next_drop, next_epoch
 from tests.samples import pairs
 from tests.training.runs import make_trainer
 
@@ -60,7 +61,7 @@ def records(values):
 @pytest.mark.parametrize(
     ("values", "summary"),
     [
-        ([2.0] * 9, "waiting (4 of 7)"),
+        ([2.0] * 9, "waiting (4 of 5)"),
         ([3 - 0.05 * index for index in range(30)], "falling"),
         ([2.0] * 30, "plateau"),
         ([2 + 0.05 * index for index in range(30)], "rising"),
@@ -108,9 +109,42 @@ def test_a_small_probe_is_said(count, is_said):
 
 
 def test_drops_matter_to_a_rule_that_stops_only():
-    said = [start_notes(MIRConfig(stop=stop), 100, 2000, 1.0, [600]) for stop in ("none", "observe", "plateau")]
-    assert [len(notes) for notes in said] == [0, 0, 1]
-    assert "step 600" in said[2][0]
+    hasty = PlateauRule(wait_for_schedule=False)
+    said = [
+        start_notes(MIRConfig(stop=stop), 100, 2000, 1.0, [300, 600]) for stop in ("none", "observe", "plateau", hasty)
+    ]
+    assert [len(notes) for notes in said] == [0, 0, 1, 1]
+    assert "step 300, 600" in said[2][0]
+    assert "waits for step 600" in said[2][0]
+    assert "does not wait" in said[3][0]
+
+
+@pytest.mark.parametrize(("epochs", "words"), [(3, "waits for step 1333"), (1, None), (10, None)])
+def test_further_epochs_are_said(epochs, words):
+    notes = start_notes(MIRConfig(stop="plateau"), 100, 2000, epochs)
+    assert (words in notes[0]) if words else notes == []
+
+
+@pytest.mark.parametrize(("drop", "is_said"), [(1700, False), (1900, True)])
+def test_a_rule_that_waits_too_long_to_stop_is_said(drop, is_said):
+    notes = start_notes(MIRConfig(stop="plateau"), 100, 2000, 1.0, [drop])
+    assert any("2 evaluations are planned after step 1900" in note for note in notes) == is_said
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(900, 3), (901, 3.0), (1000, 2.5), (17, 4), (123_457, 7)])
+def test_the_last_epoch_begins_where_no_other_follows(steps, epochs):
+    starts = epoch_starts(steps, epochs)
+    assert starts == [round(number * steps / epochs) for number in range(1, int(np.ceil(epochs)))]
+    assert next_epoch(steps, epochs, 0) == starts[0]
+    assert next_epoch(steps, epochs, starts[-1]) == starts[-1]  # trained on the epochs before only
+    assert next_epoch(steps, epochs, starts[-1] + 1) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs"), [(900, 1), (900, 0.3), (900, None), (None, 3), (900, 10), (10**6, 10**5), (900, 1.01)]
+)
+def test_no_epoch_is_waited_for_where_none_follows_or_each_is_short(steps, epochs):
+    assert epoch_starts(steps, epochs) == []
 
 
 OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -147,7 +181,11 @@ def test_a_schedule_of_the_users_is_not_called():
 def test_a_drop_is_found_to_the_step_whatever_the_length(steps):
     at = int(0.37 * steps)
     assert find_drops(lambda step: 1.0 if step < at else 0.2, steps) == [at]
-    assert find_drops(lambda step: 1.0 if step < at else 0.2, steps, start_step=at) == []
+    assert [next_drop([at], step) for step in (0, at, at + 1)] == [
+        at,
+        at,
+        None,
+    ]  # the step after it is the first lower one
 
 
 def test_a_decay_after_a_level_phase_begins_where_it_begins():

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "mir_callback"
 # From the ground up; a room may import from the rooms below it and from itself.
 FLOORS = [
     ["errors", "fs"],
-    ["distributed", "lock", "metric", "watchdog", "record"],
+    ["distributed", "lock", "metric", "watchdog", "record", "trend"],
     ["model", "history", "early_stopping", "schedule", "lr_schedule"],
     ["probe", "clock"],
     ["config"],

@@ -170,8 +170,7 @@ def find_stop(records: Sequence[EvalRecord], rule: PlateauRule) -> Stop:
     """Apply a stop rule to a run's evaluations (at least one; failed ones included) one after the other."""
     last = records[-1]
     verdict = Verdict("no data", "")
-    for count, record in enumerate(records, start=1):
-        verdict = rule.verdict(records[:count])
+    for record, verdict in zip(records, rule.replay(records), strict=True):
         if verdict.stop:
             saved, seconds = last.step - record.step, _seconds_between(record, last)
             final = next(later.mir for later in reversed(records) if later.mir is not None)

@@ -87,6 +87,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # mypy does not see
                 processor=self._processor or getattr(pl_module, "processor", None),
                 adapter=self._adapter,
                 optimizer=next(iter(trainer.optimizers), None),
+                lr_scheduler=_scheduler_of(trainer),
                 output_dir=trainer.default_root_dir,
                 total_steps=int(planned) if 0 < planned < math.inf else None,
                 total_epochs=trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None,
@@ -155,6 +156,12 @@ def find_model(module: nn.Module, where: str | Callable[[Any], nn.Module] | None
             "one. Name it: MIRLightningCallback(..., model='ATTRIBUTE')."
         )
     return module.get_submodule(names[0])
+
+
+def _scheduler_of(trainer: Any) -> Any:
+    """The learning-rate scheduler, if it steps with the optimizer."""
+    found = [each.scheduler for each in trainer.lr_scheduler_configs if each.interval == "step" and each.frequency == 1]
+    return next(iter(found), None)
 
 
 def _epoch(trainer: Any) -> float:

@@ -143,7 +143,8 @@ def test_training_stops_at_the_step_the_rule_names(tmp_path, probe, capsys):
 
 def test_plateau_rule_stops_a_run_that_does_not_move(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=50, learning_rate=0.0)
-    callback = MIRCallback(probe, every=1, stop=PlateauRule(window=4, warmup=2, horizon=None)).attach(trainer)
+    rule = PlateauRule(window=4, warmup=2, horizon=None, wait_for_schedule=False)  # 3 epochs
+    callback = MIRCallback(probe, every=1, stop=rule).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 5
     assert [record.verdict for record in callback.history] == ["no data"] * 5 + ["plateau"]

@@ -68,7 +68,7 @@ def test_evaluates_beside_the_trainers_own_and_at_checkpoints_once_a_step(tmp_pa
 
 def test_a_plateau_found_at_a_checkpoint_stops_the_run(tmp_path, probe):
     trainer = make_trainer(tmp_path, steps=40, learning_rate=0.0, save_strategy="steps", save_steps=2)
-    stop = PlateauRule(window=4, warmup=0, horizon=None)
+    stop = PlateauRule(window=4, warmup=0, horizon=None, wait_for_schedule=False)  # 2.5 epochs
     callback = MIRCallback(probe, every=AtSteps(()), stop=stop, also_on=("save",)).attach(trainer)
     trainer.train()
     assert trainer.state.global_step == 8

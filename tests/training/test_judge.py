@@ -2,14 +2,16 @@
 """Verdicts in real runs: what records keep of them, observing only, stages, and who is alerted when."""
 
 import pytest
+import torch
 import wandb
 from transformers import TrainerCallback
 
-from mir_callback import MIRCallback, PlateauRule, Probe, Verdict
+from mir_callback import MIRCallback, MIRMonitor, PlateauRule, Probe, Verdict
 from mir_callback.history import read_history
 from mir_callback.loggers import due_alert
 from mir_callback.monitor import verdict_fields
 from mir_callback.record import EvalRecord
+from tests import tiny_models
 from tests.logs import logged
 from tests.samples import pairs
 from tests.training import wandb_file
@@ -86,6 +88,32 @@ def test_a_run_in_two_parts_gets_the_verdicts_of_one_in_one_go(tmp_path, probe):
     resumed = verdicts(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert resumed == whole
     assert whole[-1]["would_stop"]
+
+
+def test_the_rule_waits_for_the_last_epoch(tmp_path, probe, capsys):
+    trainer = make_trainer(tmp_path, steps=40, **SETTLED)  # of 16 steps an epoch
+    callback = MIRCallback(probe, every=2, stop=PlateauRule(**QUICK)).attach(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    assert [record.next_epoch for record in callback.history] == [16] * 9 + [32] * 8 + [None] * 4
+    assert [record.verdict for record in callback.history[-4:]] == ["no data"] * 3 + ["plateau"]
+    assert callback.history[8].reason.endswith("but an epoch begins at step 16")
+    said = capsys.readouterr().out
+    assert "the stop rule waits for step 32" in said
+    assert "level, waits for step 32" in said
+
+
+def test_records_name_the_next_drop_of_the_learning_rate(tmp_path, probe):
+    model, processor = tiny_models.llava()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [300, 600])
+    plan = {"optimizer": optimizer, "lr_scheduler": scheduler, "total_steps": 900, "output_dir": tmp_path}
+    monitor = MIRMonitor(model, probe, processor=processor, every=300, **plan)
+    for step in range(1, 901):
+        monitor.step(step)
+    assert [record.next_drop for record in monitor.history] == [300, 300, 600, None]
+    resumed = MIRMonitor(model, probe, processor=processor, every=300, start_step=600, **plan)
+    assert [record.next_drop for record in resumed.history] == [300, 300, 600]
 
 
 class Unfreeze(TrainerCallback):

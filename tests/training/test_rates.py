@@ -10,7 +10,6 @@ import pytest
 from mir_callback import PlateauRule
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RUNS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +31,38 @@ def test_the_truth_of_a_curve_is_what_its_formula_says():
     )
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_false_stops_are_rare_and_stops_in_time_are_the_rule(number):
+@pytest.mark.parametrize(
+    ("number", "runs"), [(0, 8), (1, 6), (2, 3), (3, 1), (4, 8)], ids=["44", "100", "400", "2000", "44 lasting"]
+)
+def test_false_stops_are_rare_and_stops_in_time_are_the_rule_however_often_mir_is_evaluated(number, runs):
+    from plateau_curves import FALLING, SATURATING
     from plateau_runs import SETTINGS, pooled
 
-    saturating, falling = pooled(PlateauRule(), SETTINGS[number], RUNS)
-    assert (len(saturating), len(falling)) == (6 * RUNS, 4 * RUNS)
-    assert sum(outcome.false for outcome in [*saturating, *falling]) <= 0.02 * 10 * RUNS
+    saturating, falling = pooled(PlateauRule(), SETTINGS[number], runs)
+    assert (len(saturating), len(falling)) == (len(SATURATING) * runs, len(FALLING) * runs)
+    assert sum(outcome.false for outcome in [*saturating, *falling]) <= 0.02 * len([*saturating, *falling])
+    assert sum(outcome.in_time for outcome in saturating) >= 0.93 * len(saturating)
+
+
+@pytest.mark.parametrize("setting", [(200, 0.003, 0, "log-spaced"), (100, 0.003, 0, "by a share of the time")])
+def test_uneven_steps_are_judged_as_well(setting):
+    from plateau_runs import Setting, pooled
+
+    saturating, falling = pooled(PlateauRule(), Setting(*setting), 4)
+    assert not any(outcome.false for outcome in [*saturating, *falling])
     assert sum(outcome.in_time for outcome in saturating) >= 0.9 * len(saturating)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_fall_after_a_planned_change_is_waited_for_and_found_to_end(number):
+    from plateau_curves import PLANNED
+    from plateau_runs import SETTINGS, planned_outcomes
+
+    for name in PLANNED:
+        known, unknown = (planned_outcomes(PlateauRule(), name, SETTINGS[number], 10, said) for said in (True, False))
+        assert not any(outcome.false for outcome in known)
+        assert sum(outcome.in_time for outcome in known) >= 7
+        assert all(outcome.false for outcome in unknown)
 
 
 def test_a_hasty_rule_fails_the_same_runs():
@@ -105,4 +128,5 @@ def test_a_steady_fall_under_noise_that_lingers_is_stopped_less_often_for_the_lo
     found = [stops(*setting) for setting in settings]
     assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
     monkeypatch.setattr(plateau, "_BEND", -1.0)  # the longer line is never heard
+    monkeypatch.setattr(plateau, "_BEND_IN_NOISE", -1.0)
     assert stops(*settings[1]) > found[1]

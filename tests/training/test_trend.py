@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import linregress, theilslopes
 
-from mir_callback import early_stopping as trend
+from mir_callback import trend
 
 
 @given(st.integers(0, 10_000), st.integers(2, 30))
@@ -24,7 +24,6 @@ def test_scatter_is_the_noise_whatever_the_smooth_curve(size):
     x = np.cumsum(rng.uniform(0.5, 1.5, 20_000))
     y = 100 * np.sin(x / 5000) + 0.01 * x + size * rng.standard_normal(len(x))
     assert trend.scatter(x, y) == pytest.approx(size, rel=0.03)
-    assert trend.autocorrelated_scatter(x, y, 4) == pytest.approx(size, rel=0.1)
     assert trend.residual_scatter(x, y - 100 * np.sin(x / 5000), 0.01) == pytest.approx(size, rel=0.03)
 
 
@@ -34,14 +33,37 @@ def test_scatter_of_a_straight_line_or_of_two_points_is_zero():
     assert trend.scatter(x[:2], x[:2]) == 0
 
 
-def test_noise_that_lingers_counts_for_more():
-    rng = np.random.default_rng(0)
-    fresh, values = rng.standard_normal(50_000), np.zeros(50_000)
-    for k in range(1, len(values)):
-        values[k] = 0.6 * values[k - 1] + 0.8 * fresh[k]  # of variance 1
-    x = np.arange(len(values), dtype=float)
-    assert trend.scatter(x, values) < 0.7
-    assert trend.autocorrelated_scatter(x, values, 4) > 1.15
+@given(st.integers(0, 10_000), st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_the_median_is_numpys(seed, count):
+    values = np.random.default_rng(seed).standard_normal(count)
+    assert trend.median(values) == pytest.approx(np.median(values))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from([0.0, 1.0, 7.5, 1000.0]))
+@settings(max_examples=80, deadline=None)
+def test_a_cell_holds_the_evaluations_of_its_part_of_the_run(seed, count, width):
+    rng = np.random.default_rng(seed)
+    steps, values = np.cumsum(rng.integers(1, 6, count)).astype(float), rng.standard_normal(count)
+    segment = np.sort(rng.integers(0, 3, count))
+    cells = trend.Cells(steps, values, segment, width)
+    begin, end = sorted(rng.integers(0, count + 1, 2))
+    x, y = cells.until(begin, end) if begin < end else ([], [])
+    parts = {}
+    for number in range(cells.first[cells.of[begin]] if begin < count else 0, end):
+        part = np.ceil(steps[number] / width) if width else number
+        parts.setdefault((segment[number], part), []).append(number)
+    kept = list(parts.values()) if begin < end else []
+    assert list(x) == pytest.approx([steps[each].mean() for each in kept])
+    assert list(y) == pytest.approx([np.median(values[each]) for each in kept])
+
+
+def test_a_cell_is_settled_when_the_next_evaluation_will_lie_behind_it():
+    steps = np.array([0.0, 10, 20, 30, 40, 60, 80, 120])
+    cells = trend.Cells(steps, steps, np.zeros(8, dtype=int), 50.0)
+    assert [cells.settled(count) for count in range(1, 9)] == [1, 1, 1, 1, 1, 5, 5, 8]
+    alone = trend.Cells(steps, steps, np.zeros(8, dtype=int), 0.0)
+    assert [alone.settled(count) for count in range(1, 9)] == list(range(1, 9))
 
 
 def test_the_standard_error_of_a_slope_is_that_of_repeated_noise():
