@@ -111,6 +111,7 @@ def test_records_name_the_next_drop_of_the_learning_rate(tmp_path, probe):
     monitor = MIRMonitor(model, probe, processor=processor, every=300, **plan)
     for step in range(1, 901):
         monitor.step(step)
+    monitor.close()
     assert [record.next_drop for record in monitor.history] == [300, 300, 600, None]
     resumed = MIRMonitor(model, probe, processor=processor, every=300, start_step=600, **plan)
     assert [record.next_drop for record in resumed.history] == [300, 300, 600]
