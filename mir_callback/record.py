@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -82,7 +83,7 @@ def _field(rule: str, group: str, meaning: str, *, unit: str = "", always: bool 
     return field(default=None, metadata={"rule": rule, "group": group, "help": meaning, "unit": unit, "always": always})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # a dict of so many fields takes five times as much memory
 class EvalRecord:
     """One evaluation, as a line of `mir_history.jsonl` stores it; a field without a value is None.
 
@@ -193,7 +194,7 @@ class EvalRecord:
                 continue
             expected, is_valid = _EXPECTED[name]
             if is_valid(value):
-                known[name] = value
+                known[name] = sys.intern(value) if type(value) is str else value  # most are the same in all records
                 continue
             message = f"step {values['step']}: ignored {name}={value!r:.60}, expected {expected}"
             if damaged is None:

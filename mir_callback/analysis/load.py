@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Run:
     max_steps: float | None = None  # planned length, if known
     problems: tuple[str, ...] = ()  # messages about what was skipped
 
-    @property
+    @cached_property
     def measured(self) -> tuple[EvalRecord, ...]:
         """The evaluations that have a MIR."""
         return tuple(record for record in self.records if record.mir is not None)
