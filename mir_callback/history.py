@@ -154,7 +154,7 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
     Args:
         path: the `.jsonl` file.
         layers_of: given the records, returns those whose values of layers are wanted, which are most of a file; of the
-            others these are neither checked nor kept, which takes a fraction of time and memory. Default: all.
+            others these are neither checked nor kept (``brief`` of :meth:`EvalRecord.from_dict`). Default: all.
 
     Returns:
         The records, and messages about what was skipped.
@@ -178,7 +178,7 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
         if line.isspace():
             continue
         try:
-            records.append(EvalRecord.from_line(line, fields, layers=layers_of is None))
+            records.append(EvalRecord.from_line(line, fields, brief=layers_of is not None))
             line_of[records[-1].step] = line
         except ValueError as error:
             lines.append(f"skipped damaged line {number} ({error}): {line.strip()!r:.60}")

@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_null_and_the_record_is_written(tmp_path):
 
 
 def test_unknown_fields_are_kept_when_a_history_is_continued(run):
-    content = (run / FILE_NAME).read_text().replace('{"step": 50,', '{"step": 50, "their_own": [1, {"a": null}],')
+    content = (run / FILE_NAME).read_text().replace('{"step":50,', '{"step":50,"their_own": [1, {"a": null}],')
     (run / FILE_NAME).write_text(content)
     assert opened(run, step=100).records[1].unknown == {"their_own": [1, {"a": None}]}
     assert json.loads((run / FILE_NAME).read_text().splitlines()[1])["their_own"] == [1, {"a": None}]
