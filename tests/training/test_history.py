@@ -4,12 +4,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 import mir_callback.console  # noqa: F401  # shows log lines, as in training
 from mir_callback.errors import HistoryError
 from mir_callback.history import FILE_NAME, History, read_history
-from mir_callback.record import EvalRecord
+from mir_callback.record import EvalRecord, shorten
+from tests.analysis import pages
 
 DEFINITION = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
 
@@ -194,3 +196,18 @@ def test_numbers_of_unknown_fields_that_json_cannot_hold_become_null(run):
     (found,) = read_history(run / "mir_history.1.jsonl")
     assert found.unknown == {"own": [None, {"a": None}, 1]}
     assert json.loads(found.to_line())["own"] == [None, {"a": None}, 1]
+
+
+def test_a_line_is_short_and_reads_as_the_record_in_memory():
+    rng = np.random.default_rng(0)
+    measured = {
+        **pages.records(1, layers=80, samples=100)[0],
+        "influences": [float(f"{value:.6g}") for value in rng.normal(0, 0.1, 100)],
+        **{name: rng.integers(0, 999, 80).tolist() for name in ("vision_outliers", "text_outliers")},
+    }
+    record = EvalRecord.from_dict(shorten(measured))
+    line = record.to_line()
+    assert len(line) < 10_000
+    assert EvalRecord.from_line(line) == record
+    assert record.per_layer == measured["per_layer"]
+    assert shorten(json.loads(line)) == json.loads(line)
