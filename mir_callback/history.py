@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mir_callback import lock
@@ -20,6 +20,8 @@ FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
 MAX_BYTES = 2**30  # of a file, which is read as a whole
 _LISTED = 3  # messages of one kind that are listed one by one
+
+LayersOf = Callable[[Sequence[EvalRecord]], Iterable[EvalRecord]]
 
 _log = logging.getLogger(__name__)
 
@@ -246,7 +248,7 @@ def read_history(path: str | Path) -> list[EvalRecord]:
     return records
 
 
-def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
+def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[list[EvalRecord], list[str]]:
     """Read a history file for analysis, skipping what is damaged.
 
     Unlike :func:`read_history` this skips damaged lines and fields instead of raising. Records are sorted by step; of
@@ -254,6 +256,8 @@ def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
 
     Args:
         path: the `.jsonl` file.
+        layers_of: given the records, returns those whose values of layers are wanted, which are most of a file; of the
+            others these are neither checked nor kept (``brief`` of :meth:`EvalRecord.from_dict`). Default: all.
 
     Returns:
         The records, and messages about what was skipped.
@@ -265,21 +269,30 @@ def read_records(path: str | Path) -> tuple[list[EvalRecord], list[str]]:
     """
     try:
         _require_size(Path(path))
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            text = file.readlines()
     except OSError as error:
         raise HistoryError(f"Could not read {path}: {error.strerror or error}.") from error
     records: list[EvalRecord] = []
+    line_of: dict[int, str] = {}
     lines: list[str] = []
     fields: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, line in enumerate(text, start=1):
+        if line.isspace():
             continue
         try:
-            records.append(EvalRecord.from_line(line, fields))
+            records.append(EvalRecord.from_line(line, fields, brief=layers_of is not None))
+            line_of[records[-1].step] = line
         except ValueError as error:
             lines.append(f"skipped damaged line {number} ({error}): {line.strip()!r:.60}")
-    messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
     by_step = {record.step: record for record in records}  # the last one of each
+    for record in layers_of([by_step[step] for step in sorted(by_step)]) if layers_of else ():
+        try:
+            by_step[record.step] = EvalRecord.from_line(line_of[record.step], fields)
+        except ValueError as error:
+            lines.append(f"step {record.step}: ignored the values of its layers ({error})")
+    fields = list(dict.fromkeys(fields))
+    messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
     steps = [record.step for record in records]
     if steps != sorted(steps):
         messages.append("records were not in order of steps; sorted them")

@@ -148,9 +148,9 @@ def _between(points: Series, run: Run) -> list[float | None]:
     if not points:
         return [None] * len(run.measured)
     steps, counts = zip(*((0, 0.0), *(point for point in points if point[0] > 0)), strict=True)
-    return [
-        float(np.interp(record.step, steps, counts)) if record.step <= steps[-1] else None for record in run.measured
-    ]
+    at = [record.step for record in run.measured]
+    found = np.interp(at, steps, counts).tolist()
+    return [count if step <= steps[-1] else None for step, count in zip(at, found, strict=True)]
 
 
 def _build_curve(run: Run, clock: str, positions: Sequence[float | None]) -> Curve | None:

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.fs import printable
-from mir_callback.history import FILE_NAME, read_records
+from mir_callback.history import FILE_NAME, LayersOf, read_records
 from mir_callback.record import EvalRecord, is_count, is_number
 
 Series = tuple[tuple[int, float], ...]  # (step, value), by step
@@ -35,18 +37,19 @@ class Run:
     max_steps: float | None = None  # planned length, if known
     problems: tuple[str, ...] = ()  # messages about what was skipped
 
-    @property
+    @cached_property
     def measured(self) -> tuple[EvalRecord, ...]:
         """The evaluations that have a MIR."""
         return tuple(record for record in self.records if record.mir is not None)
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path, layers_of: LayersOf | None = None) -> Run:
     """Read a run from its output folder, its history file, or one of its checkpoints.
 
     Args:
         path: a folder with `mir_history.jsonl` (output folder, downloaded wandb artifact), a history file under any
             name, or a `checkpoint-N` or `mir_best` folder of a run (then only the records up to its step are read).
+        layers_of: given the records, returns those whose values of layers are wanted; default: all.
 
     Returns:
         The run; ``problems`` says what was skipped, and if there are no evaluations.
@@ -67,7 +70,9 @@ def read_run(path: str | Path) -> Run:
         raise ConfigError("A run's path is empty. Is a shell variable unset?")
     path = Path(os.path.expanduser(path))
     source, step = _find_history(path)
-    records, problems = read_records(source)
+    end = math.inf if step is None else step
+    wanted = layers_of and (lambda found: layers_of([record for record in found if record.step <= end]))
+    records, problems = read_records(source, wanted)
     if step is not None:
         log = _read_trainer_log(path.resolve()).until(step)
         name = f"{source.parent.name}/{os.path.basename(os.path.abspath(path))}"
@@ -89,12 +94,12 @@ def read_run(path: str | Path) -> Run:
     return Run(printable(name), path, source, tuple(records), losses, tokens or log.tokens, planned, tuple(problems))
 
 
-def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: Sequence[str | Path], layers_of: LayersOf | None = None) -> tuple[list[Run], list[str]]:
     """Read several runs, in the order given; also returns messages about those that could not be read."""
     runs, missing = [], []
     for path in paths:
         try:
-            runs.append(read_run(path))
+            runs.append(read_run(path, layers_of))
         except HistoryError as error:
             missing.append(str(error))
     return make_names_unique(runs), missing

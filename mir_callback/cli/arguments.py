@@ -13,15 +13,19 @@ from mir_callback.analysis.compare import Recipe
 from mir_callback.analysis.load import Run, make_names_unique, read_runs
 from mir_callback.errors import ConfigError
 from mir_callback.fs import write_atomic
+from mir_callback.history import LayersOf
 
 RUNS = """\
 A RUN is an output folder, a history file, a checkpoint of a run, or the folder of a run's wandb artifact.
 NAME=RUN,RUN,... is a recipe: runs that differ only in the seed. Patterns work too: NAME='runs/a_seed*'."""
 
 
-def read_recipes(words: Sequence[str]) -> tuple[list[Recipe], list[str]]:
-    """Read the recipes of some arguments; also returns messages about runs that could not be read."""
-    groups = [(name, *read_runs(paths)) for name, paths in map(_split, words)]
+def read_recipes(words: Sequence[str], layers_of: LayersOf) -> tuple[list[Recipe], list[str]]:
+    """Read the recipes of some arguments, with the values of layers of some of their evaluations (see `read_run`).
+
+    Also returns messages about runs that could not be read.
+    """
+    groups = [(name, *read_runs(paths, layers_of)) for name, paths in map(_split, words)]
     missing = [message for _, _, failed in groups for message in failed]
     distinct = iter(make_names_unique([run for _, runs, _ in groups for run in runs]))
     recipes = []

@@ -49,7 +49,7 @@ def run(options: Namespace) -> None:
     if list(outputs.values()).count("-") > 1:
         raise ConfigError("Only one of --json, --csv and --markdown can be '-'. Name files for the others.")
     rule = parse_rule(options.rule)
-    recipes, missing = read_recipes(options.runs)
+    recipes, missing = read_recipes(options.runs, layers_of=lambda records: ())
     if not recipes:
         raise HistoryError(" ".join(missing))
     for message in missing:

@@ -15,7 +15,7 @@ from pathlib import Path
 from mir_callback.analysis.compare import Comparison, Recipe, compare
 from mir_callback.analysis.load import Run
 from mir_callback.analysis.page import render_report
-from mir_callback.analysis.page.views import RunView
+from mir_callback.analysis.page.views import RunView, list_drawn
 from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
 from mir_callback.fs import printable
@@ -74,7 +74,7 @@ def run(options: Namespace) -> None:
 
 def _write(page: Path, options: Namespace, probe: Probe | None, seen: set[str]) -> None:
     """Read the runs and replace the page; problems are shown on the page, and printed the first time."""
-    recipes, notes = read_recipes(options.runs)
+    recipes, notes = read_recipes(options.runs, layers_of=list_drawn)
     runs = [run for recipe in recipes for run in recipe.runs]
     if not runs:
         raise HistoryError(" ".join(notes))

@@ -38,7 +38,7 @@ from mir_callback.model.decoder import find_decoder
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shard
 from mir_callback.probe.probe import Probe
-from mir_callback.record import DESCRIBED_FIELDS
+from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase
 
 _OPTION_GROUPS = ("measure", "memory")
@@ -95,8 +95,11 @@ class MIRReport:
         return f"MIR {self.mir:.4f}{error} ({what}, {self.seconds:.1f} s)"
 
     def to_fields(self) -> dict[str, Any]:
-        """As fields of an EvalRecord, where ``mir`` is None and ``error`` says why if it is not finite."""
-        fields = asdict(self)
+        """As fields of an EvalRecord, where ``mir`` is None and ``error`` says why if it is not finite.
+
+        Companions and standard errors of layers have five significant digits there.
+        """
+        fields = shorten(asdict(self))
         if not math.isfinite(self.mir):
             fields |= {"mir": None, "error": "the distance of every layer is zero, so MIR is -inf"}
         return fields

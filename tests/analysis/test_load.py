@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from mir_callback.analysis.load import noted_losses, read_run, read_runs
 from mir_callback.errors import HistoryError
 from mir_callback.history import read_records
 from mir_callback.metric.frechet import ROOTS
-from mir_callback.record import EvalRecord
+from mir_callback.record import EvalRecord, is_count, is_number
+from tests.analysis import pages
 from tests.samples import pairs
 from tests.training.runs import losses, make_trainer
 
@@ -204,3 +206,41 @@ def test_any_file_is_read(tmp_path_factory, content):
     path.write_bytes(content)
     records, _ = read_records(path)
     assert isinstance(records, list)
+
+
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.sampled_from([10**400, -1e100, 1e100, 2**53, 1, 0.5])
+
+
+@given(st.lists(NUMBERS, max_size=5), st.sampled_from(["per_layer", "influences", "vision_outliers"]))
+def test_a_list_is_valid_if_each_of_its_numbers_is(values, field):
+    rules = {"per_layer": lambda value: is_number(value) and value >= 0, "influences": is_number}
+    expected = bool(values) and all(map(rules.get(field, is_count), values))
+    record = EvalRecord.from_dict({"step": 1, "mir": 1.0, field: values}, [])
+    assert record[field] == (values if expected else None)
+
+
+ODD = ['a "per_layer": [1, 2] of their own', "}", "]", "\\", '"', "ä"]
+OF_LAYERS = ("per_layer", "per_layer_se", "companions", "vision_outliers", "text_outliers")
+
+
+@given(st.sampled_from(ODD), st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
+def test_a_brief_record_is_the_whole_one_without_values_of_layers(odd, separators, inside):
+    values = {**pages.records(2)[1], "vision_outliers": [1, 2], "text_outliers": [0], "reason": odd, "error": odd}
+    values["companions"] = {"norm_ratio": [1.0], (odd if inside else "cosine"): [0.5, 1e-7], "none": []}
+    line = json.dumps({**values, "their_own": odd, "last": {odd: [1, odd]}}, separators=separators)
+    whole, brief = EvalRecord.from_line(line, []), EvalRecord.from_line(line, [], brief=True)
+    assert list(brief.influences) == whole.influences
+    assert all(brief[name] is None for name in OF_LAYERS)
+    changed = {**dict.fromkeys(OF_LAYERS), "influences": whole.influences}
+    assert replace(whole, **changed) == replace(brief, influences=whole.influences)
+    assert json.loads(brief.to_line())["influences"] == whole.influences
+
+
+def test_values_of_layers_are_read_of_the_records_asked_for(tmp_path):
+    path = tmp_path / "h.jsonl"
+    lines = [json.dumps(values) for values in pages.records(4)]
+    path.write_text("\n".join([*lines[:2], lines[2].replace('"per_layer": [', '"per_layer": [1,,'), lines[3]]))
+    records, messages = read_records(path, lambda found: found[1:3])
+    assert [record.per_layer is None for record in records] == [True, False, True, True]
+    assert [record.mir for record in records] == [values["mir"] for values in pages.records(4)]
+    assert re.search("step 20: ignored", messages[0])

@@ -21,8 +21,13 @@ from PIL import Image
 
 from mir_callback import Probe
 from mir_callback.analysis import page
+from mir_callback.analysis.compare import Recipe, compare
+from mir_callback.analysis.load import read_runs
+from mir_callback.analysis.page import views
 from mir_callback.analysis.page.charts import find_edges, fit_scale, format_tick
 from mir_callback.analysis.page.facts import explain_by_norms, paired_error
+from mir_callback.analysis.page.views import RunView
+from mir_callback.analysis.tables import to_json
 from mir_callback.errors import HistoryError
 from mir_callback.loggers import log_values
 from mir_callback.record import as_records
@@ -486,3 +491,23 @@ def test_scale_shows_all_values_in_order_with_ticks_inside(values, kind, count):
 )
 def test_tick_labels_are_short(value, text):
     assert format_tick(value) == text
+
+
+@pytest.mark.parametrize("numbers", [(900,), (900, 1, 450, 7)])
+def test_a_page_and_a_comparison_need_values_of_layers_of_few_evaluations_only(tmp_path, numbers):
+    paths = [tmp_path / f"{index}.jsonl" for index in range(len(numbers))]
+    rng = np.random.default_rng(1)
+    for path, number in zip(paths, numbers, strict=True):
+        lines = records(number, layers=3)
+        for values in lines:
+            values["mir"] = float(rng.normal(2, 0.5))
+            values["companions"]["norm_ratio"] = (2 + 10 ** (values["mir"] / 2) * rng.random(3)).tolist()
+        path.write_text("".join(json.dumps(values) + "\n" for values in lines))
+    written = []
+    for layers_of in (None, views.list_drawn):
+        runs, _ = read_runs(paths, layers_of)
+        found = compare(runs)
+        written.append((page_of(*(RunView.from_run(run, Recipe(run.name, (run,))) for run in runs)), to_json(found)))
+    assert written[0] == written[1]
+    assert sum(each.per_layer is not None for each in runs[0].records) < 0.6 * numbers[0]
+    assert to_json(compare(read_runs(paths, lambda _: ())[0])) == written[0][1]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ from mir_callback import lock
 from mir_callback.analysis.load import read_run
 from mir_callback.errors import HistoryError
 from mir_callback.history import FILE_NAME, History, read_history
-from mir_callback.record import EvalRecord
+from mir_callback.record import EvalRecord, shorten
+from tests.analysis import pages
 from tests.logs import logged
 
 DEFINITION = {"probe_fingerprint": "p", "tokens_fingerprint": "t", "root": "exact"}
@@ -373,7 +375,7 @@ def test_what_is_not_finite_is_null_and_the_record_is_written(tmp_path):
 
 
 def test_unknown_fields_are_kept_when_a_history_is_continued(run):
-    content = (run / FILE_NAME).read_text().replace('{"step": 50,', '{"step": 50, "their_own": [1, {"a": null}],')
+    content = (run / FILE_NAME).read_text().replace('{"step":50,', '{"step":50,"their_own": [1, {"a": null}],')
     (run / FILE_NAME).write_text(content)
     assert opened(run, step=100).records[1].unknown == {"their_own": [1, {"a": None}]}
     assert json.loads((run / FILE_NAME).read_text().splitlines()[1])["their_own"] == [1, {"a": None}]
@@ -385,3 +387,18 @@ def test_numbers_of_unknown_fields_that_json_cannot_hold_become_null(run):
     (found,) = read_history(run / "mir_history.1.jsonl")
     assert found.unknown == {"own": [None, {"a": None}, 1]}
     assert json.loads(found.to_line())["own"] == [None, {"a": None}, 1]
+
+
+def test_a_line_is_short_and_reads_as_the_record_in_memory():
+    rng = np.random.default_rng(0)
+    measured = {
+        **pages.records(1, layers=80, samples=100)[0],
+        "influences": [float(f"{value:.6g}") for value in rng.normal(0, 0.1, 100)],
+        **{name: rng.integers(0, 999, 80).tolist() for name in ("vision_outliers", "text_outliers")},
+    }
+    record = EvalRecord.from_dict(shorten(measured))
+    line = record.to_line()
+    assert len(line) < 10_000
+    assert EvalRecord.from_line(line) == record
+    assert record.per_layer == measured["per_layer"]
+    assert shorten(json.loads(line)) == json.loads(line)

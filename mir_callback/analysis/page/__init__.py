@@ -21,7 +21,7 @@ from matplotlib import colormaps
 from mir_callback.analysis.compare import Comparison
 from mir_callback.analysis.page import facts, timeline
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import MOMENTS, VERDICTS, RunView, list_quantities, read_verdict
+from mir_callback.analysis.page.views import MOMENTS, MOST_DRAWN, VERDICTS, RunView, list_quantities, read_verdict
 from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import HistoryError
 from mir_callback.probe.probe import Probe
@@ -29,7 +29,7 @@ from mir_callback.probe.probe import Probe
 _PARTS = Path(__file__).parent
 _NAMED = 4  # recipes that a title has room for
 _FAILURES = 20  # that are listed
-_DRAWN = (100, 1280, 400)  # evaluations: of a run at least, of all runs together, of a run at most
+_DRAWN = (100, 1280)  # evaluations: of a run at least, of all runs together
 _PALETTE = [[round(255 * part) for part in colormaps["viridis"](at)[:3]] for at in np.linspace(0, 1, 17)]
 # What a terminal obeys, and what turns the direction of text around: names of folders can contain it.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -70,8 +70,8 @@ def render_report(
         raise HistoryError("there is no run to report on")
     shown = [run for run in runs if run.moments]
     ordered = [*shown, *(run for run in runs if not run.moments)]  # a run has the same number wherever it is shown
-    least, together, most = _DRAWN
-    drawn = [run.thin(max(least, min(most, together // len(shown)))) for run in shown]
+    least, together = _DRAWN
+    drawn = [run.thin(max(least, min(MOST_DRAWN, together // len(shown)))) for run in shown]
     axes = timeline.scale_axes(drawn) if drawn else []
     owners = [number if run.recipe is None else run.recipe for number, run in enumerate(ordered)]
     own = [(f"{run.name}: " if len(ordered) > 1 else "", run) for run in ordered]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ImageOps
 
 from mir_callback.analysis.page.charts import format_value
-from mir_callback.analysis.page.views import PLANNED, RunView, read_verdict
+from mir_callback.analysis.page.views import PLANNED, RunView, find_fall, read_verdict
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
 from mir_callback.record import DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
@@ -121,8 +121,7 @@ def explain_by_norms(measured: Sequence[EvalRecord]) -> NormFall | None:
     Returns None where that is less than half of the fall, the fall less than 0.05, the norms not known, or vision
     tokens less than twice as long as text tokens in the end, where the law does not hold.
     """
-    peak = max(measured, key=lambda record: record.mir or 0.0)
-    end = min(measured[measured.index(peak) :], key=lambda record: record.mir or 0.0)
+    peak, end = find_fall(measured)
     distances = np.array(peak.per_layer or [], dtype=float)
     ratios = [np.array((record.companions or {}).get("norm_ratio") or [], dtype=float) for record in (peak, end)]
     if not len(distances) == len(ratios[0]) == len(ratios[1]) > 0 or distances.sum() <= 0 or np.min(ratios) <= 0:

@@ -18,6 +18,7 @@ from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
 
 PLANNED = "planned steps"  # among the settings of a run
 WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
+MOST_DRAWN = 400  # evaluations of a run
 # Evaluations, and what the page calls them.
 MOMENTS = {"first": "first", "peak": "peak", "best": "lowest", "last": "last"}
 # What the rule says: its class name and what it means.
@@ -110,11 +111,31 @@ class RunView:
 
     def thin(self, most: int) -> RunView:
         """The run with about ``most`` evaluations and losses at most, whose curves look the same."""
-        best = self.measured.index(self.moments["best"])
-        kept = [self.measured[i] for i in _thin([record.mir for record in self.measured], most, [best])]
+        found = list_drawn(self.records)
+        kept = [found[i] for i in _thin([record.mir for record in found], most, [found.index(self.moments["best"])])]
         failed = self.failed[:: max(1, len(self.failed) // most)]
         losses = [self.loss_points[i] for i in _thin([loss for _, loss in self.loss_points], most)]
         return replace(self, records=sorted([*kept, *failed], key=lambda record: record.step), losses=losses)
+
+
+def list_drawn(records: Sequence[EvalRecord]) -> list[EvalRecord]:
+    """Of a run's evaluations those that a page may draw: up to about MOST_DRAWN; it shows values of layers of no other.
+
+    All are chosen by step and MIR, so it may be asked before the values of layers are read.
+    """
+    measured = [record for record in records if record.mir is not None]
+    if not measured:
+        return []
+    fall = (measured.index(record) for record in find_fall(measured))
+    best = lowest_record(measured) or measured[0]
+    chosen = _thin([record.mir for record in measured], MOST_DRAWN, [measured.index(best), *fall])
+    return [measured[number] for number in chosen]
+
+
+def find_fall(measured: Sequence[EvalRecord]) -> tuple[EvalRecord, EvalRecord]:
+    """The evaluation with the highest MIR, and the one with the lowest from there on."""
+    peak = max(range(len(measured)), key=lambda number: measured[number].mir or 0.0)
+    return measured[peak], min(measured[peak:], key=lambda record: record.mir or 0.0)
 
 
 def _thin(values: Sequence[float | None], most: int, keep: Iterable[int] = ()) -> list[int]:
