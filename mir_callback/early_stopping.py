@@ -109,13 +109,15 @@ class PlateauRule:
     """Stop when training on would confidently bring little.
 
     A plateau needs all of this: enough finite evaluations after the warm-up, the latest among them; an expected change
-    within the horizon that is below ``min_delta`` by 1.75 standard errors, up and down; no fall by ``min_delta`` along
-    a line through two windows, unless the curve has clearly bent since; and a level at most ``min_delta`` above the
-    lowest of the last three windows (warm-up included), so that the flat top between an early rise and the fall after
-    it does not end the run.
+    within the horizon that is below ``min_delta`` by 1.5 standard errors, up and down; no fall by ``min_delta`` along a
+    line that looks back twice as far, unless the curve has clearly bent since; and a level at most ``min_delta`` above
+    the lowest of the last three windows (warm-up included), so that the flat top between an early rise and the fall
+    after it does not end the run. A plateau ends the run after a quarter of it, or 60 % where MIR has not fallen since
+    its peak, and when no drop of the learning rate and no further epoch lies ahead.
 
-    The line is fitted to the last ``window`` evaluations, to more if they span less than one and a half horizons, and
-    to up to three times as many if noise demands it. A new training stage (a record's `stage` changes) starts over.
+    The line is fitted to the last one and a half horizons, to at least ``window`` evaluations, and to up to three times
+    as many if noise demands it; dense evaluations are put together before. A new training stage (a record's `stage`
+    changes) starts over.
 
     Raises:
         ConfigError: an option is out of range.
