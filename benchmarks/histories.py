@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mir_callback.analysis import compare
 from mir_callback.cli import main as mir
 from mir_callback.history import FILE_NAME, read_records
 from mir_callback.record import EvalRecord, shorten
@@ -58,10 +57,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the runs, which `write` fills")
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--evaluations", type=int, default=5000)
-    parser.add_argument("--without-replay", action="store_true", help="of the stop rule, which has its own cost")
     options = parser.parse_args()
-    if options.without_replay:
-        compare.find_stop = lambda records, rule: compare.Stop(None, "not replayed: ", records[-1].step)
     paths = [options.folder / f"run_{number}" / FILE_NAME for number in range(options.runs)]
     started, words, size = time.process_time(), [str(path.parent) for path in paths], ""
     if options.what == "write":
