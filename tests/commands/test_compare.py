@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_left_out_and_told(runs, capsys):
     lines[2] = lines[2][:50]
     lines[3] = '{"step": 3, "mir": 1e400}'
     lines[4] = '{"step": 4, "mir": 2, "own": ' + 90 * "[" + 90 * "]" + "}"
-    lines[5] = lines[5].replace('"loss": ', '"own": 1' + 400 * "0" + ', "loss": 1' + 400 * "0" + ', "old": ')
+    lines[5] = lines[5].replace('"loss":', '"own": 1' + 400 * "0" + ', "loss": 1' + 400 * "0" + ', "old": ')
     (runs / "a2" / "mir_history.jsonl").write_text("\n".join(lines))
     (runs / "empty").mkdir()
     (runs / "empty" / "mir_history.jsonl").touch()
