@@ -48,7 +48,9 @@ def probe():
 
 
 @pytest.mark.parametrize("build", FAMILIES)
-@pytest.mark.parametrize("prompt", [AUTHORS, "{image}{text}", "{{{image}}} {text}\n", "<s>One. {image} {text}", "\n<s>{image} {text}"])
+@pytest.mark.parametrize(
+    "prompt", [AUTHORS, "{image}{text}", "{{{image}}} {text}\n", "<s>One. {image} {text}", "\n<s>{image} {text}"]
+)
 def test_ids_are_those_of_the_filled_prompt(build, prompt, probe):
     model, processor = build()
     processor = adding(processor, "<s> $A")
