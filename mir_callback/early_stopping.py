@@ -251,7 +251,7 @@ class PlateauRule:
         back = horizon if is_counted else _LOOK_BACK * horizon
         cells = history.cells(0.0 if is_counted else back / _CELLS)
         end = cells.settled(end)
-        key = (part, end, horizon)
+        key = (part, end, horizon, is_counted)
         if key not in history.trends:
             history.trends[key] = self._trend(history, part, begin, end, cells, horizon, words, back)
         found, has_fallen = history.trends[key]
@@ -281,7 +281,7 @@ class PlateauRule:
         last, ahead = float(history.steps[end - 1]), horizon
         fit = _Fit(np.log1p(x) if self.log_steps else x, y, functools.partial(history.influences, cells, end))
         if self.log_steps:
-            ahead = math.log1p(last + horizon) - math.log1p(last)
+            ahead = math.log1p(horizon / (1.0 + last))
         most = max(least, int(np.count_nonzero(x >= x[-1] - _CHECKED_WINDOWS * back)))
         gain, error, size, noise = self._gain(fit, ahead, least, most)
         first = history.steps[cells.first[cells.of[end - 1] + 1 - size]]
@@ -377,9 +377,9 @@ class _History:
     def __init__(self, records: Records, rule: PlateauRule) -> None:
         self.records = records
         self.looks: dict[int, Verdict] = {}
-        self.trends: dict[tuple[_Part, int, float], tuple[Verdict, bool]] = {}
-        self._cells: dict[float, Cells] = {}
-        self._peaks: dict[float, Array] = {}
+        self.trends: dict[tuple[_Part, int, float, bool], tuple[Verdict, bool]] = {}
+        self._cells: tuple[float, Cells] | None = None  # the last alone: a plan may change with every record
+        self._peaks: tuple[Cells, Array] | None = None
         self._rows: dict[tuple[int, int], tuple[Any, Any]] = {}
         self.parts, cuts = _parts(records, rule)
         is_finite = np.array([record.mir is not None for record in records], dtype=bool)
@@ -393,19 +393,19 @@ class _History:
 
     def cells(self, width: float) -> Cells:
         """The evaluations put together in parts of so many steps."""
-        if width not in self._cells:
-            self._cells[width] = Cells(self.steps, self._values, self._segment, width)
-        return self._cells[width]
+        if self._cells is None or self._cells[0] != width:
+            self._cells = width, Cells(self.steps, self._values, self._segment, width)
+        return self._cells[1]
 
     def peak(self, cells: Cells, end: int) -> float:
         """The highest median of three neighbouring cells of a stage, the one that evaluation ``end`` ends left out."""
-        if id(cells) not in self._peaks:
+        if self._peaks is None or self._peaks[0] is not cells:
             stage, peaks = self._stage[cells.first[:-1]], np.full(len(cells.y), -math.inf)
             for last in range(2, len(peaks)):
                 if stage[last] == stage[last - 2]:
                     peaks[last] = max(peaks[last - 1], sorted(cells.y[last - 2 : last + 1])[1])
-            self._peaks[id(cells)] = peaks
-        return float(self._peaks[id(cells)][cells.of[end - 1] - 1])
+            self._peaks = cells, peaks
+        return float(self._peaks[1][cells.of[end - 1] - 1])
 
     def influences(self, cells: Cells, end: int, count: int) -> Array | None:
         """(count, S) of the last cells before an evaluation, if every evaluation has them, of the same samples."""

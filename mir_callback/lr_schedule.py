@@ -76,7 +76,7 @@ def find_drops(learning_rate: Callable[[int], float], total_steps: int) -> list[
             continue  # the same drop
         was_level = min(level) > 0 and max(level) - min(level) <= _LEVEL_CHANGE * max(level)
         begins = rates[index] < (1 - _LEVEL_CHANGE / before) * rates[index - 1]
-        if was_level and begins and min(rates[index : index + after]) <= (1 - _DROP) * rates[index - 1]:
+        if was_level and begins and min(rates[index : index + after]) <= (1 - _DROP) * (1 + 1e-9) * rates[index - 1]:
             # The grid may skip steps: the first of those between its points that is lower.
             between = range(steps[index - 1] + 1, steps[index] + 1)
             drops.append(next(step for step in between if learning_rate(step) < rates[index - 1]))

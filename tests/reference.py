@@ -59,7 +59,7 @@ def frechet_paper_fast(vision: np.ndarray, text: np.ndarray) -> float:
 
 
 # How far apart equal norms may lie, relative to the median, by the dtype of the rows.
-EQUAL = {torch.float64: 2.0**-42, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+EQUAL = {torch.float64: 2.0**-20, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def without_outliers(rows: np.ndarray, equal: float = 0.0) -> np.ndarray:

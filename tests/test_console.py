@@ -188,6 +188,12 @@ def test_a_drop_is_found_to_the_step_whatever_the_length(steps):
     ]  # the step after it is the first lower one
 
 
+def test_every_drop_by_exactly_thirty_percent_is_found():
+    drops = [200, 400, 600, 800]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(OPTIMIZER, drops, gamma=0.7)
+    assert find_drops(learning_rate_of(scheduler), 1000) == drops
+
+
 def test_a_decay_after_a_level_phase_begins_where_it_begins():
     (drop,) = find_drops(lambda step: min(1.0, (1000 - step) / 200), 1000)
     assert 800 <= drop <= 803

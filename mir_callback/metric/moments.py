@@ -78,7 +78,7 @@ def moments_from_scatter(count: int, mean: Tensor, scatter: Tensor, scale: float
     """
     covariance = scatter.mul_(scale**2 / (count - 1))
     trace, norm = covariance.trace(), torch.linalg.matrix_norm(covariance)
-    require_finite(trace.item())
+    require_finite(norm.item())  # of squares, so the trace is finite too
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.item():
         return Moments(count, mean * scale, lower.T, "triangle", trace, norm)
@@ -95,13 +95,13 @@ def moments_from_centred(mean: Tensor, centred: Tensor, scale: float = 1.0) -> M
     """
     count = len(centred)
     factor = centred * (scale / math.sqrt(count - 1))
-    trace = factor.square().sum()
-    require_finite(trace.item())
-    return Moments(count, mean * scale, factor, "rows", trace, torch.linalg.matrix_norm(gram(factor.T)))
+    norm = torch.linalg.matrix_norm(gram(factor.T))
+    require_finite(norm.item())
+    return Moments(count, mean * scale, factor, "rows", factor.square().sum(), norm)
 
 
 def require_finite(value: float) -> None:
-    """Raise NumericsError unless a trace or a squared distance of means is finite. Ranks: pure."""
+    """Raise NumericsError unless the norm of a covariance or a squared distance of means is finite. Ranks: pure."""
     if not math.isfinite(value):
         raise NumericsError(
             f"The mean or covariance of the token rows is not finite ({value}): values are NaN, infinite or too large."

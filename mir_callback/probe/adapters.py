@@ -304,10 +304,13 @@ class HuggingFaceAdapter:
         texts = [cut_text(self._tokenizer, sample.text, max_text_tokens) for sample in samples]
         for text, sample in zip(texts, samples, strict=True):
             require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
-        prompts = [self._render_chat(text) if self._is_chat else self._fill(text) for text in texts]
-        bos = getattr(self._tokenizer, "bos_token", None)
-        has_bos = bos is not None and self._fill("").startswith(bos)
-        options = {"add_special_tokens": False} if has_bos else {}  # as apply_chat_template does
+        prompts = [self._fill(text) for text in texts]
+        if self._is_chat:
+            prompts = [self._chat_of(text, sample.name) for text, sample in zip(texts, samples, strict=True)]
+        bos, frame = getattr(self._tokenizer, "bos_token", None), self._fill("")
+        # Of a chat as apply_chat_template does.
+        has_bos = bos is not None and (frame.startswith(bos) if self._is_chat else bos in frame)
+        options = {"add_special_tokens": False} if has_bos else {}
         images = [[sample.open_image()] for sample in samples]
         try:
             encoded: Mapping[str, Any] = self._processor(
@@ -325,6 +328,19 @@ class HuggingFaceAdapter:
 
     def _fill(self, text: str) -> str:
         return self.prompt.format(image=self._placeholder, text=text)
+
+    def _chat_of(self, text: str, sample: str) -> str:
+        """The rendered chat of a sample; ConfigError if the template does more than to put its text into the prompt."""
+        rendered = self._render_chat(text)
+        for image in (self._placeholder, str(image_token(self._processor))):
+            for words in (text, text.strip(), text.lstrip(), text.rstrip()):
+                if rendered == self.prompt.format(image=image, text=words):
+                    return rendered
+        raise ConfigError(
+            f"prompt='chat': the chat_template of {type(self._processor).__name__} gives {rendered!r:.120} for the "
+            f"text of {sample}, which is not {self.prompt!r} with that text: it changes texts, or from call to call. "
+            f"Write the prompt out, such as {EXAMPLE}."
+        )
 
     def _render_chat(self, text: str) -> str:
         user = {"role": "user", "content": [{"type": "image"}]}

@@ -8,8 +8,10 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mir_callback import frechet_distance, modality_integration_rate
+from mir_callback.errors import NumericsError
 from mir_callback.metric import matrix_sqrt
 from mir_callback.metric.frechet import frechet_from_moments
 from mir_callback.metric.matrix_sqrt import GaussianPair
@@ -245,6 +247,19 @@ def test_no_row_is_an_outlier_behind_a_norm_layer_whose_weights_are_equal(dtype,
     torch.nn.init.constant_(layer.weight, 0.37)
     rows = layer(states.to(dtype)).detach()
     assert replace_outliers(rows) is rows
+
+
+def test_no_row_is_an_outlier_behind_a_norm_layer_that_computes_in_float32():
+    layer = LlamaRMSNorm(64, eps=0.0).double()
+    rows = layer(normal(generator(2), 4000, 64)).detach()
+    assert replace_outliers(rows) is rows
+
+
+def test_distance_that_float64_cannot_hold_is_refused():
+    for count in (50, 4):  # more and fewer rows than dimensions
+        vision, text = (1e80 * normal(generator(seed), count, 8) for seed in (1, 2))
+        with pytest.raises(NumericsError, match="not finite"):
+            frechet_distance(vision, text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -48,7 +48,9 @@ def probe():
 
 
 @pytest.mark.parametrize("build", FAMILIES)
-@pytest.mark.parametrize("prompt", [AUTHORS, "{image}{text}", "{{{image}}} {text}\n", "<s>One. {image} {text}"])
+@pytest.mark.parametrize(
+    "prompt", [AUTHORS, "{image}{text}", "{{{image}}} {text}\n", "<s>One. {image} {text}", "\n<s>{image} {text}"]
+)
 def test_ids_are_those_of_the_filled_prompt(build, prompt, probe):
     model, processor = build()
     processor = adding(processor, "<s> $A")
@@ -57,7 +59,7 @@ def test_ids_are_those_of_the_filled_prompt(build, prompt, probe):
         probe.samples, batch.token_ids, batch.text_ids, (sample.open_image() for sample in probe.samples), strict=True
     ):
         filled = prompt.format(image=placeholder_of(build), text=sample.text)
-        own = {"add_special_tokens": False} if filled.startswith("<s>") else {}
+        own = {"add_special_tokens": False} if "<s>" in prompt else {}
         assert ids.tolist() == processor(images=[[image]], text=[filled], **own)["input_ids"][0]
         tail = prompt.partition("{image}")[2].format(text=sample.text).replace("}}", "}")
         expected = processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -178,6 +180,16 @@ def test_a_chat_template_that_does_not_place_image_and_text_is_refused(template,
     processor.chat_template = template
     with pytest.raises(ConfigError, match=f"prompt='chat'.*LlavaProcessor.*{why}"):
         find_adapter(model, processor, prompt="chat")
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ text | upper }}", "{{ text[:20] }}", "{{ text }} {{ text }}", "{{ text }}{{ range(10**5) | random }}"]
+)
+def test_a_chat_template_that_changes_texts_is_refused(text, probe):
+    model, processor = tiny_models.llava()
+    processor.chat_template = f"<image>{{% set text = messages[1].content[0].text %}}{text}"
+    with pytest.raises(ConfigError, match="prompt='chat'.*LlavaProcessor.*text of pair 0"):
+        encode(model, processor, "chat", probe)
 
 
 def test_a_prompt_that_brings_the_image_token_itself_is_refused():

@@ -373,6 +373,17 @@ def test_a_replay_gives_the_verdicts_of_the_run_which_knew_nothing_of_what_came_
     assert list(rule.replay(records)) == [rule.verdict(records[:end]) for end in range(1, len(records) + 1)]
 
 
+@pytest.mark.parametrize("known_from", range(40, 90))
+def test_a_replay_gives_the_verdicts_of_a_run_whose_length_was_not_known_at_first(known_from):
+    rule = PlateauRule(window=16)  # as a part of the run the horizon is as long as the window
+    records = history(list(2 + np.exp(-np.arange(100) / 10) + noise(known_from, 100, 0.003)))
+    for record in records[known_from:]:
+        record["max_steps"] = 7500
+    last = slice(known_from - 2, known_from + 4)
+    expected = [rule.verdict(records[: end + 1]) for end in range(len(records))[last]]
+    assert list(rule.replay(records))[last] == expected
+
+
 def seconds(work):
     started = time.process_time()
     work()
