@@ -13,12 +13,11 @@ from pathlib import Path
 
 from mir_callback import lock
 from mir_callback.errors import HistoryError
-from mir_callback.fs import free_name, write_atomic, write_beside, write_new
+from mir_callback.fs import free_name, require_file, write_atomic, write_beside, write_new
 from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
-MAX_BYTES = 2**30  # of a file, which is read as a whole
 _LISTED = 3  # messages of one kind that are listed one by one
 
 LayersOf = Callable[[Sequence[EvalRecord]], Iterable[EvalRecord]]
@@ -228,7 +227,7 @@ def read_history(path: str | Path) -> list[EvalRecord]:
 
     Ranks: any.
     """
-    _require_size(Path(path))
+    _require_file(Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -268,7 +267,7 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
     Ranks: pure.
     """
     try:
-        _require_size(Path(path))
+        _require_file(Path(path))
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             text = file.readlines()
     except OSError as error:
@@ -306,10 +305,11 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
     return [by_step[step] for step in sorted(by_step)], messages
 
 
-def _require_size(path: Path) -> None:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise HistoryError(f"{path} has {size} bytes, no history has more than {MAX_BYTES}. Is it another file?")
+def _require_file(path: Path) -> None:
+    try:
+        require_file(path)
+    except ValueError as error:
+        raise HistoryError(str(error)) from error
 
 
 def _first_few(messages: list[str], kind: str) -> list[str]:

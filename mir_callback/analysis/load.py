@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
-from mir_callback.fs import printable
+from mir_callback.fs import printable, require_file
 from mir_callback.history import FILE_NAME, LayersOf, read_records
 from mir_callback.record import EvalRecord, is_count, is_number
 
@@ -165,6 +165,7 @@ def _read_trainer_log(folder: Path) -> _TrainerLog:
 def _read_object(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty if it cannot be read."""
     try:
+        require_file(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
