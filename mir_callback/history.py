@@ -280,16 +280,17 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
         if line.isspace():
             continue
         try:
-            records.append(EvalRecord.from_line(line, fields, brief=layers_of is not None))
-            line_of[records[-1].step] = line
+            record, damage = _read_line(line, fields, brief=layers_of is not None)
         except ValueError as error:
             lines.append(f"skipped damaged line {number} ({error}): {line.strip()!r:.60}")
+            continue
+        lines += damage
+        records.append(record)
+        line_of[record.step] = line
     by_step = {record.step: record for record in records}  # the last one of each
     for record in layers_of([by_step[step] for step in sorted(by_step)]) if layers_of else ():
-        try:
-            by_step[record.step] = EvalRecord.from_line(line_of[record.step], fields)
-        except ValueError as error:
-            lines.append(f"step {record.step}: ignored the values of its layers ({error})")
+        by_step[record.step], damage = _read_line(line_of[record.step], fields, brief=False)
+        lines += damage
     fields = list(dict.fromkeys(fields))
     messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
     steps = [record.step for record in records]
@@ -303,6 +304,20 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
             f"unknown root {', '.join(map(repr, unknown))} (known: {', '.join(_ROOTS)}): not comparable with others"
         )
     return [by_step[step] for step in sorted(by_step)], messages
+
+
+def _read_line(line: str, fields: list[str], *, brief: bool) -> tuple[EvalRecord, list[str]]:
+    """A record, without the values of its layers if the line is damaged only there, and a message in that case.
+
+    So its MIR counts in any case, as most commands don't even parse these values.
+    """
+    try:
+        return EvalRecord.from_line(line, fields, brief=brief), []
+    except ValueError as error:
+        if brief:
+            raise
+        record = EvalRecord.from_line(line, fields, brief=True)
+        return record, [f"step {record.step}: ignored the values of its layers ({error})"]
 
 
 def _require_file(path: Path) -> None:
