@@ -100,7 +100,7 @@ def read_runs(paths: Sequence[str | Path], layers_of: LayersOf | None = None) ->
     for path in paths:
         try:
             runs.append(read_run(path, layers_of))
-        except HistoryError as error:
+        except (HistoryError, OSError) as error:
             missing.append(str(error))
     return make_names_unique(runs), missing
 
