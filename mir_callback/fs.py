@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes that are atomic and follow no link, free names, and names fit for a terminal.
+"""Writes that are atomic and follow no link, free names, names fit for a terminal, files that can be read.
 
 Everything in a run's folder is written with these: others may have put links there.
 """
@@ -9,10 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+MAX_BYTES = 2**30  # of a history, or of another file that is read as a whole
+
+
+def require_file(path: Path) -> None:
+    """See that reading a file as a whole ends: what others hand over may be a pipe, a device or of any size.
+
+    Raises:
+        OSError: there is no file.
+        ValueError: it is no regular one, or larger than MAX_BYTES.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is no regular file")
+    if found.st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {found.st_size} bytes, at most {MAX_BYTES} are read. Is it another file?")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

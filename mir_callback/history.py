@@ -13,12 +13,12 @@ from pathlib import Path
 
 from mir_callback import lock
 from mir_callback.errors import HistoryError
-from mir_callback.fs import free_name, write_atomic, write_beside, write_new
+from mir_callback.fs import free_name, require_file, write_atomic, write_beside, write_new
 from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
 
 FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
-MAX_BYTES = 2**30  # of a file, which is read as a whole
+_MOST_DAMAGED = 1000  # lines, after which it is no history
 _LISTED = 3  # messages of one kind that are listed one by one
 
 LayersOf = Callable[[Sequence[EvalRecord]], Iterable[EvalRecord]]
@@ -228,7 +228,7 @@ def read_history(path: str | Path) -> list[EvalRecord]:
 
     Ranks: any.
     """
-    _require_size(Path(path))
+    _require_file(Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -263,12 +263,12 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
         The records, and messages about what was skipped.
 
     Raises:
-        HistoryError: the file cannot be read.
+        HistoryError: the file cannot be read, or nearly nothing in it is a record.
 
     Ranks: pure.
     """
     try:
-        _require_size(Path(path))
+        _require_file(Path(path))
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             text = file.readlines()
     except OSError as error:
@@ -281,16 +281,21 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
         if line.isspace():
             continue
         try:
-            records.append(EvalRecord.from_line(line, fields, brief=layers_of is not None))
-            line_of[records[-1].step] = line
+            record, damage = _read_line(line, fields, brief=layers_of is not None)
         except ValueError as error:
             lines.append(f"skipped damaged line {number} ({error}): {line.strip()!r:.60}")
+            if len(lines) > _MOST_DAMAGED:
+                raise HistoryError(
+                    f"{path} has more than {_MOST_DAMAGED} damaged lines. Is it another file?"
+                ) from error
+            continue
+        lines += damage
+        records.append(record)
+        line_of[record.step] = line
     by_step = {record.step: record for record in records}  # the last one of each
     for record in layers_of([by_step[step] for step in sorted(by_step)]) if layers_of else ():
-        try:
-            by_step[record.step] = EvalRecord.from_line(line_of[record.step], fields)
-        except ValueError as error:
-            lines.append(f"step {record.step}: ignored the values of its layers ({error})")
+        by_step[record.step], damage = _read_line(line_of[record.step], fields, brief=False)
+        lines += damage
     fields = list(dict.fromkeys(fields))
     messages = [*_first_few(lines, "damaged lines"), *_first_few(fields, "damaged fields")]
     steps = [record.step for record in records]
@@ -306,10 +311,25 @@ def read_records(path: str | Path, layers_of: LayersOf | None = None) -> tuple[l
     return [by_step[step] for step in sorted(by_step)], messages
 
 
-def _require_size(path: Path) -> None:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise HistoryError(f"{path} has {size} bytes, no history has more than {MAX_BYTES}. Is it another file?")
+def _read_line(line: str, fields: list[str], *, brief: bool) -> tuple[EvalRecord, list[str]]:
+    """A record, without the values of its layers if the line is damaged only there, and a message in that case.
+
+    So its MIR counts in any case, as most commands don't even parse these values.
+    """
+    try:
+        return EvalRecord.from_line(line, fields, brief=brief), []
+    except ValueError as error:
+        if brief:
+            raise
+        record = EvalRecord.from_line(line, fields, brief=True)
+        return record, [f"step {record.step}: ignored the values of its layers ({error})"]
+
+
+def _require_file(path: Path) -> None:
+    try:
+        require_file(path)
+    except ValueError as error:
+        raise HistoryError(str(error)) from error
 
 
 def _first_few(messages: list[str], kind: str) -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 import time
 import weakref
@@ -24,6 +25,7 @@ else:
 
 PATIENCE = 10.0  # seconds: a killed process keeps its lock until the system has taken its memory apart
 _POLL = 0.1
+_OURS = re.compile(rb"(pid [0-9]+ on .*)?\s*")  # content of a lock file
 _HELD_BY_OTHERS = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 
 _log = logging.getLogger(__name__)
@@ -109,6 +111,9 @@ class RunLock:
         if not self.is_held():  # removed by its last holder meanwhile: that was the lock of no path
             self._close()
             return "just released"
+        if os.fstat(descriptor).st_nlink > 1 or not _OURS.fullmatch(os.pread(descriptor, 1000, 0)):
+            self._close()
+            raise FileExistsError(f"{self.path} is a file of somebody else")
         with contextlib.suppress(OSError):  # who holds it is only for the message
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -28,6 +28,7 @@ JUMPS = 1.5  # outlier_se_ratio from which MIR jumps between probes
 _MAX_STEP = 2**53
 _LARGEST = 1e100  # above any real value, and its square is still a float
 _MAX_DEPTH = 20  # of nested JSON
+_LONGEST = 2**22  # characters of a line; a thousand samples and a hundred layers take 20,000
 _TOO_DEEP = f"JSON nested more than {_MAX_DEPTH} levels deep"
 
 
@@ -190,7 +191,8 @@ class EvalRecord:
         Args:
             values: fields by name. Unknown ones are kept in ``unknown``.
             damaged: collects a message for each other field with an invalid value, which is left out; None to raise.
-            brief: leave out values of layers, and keep influences as an `array`, in a fifth of the memory of a list.
+            brief: leave out values of layers and unknown lists and objects, and keep influences as an `array`, in a
+                fifth of the memory of a list.
 
         Raises:
             ValueError: `step` is no integer, `mir` is neither a number nor null, JSON is nested too deeply, or, with
@@ -203,6 +205,8 @@ class EvalRecord:
         if "mir" not in values or not (values["mir"] is None or is_number(values["mir"])):
             raise ValueError("its mir is neither a number nor null")
         unknown = {name: _finite(value) for name, value in values.items() if name not in FIELDS}
+        if brief:
+            unknown = {name: value for name, value in unknown.items() if not isinstance(value, (dict, list))}
         _finite(values.get("loading"))
         known: dict[str, Any] = {}
         for name, value in values.items():
@@ -232,6 +236,8 @@ class EvalRecord:
 
         With ``brief`` most of the line, the values of layers, is not even parsed, which takes a third of the time.
         """
+        if len(line) > _LONGEST:
+            raise ValueError(f"{len(line)} characters, more than {_LONGEST}")
         try:
             if brief:
                 line = _LAYERS_IN_LINE.sub(r"\1\2null", line)

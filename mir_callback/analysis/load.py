@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mir_callback.errors import ConfigError, HistoryError
-from mir_callback.fs import printable
+from mir_callback.fs import printable, require_file
 from mir_callback.history import FILE_NAME, LayersOf, read_records
 from mir_callback.record import EvalRecord, is_count, is_number
 
@@ -100,7 +100,7 @@ def read_runs(paths: Sequence[str | Path], layers_of: LayersOf | None = None) ->
     for path in paths:
         try:
             runs.append(read_run(path, layers_of))
-        except HistoryError as error:
+        except (HistoryError, OSError) as error:
             missing.append(str(error))
     return make_names_unique(runs), missing
 
@@ -165,6 +165,7 @@ def _read_trainer_log(folder: Path) -> _TrainerLog:
 def _read_object(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty if it cannot be read."""
     try:
+        require_file(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}

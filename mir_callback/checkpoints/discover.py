@@ -14,6 +14,7 @@ from typing import Any
 from mir_callback.best_model import NOTE_NAME
 from mir_callback.checkpoints.results import RESULTS_NAME
 from mir_callback.errors import ConfigError
+from mir_callback.fs import require_file
 from mir_callback.history import FILE_NAME
 from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord, is_count, is_number
@@ -124,6 +125,7 @@ def find_storage(checkpoint: Checkpoint) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object, empty if there is no file; ConfigError if it is damaged or no object."""
     try:
+        require_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it contains a {type(value).__name__}, not an object")
@@ -199,8 +201,10 @@ def _read_step(folder: Path) -> int | None:
             return step
     latest = folder / "latest"  # names DeepSpeed's newest shards
     try:
+        if latest.is_file():
+            require_file(latest)
         shards = _SHARD_FOLDER.fullmatch(latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"Could not read {latest}: {error}. Name the shards: {folder / 'global_stepN'}") from error
     return int(shards[1]) if shards else None
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **g
 def _find_class(folder: Path, options: LoadOptions) -> Any:
     """The model class that config.json names; ConfigError if it names kernels too, which are code."""
     config = read_json(folder / "config.json")
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        named = [str(part.get(name)) for name in ("attn_implementation", "_attn_implementation")]
+    for part in _walk(config):
+        named = [str(value) for name, value in part.items() if "attn_implementation" in name]
         if any("/" in name for name in named) and not options.trust_checkpoint:
             raise ConfigError(f"{folder / 'config.json'} names code on the hub to run, {max(named)!r}. {REMEDY}")
     names = config.get("architectures")
@@ -127,6 +127,14 @@ def _find_class(folder: Path, options: LoadOptions) -> Any:
             f"{folder / 'config.json'}). Install a version that has it, or use evaluate_mir in Python."
         )
     return kind
+
+
+def _walk(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and those within it, at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _walk(value)
 
 
 def _load_adapter(checkpoint: Checkpoint, base: nn.Module, options: LoadOptions) -> nn.Module:

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush to the pipe again
         return 141  # the exit code of a program that SIGPIPE ended
+    except OSError as error:  # a folder that may not be read, a name that is too long: its message names the file
+        print(f"mir {options.command}: error: {printable(str(error))}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -17,7 +17,7 @@ from mir_callback.analysis.load import Run
 from mir_callback.analysis.page import render_report
 from mir_callback.analysis.page.views import RunView, list_drawn
 from mir_callback.cli.arguments import RUNS, check_output, read_recipes, write_output
-from mir_callback.errors import ConfigError, HistoryError, ProbeError
+from mir_callback.errors import ConfigError, HistoryError, MIRError, ProbeError
 from mir_callback.fs import printable
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
@@ -64,7 +64,7 @@ def run(options: Namespace) -> None:
             time.sleep(options.watch)
             try:
                 _write(page, options, probe, seen)
-            except HistoryError as error:  # e.g. a new run has moved the history aside: wait for it
+            except (MIRError, OSError) as error:  # a new run has moved the history aside, the disk is full: wait
                 _warn([str(error)], seen)
     except KeyboardInterrupt:
         options.watch = None

@@ -184,7 +184,8 @@ def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> 
             for (name, _, text), member in zip(entries, images, strict=True)
         ],
     }
-    texts = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    # Names of files may be no valid text; so escaped, JSON reads them back.
+    texts = json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
     total = sum(map(len, images.values()))
     if len(entries) > MAX_SAMPLES or len(texts) > MAX_INDEX_BYTES or total > MAX_BYTES:
         raise ProbeError(

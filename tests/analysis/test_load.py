@@ -231,7 +231,8 @@ def test_a_brief_record_is_the_whole_one_without_values_of_layers(odd, separator
     whole, brief = EvalRecord.from_line(line, []), EvalRecord.from_line(line, [], brief=True)
     assert list(brief.influences) == whole.influences
     assert all(brief[name] is None for name in OF_LAYERS)
-    changed = {**dict.fromkeys(OF_LAYERS), "influences": whole.influences}
+    assert set(whole.unknown) - set(brief.unknown) == {"last"}  # lists and objects
+    changed = {**dict.fromkeys(OF_LAYERS), "influences": whole.influences, "unknown": brief.unknown}
     assert replace(whole, **changed) == replace(brief, influences=whole.influences)
     assert json.loads(brief.to_line())["influences"] == whole.influences
 
@@ -244,3 +245,14 @@ def test_values_of_layers_are_read_of_the_records_asked_for(tmp_path):
     assert [record.per_layer is None for record in records] == [True, False, True, True]
     assert [record.mir for record in records] == [values["mir"] for values in pages.records(4)]
     assert re.search("step 20: ignored", messages[0])
+
+
+@pytest.mark.parametrize("damaged", ["[1,,2]", "[1 2]", "[--1]", "[01]", "[1.]", "[1,]"])
+@pytest.mark.parametrize("layers_of", [None, lambda records: records, lambda records: ()])
+def test_a_line_that_is_damaged_in_values_of_layers_counts_however_much_is_read(tmp_path, damaged, layers_of):
+    values = pages.records(1)[0]
+    line = json.dumps({**values, "per_layer": "HERE"}).replace('"HERE"', damaged)
+    (tmp_path / "h.jsonl").write_text(line + "\n")
+    (record,), messages = read_records(tmp_path / "h.jsonl", layers_of)
+    assert (record.mir, record.per_layer) == (values["mir"], None)
+    assert bool(messages) == (layers_of is None or bool(layers_of([record])))

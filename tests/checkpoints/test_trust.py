@@ -151,6 +151,12 @@ def bring_kernel(here):
     return "model"
 
 
+def bring_inner_kernel(here):
+    inner = {"thinker_config": {"_attn_implementation_internal": "somebody/kernel"}}
+    edit(here / "model" / "config.json", more=inner)
+    return "model"
+
+
 def bring_module(here):
     (here / "own.py").write_text(CODE)
     edit(here / "adapter" / "adapter_config.json", megatron_config={"a": 1}, megatron_core="own")
@@ -158,7 +164,13 @@ def bring_module(here):
 
 
 @pytest.mark.parametrize(
-    ("bring", "named"), [(bring_processor, "model"), (bring_kernel, "somebody/kernel"), (bring_module, "megatron")]
+    ("bring", "named"),
+    [
+        (bring_processor, "model"),
+        (bring_kernel, "somebody/kernel"),
+        (bring_inner_kernel, "somebody/kernel"),
+        (bring_module, "megatron"),
+    ],
 )
 def test_python_code_that_a_checkpoint_names_is_not_imported(here, capsys, bring, named):
     status, _, error = mir(capsys, bring(here))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mir report`, from real runs on disk to the page."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ from functools import partial
 import pytest
 
 from mir_callback import MIRCallback, PlateauRule, Probe
+from mir_callback.analysis import load
+from mir_callback.cli import arguments, report
+from mir_callback.fs import write_atomic
 from tests.analysis.pages import parse, records
 from tests.commands.running import run_command
 from tests.samples import pairs
@@ -260,3 +264,44 @@ def wait_for(condition, process, seconds=300):
         assert process.poll() is None, "it ended"
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.1)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_watching(runs, capsys, monkeypatch):
+    written = []
+
+    def pause(seconds):
+        monkeypatch.setattr(arguments, "write_atomic", write_atomic if written else no_space)
+        if written.append(seconds) or len(written) > 2:
+            raise KeyboardInterrupt
+
+    def no_space(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report.time, "sleep", pause)
+    status, out, error = mir(capsys, "slow", "--watch", "1")
+    assert (status, len(written)) == (0, 3)
+    assert error.count("No space left on device") == 1
+    assert out.endswith("wrote slow/mir_report.html\n")
+
+
+@pytest.mark.parametrize("command", ["report", "compare", "probe", "eval"])
+def test_a_name_that_the_system_refuses_ends_in_a_sentence(runs, capsys, command):
+    name = f"./{300 * 'a'}"
+    status, _, error = run_command(command, capsys, name)
+    assert status == 2
+    assert error.count("\n") == 1
+    assert name.removeprefix("./") in error
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_run_that_may_not_be_read_is_left_out_with_a_note(runs, capsys, monkeypatch, command):
+    def refuse(path):
+        if "slow" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return find(path)
+
+    find = load._find_history
+    monkeypatch.setattr(load, "_find_history", refuse)
+    status, _, error = run_command(command, capsys, "slow", "fast")
+    assert status == 0
+    assert "Permission denied: 'slow'" in error

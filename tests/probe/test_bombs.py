@@ -180,3 +180,22 @@ def test_a_file_far_larger_than_any_history_is_refused_unread(tmp_path):
     for read, what in ((read_run, tmp_path), (read_history, tmp_path / FILE_NAME)):
         with pytest.raises(HistoryError, match=f"{FILE_NAME} has {2**34} bytes"):
             read(what)
+
+
+def test_a_file_of_damaged_lines_is_given_up_and_a_giant_line_is_one(tmp_path):
+    giant = '{"step": 1, "mir": 1.5, "own": [' + 2**21 * "[]," + "[]]}\n"
+    (tmp_path / FILE_NAME).write_text('{"step": 0, "mir": 1.5}\n' + giant)
+    run = read_run(tmp_path)
+    assert [record.step for record in run.records] == [0]
+    assert any("line 2" in message and str(len(giant)) in message for message in run.problems)
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write(1001 * "x\n")
+    with pytest.raises(HistoryError, match="1000 damaged lines"):
+        read_run(tmp_path)
+
+
+def test_what_others_wrote_into_records_takes_no_memory_where_records_are_read_in_part(tmp_path):
+    line = '{"step": %d, "mir": 1.5, "own": [[], {}], "note": "kept", "number": 3}\n'
+    (tmp_path / FILE_NAME).write_text("".join(line % step for step in range(3)))
+    for record in read_run(tmp_path, layers_of=lambda records: ()).records:
+        assert record.unknown == {"note": "kept", "number": 3}

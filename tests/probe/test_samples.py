@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -279,3 +280,15 @@ def test_error_names_an_invalid_option_and_its_value(folders, options, message):
 def test_error_when_a_probe_has_no_samples():
     with pytest.raises(ProbeError, match="no samples"):
         Probe(())
+
+
+def test_a_probe_of_files_whose_names_are_no_text_is_saved_and_loads(tmp_path):
+    for index, (image, text) in enumerate(pairs(2)):
+        with (tmp_path / os.fsdecode(b"caf\xe9%d.png" % index)).open("wb") as file:
+            image.save(file, "PNG")
+        (tmp_path / f"{index}.txt").write_text(text)
+    probe = Probe.from_folders(tmp_path, tmp_path, num_samples=2)
+    probe.save(tmp_path / "probe.zip")
+    loaded = Probe.load(tmp_path / "probe.zip")
+    assert [sample.name for sample in loaded.samples] == [sample.name for sample in probe.samples]
+    assert "\udce9" in loaded.samples[0].name

@@ -402,3 +402,17 @@ def test_a_line_is_short_and_reads_as_the_record_in_memory():
     assert EvalRecord.from_line(line) == record
     assert record.per_layer == measured["per_layer"]
     assert shorten(json.loads(line)) == json.loads(line)
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_file_of_somebody_else_with_the_name_of_the_lock_stays(tmp_path, capsys, is_linked):
+    path = tmp_path / f"{FILE_NAME}.lock"
+    path.write_text("" if is_linked else "notes")
+    if is_linked:
+        os.link(path, tmp_path / "precious")
+    history = opened(tmp_path)
+    append(history, record(0))
+    history.close()
+    assert path.read_text() == ("" if is_linked else "notes")
+    assert capsys.readouterr().err.count("could not lock") == 1
+    assert lines(tmp_path / FILE_NAME) == [0]
