@@ -8,34 +8,8 @@ import torch
 from mir_callback.metric.bootstrap import DRAWS, ResampledRule, compare_spreads, draw_weights
 from mir_callback.metric.tokens import OutlierRule
 from tests import clouds, reference
+from tests.metric.draws import DIM, IMAGE, SAMPLES, WORDS, draw, longer, pareto
 from tests.metric.solving import evaluate_rows
-
-DIM, SAMPLES, IMAGE, WORDS = 24, 100, 8, 12
-SPREAD = torch.arange(1, DIM + 1).double() ** -0.6
-TURN = torch.linalg.qr(torch.randn(DIM, DIM, generator=clouds.generator(1)).double())[0]
-
-
-def tokens(rng, count, lengths):
-    """Rows (SAMPLES, count, d) of samples with effects of their own."""
-    own, each = (torch.randn(SAMPLES, size, DIM, generator=rng).double() for size in (1, count))
-    noise = torch.exp(0.2 * torch.randn(SAMPLES, count, 1, generator=rng).double())
-    return (0.5 * own + each) * noise * SPREAD * lengths
-
-
-def long_samples(share, factor):
-    return lambda rng: torch.where(torch.rand(SAMPLES, 1, 1, generator=rng) < share, factor, 1.0).double()
-
-
-def pareto(tail):
-    return lambda rng: torch.rand(SAMPLES, 1, 1, generator=rng).double() ** (-1 / tail)
-
-
-def draw(seed, lengths, in_text):
-    """A probe whose samples have these lengths, as images alone or as texts too."""
-    rng = clouds.generator(seed)
-    of_images = lengths(rng)
-    vision = 2.0 * (tokens(rng, IMAGE, of_images) @ TURN + 0.1)
-    return vision, tokens(rng, WORDS, of_images if in_text else torch.ones(()))
 
 
 def rate(vision, text):
@@ -43,18 +17,18 @@ def rate(vision, text):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "in_text"),
+    ("lengths", "where"),
     [
-        (long_samples(0.0, 1.0), False),
-        (long_samples(0.05, 3.0), False),
-        (long_samples(0.05, 4.0), False),
-        (long_samples(0.1, 3.0), False),
-        (long_samples(0.1, 4.0), False),
-        (long_samples(0.2, 3.0), False),
-        (pareto(3.0), False),
-        (long_samples(0.08, 3.0), True),
-        (long_samples(0.2, 3.0), True),
-        (pareto(3.0), True),
+        (longer(0.0, 1.0), "images"),
+        (longer(0.05, 3.0), "images"),
+        (longer(0.05, 4.0), "images"),
+        (longer(0.1, 3.0), "images"),
+        (longer(0.1, 4.0), "images"),
+        (longer(0.2, 3.0), "images"),
+        (pareto(3.0), "images"),
+        (longer(0.08, 3.0), "both"),
+        (longer(0.2, 3.0), "both"),
+        (pareto(3.0), "both"),
     ],
     ids=[
         "none",
@@ -69,15 +43,15 @@ def rate(vision, text):
         "Pareto both",
     ],
 )
-def test_standard_error_is_the_deviation_over_redrawn_probes_when_outliers_change(lengths, in_text):
-    values = [rate(*draw(seed, lengths, in_text)) for seed in range(300)]
-    errors = [evaluate_rows(*draw(1000 + seed, lengths, in_text))[1]["mir_se"] for seed in range(40)]
+def test_standard_error_is_the_deviation_over_redrawn_probes_when_outliers_change(lengths, where):
+    values = [rate(*draw(seed, lengths, where)) for seed in range(200)]
+    errors = [evaluate_rows(*draw(1000 + seed, lengths, where))[1]["mir_se"] for seed in range(40)]
     assert 0.8 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35
 
 
 def test_ratio_says_where_outliers_decide_the_error():
     calm, jumping = (
-        [evaluate_rows(*draw(seed, long_samples(share, 4.0), False))[1]["outlier_se_ratio"] for seed in range(10)]
+        [evaluate_rows(*draw(seed, longer(share, 4.0), "images"))[1]["outlier_se_ratio"] for seed in range(10)]
         for share in (0.0, 0.1)
     )
     assert np.median(calm) < 1.3
