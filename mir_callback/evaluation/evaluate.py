@@ -29,7 +29,7 @@ from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
-from mir_callback.metric.bootstrap import compare_spreads
+from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
@@ -329,10 +329,12 @@ def find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
     total = math.fsum(distances)
     if total > 0.0:  # else MIR is -inf
         on_mir = compute_mir_influences(on_layers, distances)
+        fixed, anew = on_draws.sum(dim=0)
+        by_rule = compute_mir_influences(project(anew - fixed, on_mir.shape[0])[None], distances)
         # To first order a draw may lower a distance below zero.
         ratio = compare_spreads((total + on_draws.sum(dim=0)).clamp_min(0.1 * total).log10()).item()
         error = ratio * compute_standard_error(on_mir).item()
         if math.isfinite(error):
             fields |= {"mir_se": error, "outlier_se_ratio": ratio}
-            fields["influences"] = [float(f"{value:.6g}") for value in on_mir.tolist()]
+            fields["influences"] = [float(f"{value:.6g}") for value in (on_mir + by_rule).tolist()]
     return fields

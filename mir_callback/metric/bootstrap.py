@@ -103,6 +103,16 @@ class ResampledRule:
         return found
 
 
+def project(draws: Tensor, count: int) -> Tensor:
+    """Influence of each of ``count`` samples on a value, (count,) float64 with sum zero, from draws (DRAWS,) of it.
+
+    The covariance with how often a sample is drawn: the derivative of the value's mean over draws, also where the value
+    itself jumps. Ranks: pure.
+    """
+    weights = draw_weights(count)
+    return count * ((weights - weights.mean(dim=0)).T @ (draws - draws.mean())) / DRAWS
+
+
 def compare_spreads(draws: Tensor) -> Tensor:
     """Standard deviation of the second over that of the first row of draws (..., 2, DRAWS), (...,). Ranks: pure.
 

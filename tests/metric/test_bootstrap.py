@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mir_callback.metric.bootstrap import DRAWS, ResampledRule, compare_spreads, draw_weights
+from mir_callback.metric.bootstrap import DRAWS, ResampledRule, compare_spreads, draw_weights, project
 from mir_callback.metric.tokens import OutlierRule
 from tests import clouds, reference
 from tests.metric.draws import DIM, IMAGE, SAMPLES, WORDS, draw, longer, pareto
@@ -47,6 +47,33 @@ def test_standard_error_is_the_deviation_over_redrawn_probes_when_outliers_chang
     values = [rate(*draw(seed, lengths, where)) for seed in range(200)]
     errors = [evaluate_rows(*draw(1000 + seed, lengths, where))[1]["mir_se"] for seed in range(40)]
     assert 0.8 <= np.mean(errors) / np.std(values, ddof=1) <= 1.35
+
+
+def second_model(rows):
+    """Other vision rows of the same samples."""
+    vision, text = rows
+    turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=clouds.generator(2)).double())[0]
+    return 0.9 * (0.8 * vision + 0.2 * vision @ turn), text
+
+
+@pytest.mark.parametrize("where", ["images", "texts", "both"])
+def test_error_of_a_difference_on_one_probe_knows_that_outliers_change(where):
+    differences, errors = [], []
+    for seed in range(200):
+        rows = draw(seed, longer(0.1, 4.0), where)
+        differences.append(rate(*rows) - rate(*second_model(rows)))
+        if seed < 40:
+            influences = [evaluate_rows(*each)[1]["influences"] for each in (rows, second_model(rows))]
+            errors.append(np.subtract(*influences).std(ddof=1) / SAMPLES**0.5)
+    assert 0.75 <= np.mean(errors) / np.std(differences, ddof=1) <= 1.35
+
+
+def test_projection_gives_back_the_influences_of_what_is_linear_in_the_draws():
+    influences = torch.randn(SAMPLES, generator=clouds.generator(5)).double()
+    influences -= influences.mean()
+    found = project(draw_weights(SAMPLES) @ influences / SAMPLES, SAMPLES)
+    assert abs(found.sum().item()) < 1e-9
+    assert torch.corrcoef(torch.stack([found, influences]))[0, 1] > 0.9
 
 
 def test_ratio_says_where_outliers_decide_the_error():
