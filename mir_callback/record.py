@@ -113,9 +113,9 @@ class EvalRecord:
     per_layer: list[float] | None = _field("amounts", "value", "distance of decoder layers 1 to K", always=True)
     per_layer_se: list[float] | None = _field("amounts", "value", "standard error of each distance", digits=5)
     outlier_se_ratio: float | None = _field(
-        "amount", "value", "mir_se over the error with replaced rows as given; well above 1: mir jumps between probes"
+        "amount", "value", "mir_se over the error with replaced rows as given; from 1.5 on mir jumps between probes"
     )
-    influences: Sequence[float] | None = _field("numbers", "value", "of each sample on mir, to first order")
+    influences: Sequence[float] | None = _field("numbers", "value", "of each sample on mir, outlier rule included")
     companions: dict[str, list[float]] | None = _field(
         "lists", "value", "further quantities of each layer, by name", digits=5
     )
@@ -151,8 +151,8 @@ class EvalRecord:
     samples_seen: int | None = _field("count", "training", "training samples so far, over all ranks")
     tokens_seen: float | None = _field("amount", "training", "input tokens so far, if the Trainer counts them")
     max_steps: float | None = _field("amount", "training", "planned length of the run", unit="steps")
-    next_drop: int | None = _field("count", "training", "step at which the learning rate will drop next, if known")
-    next_epoch: int | None = _field("count", "training", "step at which another epoch will begin, if known")
+    next_drop: int | None = _field("count", "training", "first step from here on at which the learning rate drops, if known")
+    next_epoch: int | None = _field("count", "training", "first step from here on at which another epoch begins, if known")
     stage: str | None = _field("text", "training", "hash of the names of the trained parameters")
     elapsed: float | None = _field("amount", "training", "time since this process began to train", unit="s")
     time: float | None = _field("number", "training", "when it was written", unit="s since 1970")
