@@ -50,7 +50,7 @@ def _are_counts(value: Any) -> bool:
     return _is_list(value) and set(map(type, value)) == {int} and 0 <= min(value) and max(value) < _MAX_STEP
 
 
-def _are_numbers(value: Any, least: float = -_LARGEST) -> bool:
+def _are_numbers(value: Any, least: float = -math.inf) -> bool:
     """As :func:`is_number` of each, in a tenth of the time, as a long history has millions of numbers."""
     if not _is_list(value):
         return False
@@ -58,7 +58,8 @@ def _are_numbers(value: Any, least: float = -_LARGEST) -> bool:
     if bool in types or not all(issubclass(each, (int, float)) for each in types):
         return False
     # Unless it is the first, NaN passes the bounds.
-    return bool(least <= min(value) and max(value) < _LARGEST and not math.isnan(sum(value)))
+    lowest = min(value)
+    return bool(least <= lowest and -_LARGEST < lowest and max(value) < _LARGEST and not math.isnan(sum(value)))
 
 
 def _is_list(value: Any) -> bool:

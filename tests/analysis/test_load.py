@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mir_callback import MIRCallback, Probe
@@ -212,6 +212,7 @@ NUMBERS = st.integers() | st.floats() | st.booleans() | st.sampled_from([10**400
 
 
 @given(st.lists(NUMBERS, max_size=5), st.sampled_from(["per_layer", "influences", "vision_outliers"]))
+@example([-1e100], "influences")
 def test_a_list_is_valid_if_each_of_its_numbers_is(values, field):
     rules = {"per_layer": lambda value: is_number(value) and value >= 0, "influences": is_number}
     expected = bool(values) and all(map(rules.get(field, is_count), values))
