@@ -340,10 +340,8 @@ def changed_circumstances(earlier: Sequence[EvalRecord], record: EvalRecord) -> 
 
 def explain_jumps(earlier: Sequence[EvalRecord], record: EvalRecord) -> str | None:
     """A message if outliers decide a record's error, and none of the values before had one. Ranks: pure."""
-    if any((each.outlier_se_ratio or 0.0) >= JUMPS for each in earlier):
-        return None
     ratio = record.outlier_se_ratio
-    if ratio is None or ratio < JUMPS:
+    if ratio is None or ratio < JUMPS or any((each.outlier_se_ratio or 0.0) >= JUMPS for each in earlier):
         return None
     return (
         f"step {record.step}: many tokens of the probe lie near the limit of the 3-sigma rule, and another probe would "

@@ -67,15 +67,14 @@ class ResampledRule:
         own = moved.new_tensor([[rule.median + rule.limit], [rule.limit - rule.median]])
         return cls(torch.cat([own, moved], dim=1))
 
-    def _sides(self, norms: Tensor) -> Tensor:
-        """Norms (N,) as positions between the lowest and highest limit of each side, (2, N), in bins."""
+    def _places(self, signed: Tensor) -> Tensor:
+        """Where values (2, N) lie between the lowest and highest limit of each side, in bins; 0 if limits are equal."""
         low, high = self.limits.amin(dim=1, keepdim=True), self.limits.amax(dim=1, keepdim=True)
-        signed = torch.stack([norms, -norms])
-        return BINS * torch.where(high > low, (signed - low) / (high - low), -1.0)
+        return BINS * torch.where(high > low, (signed - low) / (high - low), 0.0)
 
     def undecided(self, norms: Tensor) -> Tensor:
         """Whether rows with these norms (N,) are kept on some draws and replaced on others, (N,) bool. Ranks: pure."""
-        position = self._sides(norms)
+        position = self._places(torch.stack([norms, -norms]))
         return ((position > 0.0) & (position <= BINS)).any(dim=0)
 
     def tabulate(self, norms: Tensor, effects: Tensor, samples: Tensor, count: int) -> Tensor:
@@ -83,7 +82,7 @@ class ResampledRule:
 
         Returns (2, BINS, count) float64; add the tables of the ranks. Ranks: pure.
         """
-        position = self._sides(norms)
+        position = self._places(torch.stack([norms, -norms]))
         table = effects.new_zeros(2 * BINS * count)
         for side, place in enumerate(position):
             inside = (place > 0.0) & (place <= BINS)
@@ -94,8 +93,7 @@ class ResampledRule:
     def effects(self, table: Tensor) -> Tensor:
         """Effect of the rows that each draw decides otherwise, (DRAWS,) float64, from the table of all rows."""
         weights = draw_weights(table.shape[-1]).to(table)
-        low, high = self.limits.amin(dim=1, keepdim=True), self.limits.amax(dim=1, keepdim=True)
-        position = (BINS * torch.where(high > low, (self.limits - low) / (high - low), 0.0)).to(table.device)
+        position = self._places(self.limits).to(table.device)
         found = table.new_zeros(DRAWS)
         for of_bins, place in zip(table, position, strict=True):
             kept = torch.nn.functional.pad((weights @ of_bins.T).cumsum(dim=1), (1, 0))  # below each edge
