@@ -53,8 +53,12 @@ METRICS = {
     "unit_vision_rank": Metric("vision rank of unit-length tokens", _of("unit_vision_rank"), lower=False, kept=False),
     "null_calibrated": Metric("MIR over that of swapped labels", _of("null_calibrated"), kept=False),
     "neighbours_kept": Metric("neighbours kept by the projector", _of("neighbours_kept"), lower=False, kept=False),
-    "neighbours_kept_last": Metric("neighbours kept up to the last layer", _of("neighbours_kept_last"), lower=False, kept=False),
-    "modality_neighbours": Metric("neighbours shared by images and captions", _of("modality_neighbours"), lower=False, kept=False),
+    "neighbours_kept_last": Metric(
+        "neighbours kept up to the last layer", _of("neighbours_kept_last"), lower=False, kept=False
+    ),
+    "modality_neighbours": Metric(
+        "neighbours shared by images and captions", _of("modality_neighbours"), lower=False, kept=False
+    ),
 }
 
 
@@ -160,7 +164,9 @@ def choose_on_halves(table: Table, names: Sequence[str], least_pairs: int = 10) 
     indices |= {pair: ranks[pair[0]] + ranks[pair[1]] for pair in combinations(names, 2)}
     pairs, count = decided_pairs(table), len(table.recipes)
     better, worse = np.array(pairs).T
-    right = {name: (index[worse] > index[better]) + 0.5 * (index[worse] == index[better]) for name, index in indices.items()}
+    right = {
+        name: (index[worse] > index[better]) + 0.5 * (index[worse] == index[better]) for name, index in indices.items()
+    }
     tested: dict[str, list[float]] = {"one": [], "two": [], **{name: [] for name in names}}
     picks: dict[tuple[str, ...], int] = {}
     for _ in range(HALVES):
@@ -176,7 +182,10 @@ def choose_on_halves(table: Table, names: Sequence[str], least_pairs: int = 10) 
         for name in names:
             tested[name].append(float(right[(name,)][test].mean()))
     means = {name: float(np.mean(values)) for name, values in tested.items()}
-    return {"means": means, "picks": {" + ".join(key): share for key, share in sorted(picks.items(), key=lambda i: -i[1])}}
+    return {
+        "means": means,
+        "picks": {" + ".join(key): share for key, share in sorted(picks.items(), key=lambda i: -i[1])},
+    }
 
 
 def _as_ranks(values: Array) -> Array:

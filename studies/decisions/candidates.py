@@ -42,7 +42,9 @@ def collect(model: LlavaForConditionalGeneration, batches: Sequence[dict[str, Te
     features: list[Tensor] = []
     projected: list[Tensor] = []
     projector = model.model.multi_modal_projector
-    hook = projector.register_forward_hook(lambda module, inputs, output: (features.append(inputs[0]), projected.append(output))[0])
+    hook = projector.register_forward_hook(
+        lambda module, inputs, output: (features.append(inputs[0]), projected.append(output))[0]
+    )
     first = 0
     for batch in batches:
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
@@ -72,7 +74,9 @@ def collect(model: LlavaForConditionalGeneration, batches: Sequence[dict[str, Te
 
 def measure(states: States) -> dict[str, float]:
     """Every candidate; each a number for the whole model."""
-    unit_vision, unit_text = ([each / each.norm(dim=1, keepdim=True) for each in part] for part in (states.vision, states.text))
+    unit_vision, unit_text = (
+        [each / each.norm(dim=1, keepdim=True) for each in part] for part in (states.vision, states.text)
+    )
     unit = [frechet_distance(*pair) for pair in zip(unit_vision, unit_text, strict=True)]
     return {
         "paper_fast": modality_integration_rate(states.vision, states.text, root="paper_fast").mir,
@@ -110,7 +114,8 @@ def _null_calibrated(states: States) -> float:
     swaps = torch.tensor(rng.random((NULL_DRAWS, count)) < 0.5)
     scale = [1 / text.norm(dim=1).mean() for text in states.text]
     real = math.fsum(
-        frechet_distance(vision * by, text * by) for vision, text, by in zip(states.vision, states.text, scale, strict=True)
+        frechet_distance(vision * by, text * by)
+        for vision, text, by in zip(states.vision, states.text, scale, strict=True)
     )
     null = []
     for swap in swaps:
@@ -133,7 +138,9 @@ def _neighbours_kept(one: Tensor, other: Tensor, most: int = 1000) -> float:
         normed = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-12)
         nearness = normed @ normed.T
         nearness.fill_diagonal_(-2)
-        nearest.append(torch.zeros_like(nearness, dtype=torch.bool).scatter_(1, nearness.topk(NEIGHBOURS).indices, True))
+        nearest.append(
+            torch.zeros_like(nearness, dtype=torch.bool).scatter_(1, nearness.topk(NEIGHBOURS).indices, True)
+        )
     return float((nearest[0] & nearest[1]).sum(dim=1).double().mean()) / NEIGHBOURS
 
 

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from tiny_llava.scenes import Scenes
 from torch import Tensor
 
 from mir_callback import MIRConfig, PlateauRule, Probe
 from mir_callback.evaluation.evaluate import Evaluator, MIRReport
 from mir_callback.probe.adapters import find_adapter
-from tiny_llava.scenes import Scenes
 
 from . import candidates, stages
 from .recipes import Recipe

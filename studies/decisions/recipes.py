@@ -54,6 +54,7 @@ class Recipe:
 
 BASE = Recipe("base")
 
+
 def _vary(kind: str, **changes: dict[str, Any]) -> list[Recipe]:
     return [replace(BASE, name=name, kind=kind, **change) for name, change in changes.items()]
 
@@ -74,10 +75,18 @@ RECIPES = (
     ),
     *_vary(
         "architecture",
-        **{"linear": {"projector": "linear"}, "norm before": {"projector": "norm"}, "norm after": {"projector": "norm_out"}},
+        **{
+            "linear": {"projector": "linear"},
+            "norm before": {"projector": "norm"},
+            "norm after": {"projector": "norm_out"},
+        },
         **{f"gain {gain:g}": {"gain": gain} for gain in (0.1, 3.0)},
         **{f"layer {layer}": {"layer": layer} for layer in (-1, -3)},
-        **{"plain tower": {"tower": "plain"}, "undertrained tower": {"tower": "undertrained"}, "pooled": {"pooled": True}},
+        **{
+            "plain tower": {"tower": "plain"},
+            "undertrained tower": {"tower": "undertrained"},
+            "pooled": {"pooled": True},
+        },
     ),
     *_vary("language model", **{"2 layers unfrozen": {"unfrozen": 2}, "all layers unfrozen": {"unfrozen": 6}}),
     *_vary(
@@ -93,7 +102,11 @@ RECIPES = (
         "sabotage",
         **{
             f"{title}{', ' * bool(other)}{other}": {**sabotage, **change, "scored": not other}
-            for title, sabotage in {"all shuffled": {"shuffled": 1.0}, "blank": {"blank": True}, "shrunk": {"shrink": 0.2}}.items()
+            for title, sabotage in {
+                "all shuffled": {"shuffled": 1.0},
+                "blank": {"blank": True},
+                "shrunk": {"shrink": 0.2},
+            }.items()
             for other, change in {
                 "": {},
                 "rate 0.01": {"rate": 1e-2},

@@ -41,7 +41,9 @@ def train(world: World, recipe: Recipe, seed: int, folder: Path) -> list[float]:
     warm = max(1, round(0.03 * recipe.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, recipe.steps - warm)))),
+        lambda step: min(
+            (step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, recipe.steps - warm)))
+        ),
     )
     batches = _caption_batches(world, recipe, seed)
     due, losses = set(points(recipe)), []
@@ -51,7 +53,9 @@ def train(world: World, recipe: Recipe, seed: int, folder: Path) -> list[float]:
         progress = max(0.0, 2 * step / recipe.steps - 1)
         gain.fill_(recipe.gain * recipe.shrink**progress)
         if step in due:
-            torch.save({"gain": gain.clone(), **{n: w.detach().clone() for n, w in trained.items()}}, folder / f"{step:05d}.pt")
+            torch.save(
+                {"gain": gain.clone(), **{n: w.detach().clone() for n, w in trained.items()}}, folder / f"{step:05d}.pt"
+            )
         if step == recipe.steps:
             break
         loss = model(**next(batches), use_cache=False).loss

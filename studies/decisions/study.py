@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -24,8 +23,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from . import stages
-from .recipes import BY_NAME, RECIPES, SEEDS
+from .evidence import RAW
 from .measure import Measure
+from .recipes import BY_NAME, RECIPES, SEEDS
 from .world import World
 
 _WORLD: World
@@ -55,45 +55,83 @@ def _keep(file: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -
     return made
 
 
-def run(name: str, seed: int, folder: Path, what: str) -> float:
-    """One run, as far as it is not done; returns the seconds it took."""
-    started, recipe, own = time.perf_counter(), BY_NAME[name], folder / f"{name.replace(' ', '_')}-{seed}"
+def run(name: str, seed: int, folder: Path) -> None:
+    """One run, as far as it is not done."""
+    recipe, own = BY_NAME[name], run_folder(folder, name, seed)
     key, weights = {**asdict(recipe), "seed": seed}, own / "weights"
     _keep(own / "train.json", key, lambda: {"losses": stages.train(_WORLD, recipe, seed, weights)})
 
     def tune(step: int) -> dict[str, Any]:
         model = _WORLD.model(recipe, seed)
         stages.restore(model, weights / f"{step:05d}.pt")
-        return {"accuracy": stages.tune_and_score(_WORLD, model, recipe, seed), "step": step}
+        return {"accuracy": stages.tune_and_score(_WORLD, model, recipe, seed)}
 
     if recipe.scored:
         _keep(own / "tune.json", key, lambda: tune(recipe.steps))
     measured = _keep(own / "measure.json", key, lambda: _MEASURE(recipe, seed, weights))
     if recipe.scored and measured["stopped_at"] is not None:
         _keep(own / "tune_stopped.json", key, lambda: tune(measured["stopped_at"]))
-    return time.perf_counter() - started
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where a run keeps its weights and results."""
+    return folder / f"{name.replace(' ', '_')}-{seed}"
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """The raw values of all runs that are done, as decisions.json has them."""
+    found = []
+    for recipe in RECIPES:
+        for seed in SEEDS:
+            results = {
+                file.stem: json.loads(file.read_text()) for file in run_folder(folder, recipe.name, seed).glob("*.json")
+            }
+            if not {"train", "measure"} <= results.keys() or (recipe.scored and "tune" not in results):
+                continue
+            losses, measured = results["train"]["losses"], results["measure"]
+            end, tail = measured["curve"][-1], losses[-max(1, len(losses) // 10) :]
+            values = {name: value for name, value in end.items() if name not in ("step", "captions")}
+            on_captions = {f"captions_{name}": value for name, value in end["captions"].items()}
+            found.append(
+                {
+                    "recipe": recipe.name,
+                    "kind": recipe.kind,
+                    "captions": recipe.captions,
+                    "seed": seed,
+                    "steps": recipe.steps,
+                    "stage1": {**values, **on_captions, **measured["candidates"], "loss": sum(tail) / len(tail)},
+                    "accuracy": results.get("tune", {}).get("accuracy"),
+                    "stopped_at": measured["stopped_at"],
+                    "stopped_accuracy": results.get("tune_stopped", {}).get("accuracy"),
+                    "curve": measured["curve"],
+                }
+            )
+    return found
 
 
 def main() -> None:
-    """Read the command line, run."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path("runs/decisions"))
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--what", default="all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    """Read the command line, run what is missing, collect."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/decisions"), help="results of single runs, and weights"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     options = parser.parse_args()
     World(options.folder / "cache")  # made once, before the workers start
     spawn = multiprocessing.get_context("spawn")
     failed = []
     with ProcessPoolExecutor(options.processes, spawn, _set_up, (options.folder,)) as pool:
         jobs = {
-            pool.submit(run, recipe.name, seed, options.folder, options.what): f"{recipe.name}-{seed}"
-            for seed in options.seeds
+            pool.submit(run, recipe.name, seed, options.folder): f"{recipe.name}, seed {seed}"
+            for seed in SEEDS
             for recipe in RECIPES
         }
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
             if job.exception():
                 failed.append(f"{jobs[job]}: {job.exception()!r}")
+    found = collect(options.folder)
+    RAW.write_text("[\n" + ",\n".join(json.dumps(each) for each in found) + "\n]\n")
+    print(f"{len(found)} of {len(jobs)} runs are in {RAW}")
     if failed:
         sys.exit("These runs failed, the others are done:\n" + "\n".join(failed))
 

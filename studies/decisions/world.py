@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from tiny_llava.prepare import Start, prepare  # noqa: E402
-from tiny_llava.prose import paragraphs, split_prose  # noqa: E402
+from tiny_llava.prose import split_prose  # noqa: E402
 from tiny_llava.scenes import DIGIT_WORDS, Scenes, caption_for  # noqa: E402
 from tiny_llava.settings import Settings  # noqa: E402
 from tiny_llava.vision import train_vision_tower  # noqa: E402
@@ -29,7 +29,18 @@ from .recipes import Recipe  # noqa: E402
 SETTINGS = Settings()
 IGNORED = -100
 PLACES = ("upper left", "upper right", "lower left", "lower right")
-NUMBERS = (*DIGIT_WORDS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
+NUMBERS = (
+    *DIGIT_WORDS,
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+)
 POOL = 6000  # training scenes; a run that needs more sees some again
 UNDERTRAINED_STEPS = 150
 
@@ -180,7 +191,9 @@ def batch_of(
     rows = []
     image = tokenizer.convert_tokens_to_ids("<image>")
     for prompt, answer in zip(prompts, answers, strict=True):
-        asked, learnt = (tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (prompt, answer))
+        asked, learnt = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (prompt, answer)
+        )
         start = [tokenizer.bos_token_id, *[image] * images, *asked]
         learnt = [*learnt, tokenizer.eos_token_id] if limit is None else learnt[:limit]
         rows.append((start + learnt, [IGNORED] * len(start) + learnt))
