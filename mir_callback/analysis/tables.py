@@ -47,14 +47,14 @@ def state_verdict(found: Comparison) -> str | None:
     names = _names(found, result)
     where = _format_position(result.axis, result.x)
     mark = f"{NOT_COMPARABLE}. " if found.mismatch else ""
-    tested = [member for member in _in_order(result) if result.ranks[member] is not None]
+    tested = [member for member, rank in enumerate(result.ranks) if rank is not None]
     left = [name for name, rank in zip(names, result.ranks, strict=True) if rank is None]
     if not tested:
         return f"{mark}Undecided at {where}: {', '.join(left)}. Only replicates with other seeds can decide."
     more = f" Not tested, with one run only: {', '.join(left)}." if left else ""
     if not any(pair.differs for pair in result.pairs):
         return f"{mark}No difference beyond noise at {where}: {', '.join(names[member] for member in tested)}.{more}"
-    lowest = tested[0]
+    lowest = _in_order(result)[0]
     alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
     tied = [names[member] for member in tested if {member, lowest} in alike]
     tie = f"; no difference beyond noise to {', '.join(tied)}" if tied else ""
