@@ -89,7 +89,7 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
             there = other.members.index(index) if index in other.members else None
             cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
-    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = is a tie, - is not tested)"
+    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = tie, - not tested)"
     columns = ("recipe", "rank", "runs", "MIR", "SD of seeds", *(f"at {x}" for _, x in others))
     return TextTable(title, columns, tuple(rows))
 
