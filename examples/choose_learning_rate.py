@@ -6,7 +6,8 @@
 Each rate pre-trains the demo's tiny LLaVA for a short run; Optuna, through the Trainer's own search, takes the rate
 with the lowest MIR at the end of its run. No evaluation data and no fine-tuning are needed. A run that is half-way
 through is given up if its MIR is above the median of the runs before it. The loss is shown beside MIR: a rate that
-hardly trains leaves MIR near its low start, which says nothing for it.
+hardly trains leaves MIR near its low start, which says nothing for it. `mir compare` then says how much noise between
+seeds the differences bear; that they are more than noise only runs with other seeds can show.
 
 It needs optuna (`pip install -e .[demo,optuna]`), runs on the CPU and downloads nothing. The backbones are those of
 `make demo`, trained once (two minutes) and cached.

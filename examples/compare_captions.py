@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 .venv/bin/python examples/compare_captions.py
 
 The demo's tiny LLaVA is pre-trained on the same pictures with either kind of caption, several seeds of each: a seed
-alone moves MIR, by more than the choice of the probe's samples does, and only replicates show how far. `mir compare`
-then says which mix is lower, or that the noise forbids to say.
+alone moves MIR, by more than the choice of the probe's samples does, and only replicates show how far. Both mixes have
+the same seeds, so `mir compare` pairs the runs and says which mix is lower, or that the noise forbids to say.
 
 It runs on the CPU and downloads nothing. The backbones are those of `make demo`, trained once (two minutes) and cached.
 """

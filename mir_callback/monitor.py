@@ -34,7 +34,7 @@ from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
-from mir_callback.record import EvalRecord, changed_circumstances, explain_jumps, is_stopped, since_last_stop
+from mir_callback.record import EvalRecord, changed_circumstances, explain_jumps, is_seed, is_stopped, since_last_stop
 from mir_callback.schedule import EveryEpochs, TrainingProgress, is_due_at_start
 from mir_callback.watchdog import enter_phase, watchdog
 
@@ -90,6 +90,8 @@ class MIRMonitor:
         start_status: keyword arguments that :meth:`step` would get there (epoch, loss, samples_seen, ...).
         log: where values go besides an active wandb run: a function of (values, step), an object with `add_scalar`
             (TensorBoard) or with `log(values, step=...)` (Accelerate, Fabric).
+        seed: of the run; records have it, and `mir compare` pairs runs by it. Of rank 0, if ranks have different ones.
+        data_seed: of the order of the data, if it has one of its own.
         save_weights: writes the weights into an empty folder, called on every rank; for ``keep_best``. The default is
             `model.save_pretrained`, if each rank holds the whole model.
         **options: of :class:`MIRConfig`.
@@ -133,6 +135,8 @@ class MIRMonitor:
         start_step: int = 0,
         start_status: Mapping[str, Any] | None = None,
         log: Any = None,
+        seed: int | None = None,
+        data_seed: int | None = None,
         save_weights: WeightSaver | None = None,
         **options: Any,
     ) -> None:
@@ -142,6 +146,7 @@ class MIRMonitor:
             if total_steps is not None:
                 total_steps = _whole("total_steps", total_steps)
             _check_status(start_status or {})
+            self._seeds = {"seed": _seed("seed", seed), "data_seed": _seed("data_seed", data_seed)}
             if start_step and isinstance(self.config.schedule, EveryEpochs) and "epoch" not in (start_status or {}):
                 raise ConfigError("every=EveryEpochs(...) needs the epoch at start_step: start_status={'epoch': ...}")
         self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
@@ -352,7 +357,7 @@ class MIRMonitor:
             "next_drop": next_drop(self._drops, self._now.step),
             "next_epoch": next_epoch(self._total_steps, self._total_epochs, self._now.step),
         }
-        return {**self._status, "loss": loss, "loss_step": step, **plan}
+        return {**self._status, "loss": loss, "loss_step": step, **self._seeds, **plan}
 
     def _with_failures(self, record: EvalRecord) -> EvalRecord:
         """Count failures in a row; after too many, disable evaluations."""
@@ -447,6 +452,18 @@ def _whole(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise ConfigError(f"{name}={value!r}: give a whole number of optimizer steps, 0 or more")
+
+
+def _seed(name: str, value: Any) -> int | None:
+    """A seed of Python, NumPy or torch, or None."""
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, bool) and is_seed(whole := operator.index(value)):
+            return whole
+    except TypeError:
+        pass
+    raise ConfigError(f"{name}={value!r:.60}: give the integer that the run was seeded with, or leave it out")
 
 
 def _number(loss: Any) -> float | None:

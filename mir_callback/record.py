@@ -46,6 +46,11 @@ def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MAX_STEP
 
 
+def is_seed(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer that torch takes as a seed. Ranks: pure."""
+    return type(value) is int and -(2**63) <= value < 2**64
+
+
 def _are_counts(value: Any) -> bool:
     return _is_list(value) and set(map(type, value)) == {int} and 0 <= min(value) and max(value) < _MAX_STEP
 
@@ -75,6 +80,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "number": ("a finite number", is_number),
     "amount": ("a number of at least 0", _is_amount),
     "count": ("an integer of at least 0", is_count),
+    "seed": ("an integer of at most 64 bits", is_seed),
     "text": ("a string", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "numbers": ("a list of numbers", _are_numbers),
@@ -155,6 +161,8 @@ class EvalRecord:
     next_drop: int | None = _field("count", "training", "next drop of the learning rate, at this step or later")
     next_epoch: int | None = _field("count", "training", "next beginning of an epoch, at this step or later")
     stage: str | None = _field("text", "training", "hash of the names of the trained parameters")
+    seed: int | None = _field("seed", "training", "seed of the run; mir compare pairs runs by it")
+    data_seed: int | None = _field("seed", "training", "seed of the order of the data, if it has one of its own")
     elapsed: float | None = _field("amount", "training", "time since this process began to train", unit="s")
     time: float | None = _field("number", "training", "when it was written", unit="s since 1970")
 

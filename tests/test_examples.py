@@ -131,7 +131,7 @@ def test_captions_are_compared_with_the_noise_of_their_seeds(tmp_path, cache):
         for name, seed, *_ in shown
     ]
     compared = output.split("$ mir compare")[1]
-    assert "measured on recipes of several runs" in " ".join(compared.split())
+    assert "paired by seed (1, 2)" in " ".join(compared.split())
     difference = sum((1 if name == "short" else -1) * last["mir"] / 2 for (name, _), last in lasts.items())
     shown = re.search(r"(short - long|long - short) +([+-][\d.]+) ", compared)
     assert float(shown[2]) == pytest.approx(difference if shown[1] == "short - long" else -difference, abs=6e-5)

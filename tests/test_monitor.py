@@ -136,6 +136,16 @@ def test_a_run_that_begins_in_the_middle_is_told_of_start_step(monitored):
         monitored(start_step=7).step(9)
 
 
+def test_records_have_the_seeds_of_the_run(tmp_path, monitored):
+    for given, kept in (({"seed": np.int64(7)}, (7, None)), ({"seed": 0, "data_seed": 2**63}, (0, 2**63))):
+        monitor = monitored(**given)
+        monitor.close()
+        assert [(each.seed, each.data_seed) for each in read_history(tmp_path / "mir_history.jsonl")] == [kept]
+    for wrong in (True, 1.5, "7", 2**64):
+        with pytest.raises(ConfigError, match=f"data_seed={wrong!r}"):
+            monitored(data_seed=wrong)
+
+
 def test_a_dry_run_evaluates_once_says_what_it_costs_and_ends(tmp_path, monitored):
     with logged_here(level=20) as said, pytest.raises(DryRunDone) as done:
         monitored(dry_run=True, total_steps=6)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, islice
+from statistics import stdev
 
 from mir_callback.analysis.curves import (
     AXES,
@@ -14,14 +15,15 @@ from mir_callback.analysis.curves import (
     Curve,
     Point,
     build_curves,
+    few,
     find_common_range,
     find_mismatch,
     interpolate,
     keep_comparable,
     list_circumstances,
 )
-from mir_callback.analysis.load import Run
-from mir_callback.analysis.statistics import Difference, RunNoise, estimate_run_noise, find_differences, rank
+from mir_callback.analysis.load import Run, Seed
+from mir_callback.analysis.statistics import Difference, find_differences, rank
 from mir_callback.early_stopping import PlateauRule, Verdict
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.record import EvalRecord, is_stopped
@@ -70,9 +72,10 @@ class AxisResult:
     x: float | None  # the position; None if the runs have none in common
     members: tuple[int, ...]  # indices of the recipes with positions on this axis
     points: tuple[tuple[Point, ...], ...] = ()  # for each member, the values of its runs
-    noise: RunNoise | None = None  # between runs of one recipe
+    # For each member the standard deviation of its runs, or the one given; None if it is unknown, of a single run.
+    seed_stds: tuple[float | None, ...] = ()
     pairs: tuple[Difference, ...] = ()  # between members, by their index in ``members``; tested as one family
-    ranks: tuple[int, ...] = ()  # for each member; equal if no difference is beyond noise
+    ranks: tuple[int | None, ...] = ()  # for each member; equal if no difference is beyond noise, None if not tested
     messages: tuple[str, ...] = ()
     doubt: str | None = None  # why the axis may be misleading, e.g. time on machines of different speed
 
@@ -119,8 +122,8 @@ def compare(
         at: position on that axis; default: the last one that all runs have reached.
         rule: stop rule to try on every run; default: `PlateauRule()`.
         level: probability of reporting any difference if only the seeds differ.
-        seed_std: standard deviation of MIR between seeds, if known; by default it is measured on recipes of several
-            runs, or assumed if there are none.
+        seed_std: standard deviation of MIR between seeds, if known. By default recipes of several runs are tested
+            against one another, paired by seed where they share two or more, and a recipe of one run is not tested.
         allow_mismatch: also compare values of different probes, tokens or roots; the result says so.
 
     Returns:
@@ -293,7 +296,7 @@ def _compare_on(
         )
     uneven = max(map(_spread_of_pace, groups.values())) if axis == "time" else 1.0
     doubt = f"a step of one run took {uneven:.1f} times as long as in another of the same recipe"
-    result = _judge(result, list(groups.values()), x, level, seed_std)
+    result = _judge(result, [recipes[index] for index in groups], list(groups.values()), x, level, seed_std)
     return replace(result, doubt=doubt if uneven > _UNEVEN else None, messages=(*messages, *result.messages))
 
 
@@ -304,13 +307,25 @@ def _spread_of_pace(curves: Sequence[Curve]) -> float:
     return max(paces) / min(paces) if paces else 1.0
 
 
-def _judge(result: AxisResult, groups: list[list[Curve]], x: float, level: float, seed_std: float | None) -> AxisResult:
+def _judge(
+    result: AxisResult,
+    recipes: Sequence[Recipe],
+    groups: list[list[Curve]],
+    x: float,
+    level: float,
+    seed_std: float | None,
+) -> AxisResult:
     """Fill in values at ``x``, differences and ranks."""
     points = tuple(tuple(interpolate(curve, x) for curve in curves) for curves in groups)
-    noise = estimate_run_noise(groups, x, seed_std)
     alike = [[find_mismatch([curve.run for curve in one + other]) is None for other in groups] for one in groups]
-    pairs = tuple(find_differences(points, noise, level, alike))
-    messages = [noise.message] if pairs else []
+    seeds = [[curve.run.seed for curve in curves] for curves in groups]
+    pairs = tuple(find_differences(points, seeds, level, alike, seed_std))
+    stds = tuple(_std_of(found) if seed_std is None else seed_std for found in points)
+    messages = []
+    if seed_std is not None and pairs:
+        messages.append(f"SD between seeds {seed_std:.2g}, as given (--seed-std)")
+    elif pairs:
+        messages += _explain_tests(recipes, pairs, stds)
     kinds = {pair.probe.kind for pair in pairs}
     if "unknown" in kinds:
         messages.append("the sampling error of the probe is not included: some values have no standard error (mir_se)")
@@ -321,4 +336,62 @@ def _judge(result: AxisResult, groups: list[list[Curve]], x: float, level: float
     if between:
         messages.append(f"interpolated between two evaluations: {', '.join(between)}")
     ranks = tuple(rank(len(groups), pairs))
-    return replace(result, x=x, points=points, noise=noise, pairs=pairs, ranks=ranks, messages=tuple(messages))
+    return replace(result, x=x, points=points, seed_stds=stds, pairs=pairs, ranks=ranks, messages=tuple(messages))
+
+
+def _std_of(points: Sequence[Point]) -> float | None:
+    return stdev(point.mir for point in points) if len(points) > 1 else None
+
+
+def _explain_tests(recipes: Sequence[Recipe], pairs: Sequence[Difference], stds: Sequence[float | None]) -> list[str]:
+    """Which differences are paired by seed, which are not and why, and which can't be tested."""
+    messages = []
+    paired: dict[str, list[str]] = {}
+    apart: list[str] = []
+    problems = [_unpairable(recipe) for recipe in recipes]
+    for pair in pairs:
+        one, other = recipes[pair.one], recipes[pair.other]
+        name = f"{one.name} - {other.name}"
+        if pair.shared:
+            left_out = max(len(one.runs), len(other.runs)) > len(pair.shared)
+            key = f"{', '.join(map(_format_seed, pair.shared))}{', without runs of other seeds' if left_out else ''}"
+            paired.setdefault(key, []).append(name)
+        elif pair.p is not None and problems[pair.one] is None and problems[pair.other] is None:
+            apart.append(name)
+    messages += [f"paired by seed ({seeds}): {few(found)}" for seeds, found in paired.items()]
+    tested = {index for pair in pairs if pair.p is not None for index in (pair.one, pair.other)}
+    messages += [
+        f"{recipes[index].name} is not paired by seed: {problem}"
+        for index, problem in enumerate(problems)
+        if index in tested and problem is not None
+    ]
+    if apart:
+        messages.append(f"not paired by seed, with fewer than two seeds in common (data seed included): {few(apart)}")
+    if single := [recipe.name for recipe in recipes if len(recipe.runs) == 1]:
+        sentence = (
+            f"not tested, as one run does not show how far a seed moves MIR: {few(single)}; only replicates with other "
+            "seeds can decide (NAME=RUN,RUN,...), or a known SD between seeds (--seed-std)"
+        )
+        measured = [(std, recipe.name) for std, recipe in zip(stds, recipes, strict=True) if std is not None]
+        if measured:
+            sentence += "; the largest SD between seeds here is {:.2g}, of {}".format(*max(measured))
+        messages.append(sentence)
+    return messages
+
+
+def _unpairable(recipe: Recipe) -> str | None:
+    """Why the runs of a recipe can't be paired with others by their seeds; None if they can."""
+    for run in recipe.runs:
+        if run.seed is None:
+            listed = ", then ".join("unknown" if seed is None else _format_seed(seed) for seed in run.seeds)
+            return f"the seed of {run.name} is {listed}"
+    seeds = [run.seed for run in recipe.runs]
+    twice = next((seed for number, seed in enumerate(seeds) if seed in seeds[:number]), None)
+    if twice is None:
+        return None
+    same = [run.name for run in recipe.runs if run.seed == twice]
+    return f"{few(same)} have the same seed, {_format_seed(twice)}"
+
+
+def _format_seed(seed: Seed) -> str:
+    return str(seed[0]) if seed[1] is None else f"{seed[0]} with data seed {seed[1]}"

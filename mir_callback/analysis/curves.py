@@ -46,10 +46,10 @@ def find_mismatch(runs: Sequence[Run]) -> str | None:
             if known is not None or field in DEFINITION_FIELDS:
                 values[field].setdefault(known, []).append(run.name)
         if None in values[field] and len(runs) > 1:
-            return f"{field} of {_few(values[field][None])} is unknown, so it cannot be compared with other runs"
+            return f"{field} of {few(values[field][None])} is unknown, so it cannot be compared with other runs"
     for field, names in values.items():
         if len(names) > 1:
-            differing = "; ".join(f"{value} in {_few(found)}" for value, found in names.items())
+            differing = "; ".join(f"{value} in {few(found)}" for value, found in names.items())
             return f"{field} ({_MEANING[field]}) differs between the runs: {differing}"
     return None
 
@@ -64,7 +64,7 @@ def list_circumstances(runs: Sequence[Run]) -> list[str]:
             if found:
                 values.setdefault(", then ".join(found), []).append(run.name)
         if len(values) > 1 or any(", then " in value for value in values):
-            listed = "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
+            listed = "; ".join(f"{value} in {few(names)}" for value, names in values.items())
             messages.append(f"{meaning}: {listed}; this may explain a small part of a difference")
     return messages
 
@@ -73,7 +73,8 @@ def _definition(record: EvalRecord) -> tuple[object, ...]:
     return tuple(record[field] for field in DEFINITION_FIELDS)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """A list of names that is not too long for a message."""
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 

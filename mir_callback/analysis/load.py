@@ -19,6 +19,7 @@ from mir_callback.history import FILE_NAME, LayersOf, read_records
 from mir_callback.record import EvalRecord, is_count, is_number
 
 Series = tuple[tuple[int, float], ...]  # (step, value), by step
+Seed = tuple[int, int | None]  # of the run, and of the order of its data if that has one of its own
 
 _TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
@@ -41,6 +42,17 @@ class Run:
     def measured(self) -> tuple[EvalRecord, ...]:
         """The evaluations that have a MIR."""
         return tuple(record for record in self.records if record.mir is not None)
+
+    @cached_property
+    def seeds(self) -> tuple[Seed | None, ...]:
+        """What it was seeded with, as its evaluations say: several if it was resumed with others; None if unknown."""
+        found = ((record.seed, record.data_seed) for record in self.measured)
+        return tuple(dict.fromkeys(None if seed is None else (seed, data) for seed, data in found))
+
+    @property
+    def seed(self) -> Seed | None:
+        """The one seed of all its evaluations; None if that is unknown or there are several."""
+        return self.seeds[0] if len(self.seeds) == 1 else None
 
 
 def read_run(path: str | Path, layers_of: LayersOf | None = None) -> Run:

@@ -5,210 +5,168 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from mir_callback.analysis.curves import Curve, Point, interpolate
+from mir_callback.analysis.curves import Point
+from mir_callback.analysis.load import Seed
 
 BAND = 1.96  # standard errors: 95 % of a normal distribution
-# Assumed for runs that differ only in the seed: their standard deviation in MIR, the largest that small real trainings
-# had (docs/comparing.md), and by what fraction of the way to a position a seed may shift a curve.
-ASSUMED_STD = 0.35
-ASSUMED_SHIFT = 0.1
-# Degrees of freedom of the assumption when there are replicates, as a scaled inverse chi-squared prior: two seeds may
-# agree by chance and suggest too little noise. Its weight is small enough to be overruled by five runs.
-ASSUMED_DOF = 0.05
-_WINDOW = 7  # evaluations around a position that scatter and slope are estimated from
 
 
 @dataclass(frozen=True)
-class RunNoise:
-    """The noise between runs of one recipe at the position compared."""
+class Noise:
+    """One part of a difference's noise: from the choice of the probe's samples, or from the seeds of the runs.
 
-    kind: Literal["replicates", "given", "assumed"]  # how it was determined
-    stds: tuple[float, ...]  # standard deviation of a run's MIR, for each recipe
-    dof: tuple[float, ...]  # degrees of freedom of each; infinite unless from replicates
-    message: str  # the same for people
-
-
-@dataclass(frozen=True)
-class ProbeNoise:
-    """The part of a difference's noise that comes from the choice of the probe's samples.
-
-    "paired" by the samples' influences, or "unpaired" from the standard errors, which overestimates it on one probe.
+    Of the probe it is "paired" by the samples' influences, or "unpaired" from the standard errors, which overestimates
+    it on one probe. Of the seeds it is "paired" from the differences between runs of the same seed, "unpaired" from
+    each recipe's runs, or "given".
     """
 
-    kind: Literal["paired", "unpaired", "unknown"]
-    se: float  # standard error of the difference; 0 if unknown
+    kind: Literal["paired", "unpaired", "given", "unknown"]
+    se: float = 0.0  # standard error of the difference; 0 if unknown
     dof: float = math.inf
 
 
 @dataclass(frozen=True)
 class Difference:
-    """MIR of one recipe minus that of another, each the mean over its runs."""
+    """MIR of one recipe minus that of another, each the mean over its runs; if paired by seed, over those of it."""
 
     one: int  # index of the first recipe
     other: int
     value: float  # negative if the first has the lower MIR
-    se: float  # its standard error, from probe and runs
-    probe: ProbeNoise
-    runs_se: float  # the part of se that comes from the noise between runs
-    p: float  # two-sided p-value
-    p_adjusted: float  # p-value adjusted for all differences (Holm), to be compared with the level
-    differs: bool  # whether it is significant at the level
-    # The difference would be significant up to this standard deviation between seeds, if that were known; 0 if the
-    # error of the probe alone is too large.
-    max_seed_std: float
+    probe: Noise
+    seeds: Noise
+    shared: tuple[Seed, ...] = ()  # the seeds that it is paired by
+    # None if it can't be tested, as a recipe has a single run and the noise of seeds is unknown:
+    se: float | None = None  # standard error, from probe and seeds
+    p: float | None = None  # two-sided p-value
+    p_adjusted: float | None = None  # p-value adjusted for all differences tested (Holm), to be compared with the level
+    differs: bool = False  # whether it is significant at the level
+    # If it can't be tested: it would be significant up to this standard deviation between seeds, if that were known; 0
+    # if the error of the probe alone is too large.
+    max_seed_std: float | None = None
 
 
-def estimate_run_noise(groups: Sequence[Sequence[Curve]], x: float, given_std: float | None = None) -> RunNoise:
-    """The noise between runs of one recipe at ``x``, for each recipe's curves; ``given_std`` if given.
+def find_differences(
+    points: Sequence[Sequence[Point]],
+    seeds: Sequence[Sequence[Seed | None]],
+    level: float,
+    same_probe: Sequence[Sequence[bool]],
+    given_std: float | None = None,
+) -> list[Difference]:
+    """The differences between all pairs of recipes, tested where they can be.
 
-    Recipes of several runs get their own standard deviation, with a small weight of :data:`ASSUMED_STD`; it is not
-    pooled, as recipes can differ by a factor of ten. A recipe of one run gets the largest of these, or that of
-    :func:`assume_std` if it is larger or there are no others.
+    Args:
+        points: of each recipe, the values of its runs at the position compared.
+        seeds: of each recipe, the seeds of its runs; None if unknown.
+        level: probability of calling any difference significant if there is none.
+        same_probe: ``same_probe[i][j]`` says whether two recipes were measured on the same probe.
+        given_std: standard deviation between seeds, if known.
     """
-    certain = (math.inf,) * len(groups)
+    found = []
+    pairs = list(combinations(range(len(points)), 2))
+    for one, other in pairs:
+        left, right = points[one], points[other]
+        shared = share_seeds(seeds[one], seeds[other]) if given_std is None else ()
+        if shared:
+            left = [left[seeds[one].index(seed)] for seed in shared]
+            right = [right[seeds[other].index(seed)] for seed in shared]
+        probe = estimate_probe_noise(left, right, same_probe[one][other])
+        noise = estimate_seed_noise(left, right, bool(shared), given_std)
+        pair = Difference(one, other, _mean(left) - _mean(right), probe, noise, shared)
+        if noise.kind == "unknown":
+            largest = abs(pair.value) / _quantile(level / len(pairs), probe.dof)
+            runs_alone = math.sqrt(max(0.0, largest**2 - probe.se**2))
+            pair = replace(pair, max_seed_std=runs_alone / math.sqrt(1 / len(left) + 1 / len(right)))
+        else:
+            se = math.hypot(noise.se, probe.se)
+            # The fewest degrees of freedom of the parts never promise too much, whatever the parts' shares are; those
+            # of Welch and Satterthwaite do, with few runs (benchmarks/results/comparing.md).
+            pair = replace(pair, se=se, p=_two_sided_p(pair.value, se, min(noise.dof, probe.dof)))
+        found.append(pair)
+    adjusted = iter(adjust_by_holm([pair.p for pair in found if pair.p is not None]))
+    return [
+        pair if pair.p is None else replace(pair, p_adjusted=(p := next(adjusted)), differs=p < level) for pair in found
+    ]
+
+
+def share_seeds(one: Sequence[Seed | None], other: Sequence[Seed | None]) -> tuple[Seed, ...]:
+    """The seeds that pair two recipes' runs: two or more; none if one is unknown, or twice in a recipe."""
+    known = [{seed for seed in seeds if seed is not None} for seeds in (one, other)]
+    if [len(seeds) for seeds in known] != [len(one), len(other)]:
+        return ()
+    shared = sorted(known[0] & known[1], key=lambda seed: (seed[0], seed[1] or 0))
+    return tuple(shared) if len(shared) > 1 else ()
+
+
+def estimate_seed_noise(
+    one: Sequence[Point], other: Sequence[Point], paired: bool, given_std: float | None = None
+) -> Noise:
+    """The noise between seeds in the difference between two recipes' mean values; ``paired`` if runs share seeds.
+
+    Standard deviations are not pooled over recipes, nor those of paired differences over pairs: they can differ by a
+    factor of ten.
+    """
+    counts = len(one), len(other)
     if given_std is not None:
-        message = f"noise between seeds: standard deviation {given_std:.2g}, as given (--seed-std)"
-        return RunNoise("given", (given_std,) * len(groups), certain, message)
-    measured = {
-        index: _moderate_std([interpolate(curve, x).mir for curve in curves])
-        for index, curves in enumerate(groups)
-        if len(curves) > 1
-    }
-    if not measured:
-        stds = tuple(assume_std(curves[0], x) for curves in groups)
-        message = (
-            f"noise between seeds: standard deviation {_range(stds)}, ASSUMED, as each recipe has only one run; pass "
-            "several seeds (a=run1,run2) or a known value (--seed-std)"
-        )
-        return RunNoise("assumed", stds, certain, message)
-    # Half the degrees of freedom, as two recipes may use the same estimate.
-    largest, own_dof = max(measured.values())
-    borrowed = [max((largest, own_dof / 2), (assume_std(curves[0], x), math.inf)) for curves in groups]
-    stds, dof = zip(*(measured.get(index, lent) for index, lent in enumerate(borrowed)), strict=True)
-    message = (
-        f"noise between seeds: standard deviation {_range(stds)}, measured on recipes of several runs (with a small "
-        f"weight of an assumed {ASSUMED_STD}, as few runs may agree by chance)"
-    )
-    if len(measured) < len(groups):
-        message += "; recipes of one run get the largest of these or of what is assumed for single runs"
-    return RunNoise("replicates", stds, dof, message)
+        return Noise("given", given_std * math.sqrt(1 / counts[0] + 1 / counts[1]))
+    if min(counts) < 2:
+        return Noise("unknown")
+    left, right = (np.array([point.mir for point in points]) for points in (one, other))
+    if paired:
+        return Noise("paired", standard_error(left - right), min(counts) - 1)
+    return Noise("unpaired", math.hypot(standard_error(left), standard_error(right)), min(counts) - 1)
 
 
-def assume_std(curve: Curve, x: float) -> float:
-    """The standard deviation assumed between this run and others that differ only in the seed.
-
-    It combines (root of summed squares) :data:`ASSUMED_STD`; twice the curve's scatter about its trend around ``x``, as
-    runs vary at least as much as evaluations of one run; and the slope times :data:`ASSUMED_SHIFT` of ``x``, as a seed
-    makes a run a little faster or slower.
-    """
-    scatter, slope = _trend(curve, x)
-    return math.hypot(ASSUMED_STD, 2 * scatter, slope * ASSUMED_SHIFT * x)
-
-
-def estimate_probe_noise(one: Sequence[Point], other: Sequence[Point], same_probe: bool) -> ProbeNoise:
+def estimate_probe_noise(one: Sequence[Point], other: Sequence[Point], same_probe: bool) -> Noise:
     """The sampling error of the probe in the difference between two recipes' mean values."""
     left, right = _mean_influences(one), _mean_influences(other)
     if same_probe and left is not None and right is not None and left.shape == right.shape and len(left) > 1:
-        return ProbeNoise("paired", standard_error(left - right), len(left) - 1)
+        return Noise("paired", standard_error(left - right), len(left) - 1)
     errors = []
     for points in (one, other):
         known = [point.se for point in points if point.se is not None]
         if len(known) < len(points):
-            return ProbeNoise("unknown", 0.0)
+            return Noise("unknown")
         # Not divided by the number of runs: they share the samples, and so the error.
         errors.append(sum(known) / len(known))
-    return ProbeNoise("unpaired", math.hypot(*errors))
+    return Noise("unpaired", math.hypot(*errors))
 
 
-def standard_error(influences: np.ndarray) -> float:
-    """From (num_samples,) influences, at least 2; `metric.influence.compute_standard_error` without torch."""
-    return math.sqrt(float(influences.var(ddof=1)) / len(influences))
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of at least 2 values, or of MIR from the influences of its samples, (n,) float64.
 
-
-def find_differences(
-    points: Sequence[Sequence[Point]], noise: RunNoise, level: float, same_probe: Sequence[Sequence[bool]]
-) -> list[Difference]:
-    """Test the differences between all pairs of recipes, given each recipe's values at the position compared.
-
-    ``level`` is the probability of calling any difference significant if there is none; ``same_probe[i][j]`` says
-    whether two recipes were measured on the same probe.
+    `metric.influence.compute_standard_error` without torch.
     """
-    from scipy.special import ndtri  # a tenth of the time that scipy.stats takes to import
-
-    means = [math.fsum(point.mir for point in found) / len(found) for found in points]
-    variances = [std**2 / len(found) for std, found in zip(noise.stds, points, strict=True)]
-    tested = []
-    for one, other in combinations(range(len(points)), 2):
-        probe = estimate_probe_noise(points[one], points[other], same_probe[one][other])
-        runs = [(variances[index], noise.dof[index]) for index in (one, other)]
-        value = means[one] - means[other]
-        se, dof = _join([*runs, (probe.se**2, probe.dof)])
-        tested.append((one, other, value, se, probe, _join(runs)[0], _two_sided_p(value, se, dof)))
-    p_values = [entry[-1] for entry in tested]
-    found = []
-    for entry, p, factor in zip(tested, adjust_by_holm(p_values), _holm_factors(p_values), strict=True):
-        one, other, value, _, probe, _, _ = entry
-        max_se = value / float(ndtri(level / factor / 2))
-        runs_alone = max(0.0, max_se**2 - probe.se**2)
-        max_seed_std = math.sqrt(runs_alone / (1 / len(points[one]) + 1 / len(points[other])))
-        found.append(Difference(*entry, p, p < level, max_seed_std))
-    return found
+    return math.sqrt(float(values.var(ddof=1)) / len(values))
 
 
-def rank(count: int, found: Sequence[Difference]) -> list[int]:
+def rank(count: int, found: Sequence[Difference]) -> list[int | None]:
     """The rank of each recipe: 1 plus the number of recipes that are significantly better; equal ranks are ties.
 
-    A recipe that does not differ significantly from the lowest can still rank behind it, if it does from another one.
+    None for a recipe that could not be tested against any. A recipe that does not differ significantly from the lowest
+    can still rank behind it, if it does from another one.
     """
+    tested = {index for pair in found if pair.p is not None for index in (pair.one, pair.other)}
     worse = [(pair.other if pair.value < 0 else pair.one) for pair in found if pair.differs]
-    return [1 + worse.count(index) for index in range(count)]
+    return [1 + worse.count(index) if index in tested else None for index in range(count)]
 
 
 def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjustment, which controls the family-wise error rate."""
-    factors = _holm_factors(p_values)
     adjusted, highest = [0.0] * len(p_values), 0.0
-    for index in sorted(range(len(p_values)), key=p_values.__getitem__):
-        highest = max(highest, min(1.0, factors[index] * p_values[index]))
+    for done, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - done) * p_values[index]))
         adjusted[index] = highest
     return adjusted
 
 
-def _holm_factors(p_values: Sequence[float]) -> list[int]:
-    """Holm's factor of each p-value: their number for the smallest, one less for the next, and so on."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    return [len(order) - order.index(index) for index in range(len(order))]
-
-
-def _moderate_std(values: Sequence[float]) -> tuple[float, float]:
-    """Standard deviation of replicates, moderated by the assumed one, and its degrees of freedom."""
-    squares, dof = float(np.var(values)) * len(values), len(values) - 1 + ASSUMED_DOF
-    return math.sqrt((squares + ASSUMED_DOF * ASSUMED_STD**2) / dof), dof
-
-
-def _range(stds: Sequence[float]) -> str:
-    least, most = f"{min(stds):.2g}", f"{max(stds):.2g}"
-    return least if least == most else f"{least} to {most}"
-
-
-def _trend(curve: Curve, x: float) -> tuple[float, float]:
-    """Scatter of the nearest evaluations around a fitted parabola, and its slope at ``x``."""
-    if len(curve.x) < 2:
-        return 0.0, 0.0
-    away, values = np.array(curve.x) - x, np.array([record.mir for record in curve.records], dtype=float)
-    nearest = np.sort(np.argsort(np.abs(away), kind="stable")[:_WINDOW])
-    away, values = away[nearest], values[nearest]
-    degree = min(2, len(away) - 1)
-    fit = np.polynomial.Polynomial.fit(away, values, degree)
-    dof = len(away) - degree - 1
-    scatter = math.sqrt(float(np.sum((values - fit(away)) ** 2)) / dof) if dof > 0 else 0.0
-    return scatter, abs(float(fit.deriv()(0.0)))
+def _mean(points: Sequence[Point]) -> float:
+    return math.fsum(point.mir for point in points) / len(points)
 
 
 def _mean_influences(points: Sequence[Point]) -> np.ndarray | None:
@@ -219,12 +177,11 @@ def _mean_influences(points: Sequence[Point]) -> np.ndarray | None:
     return mean
 
 
-def _join(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Standard error from summed variances, and its degrees of freedom (Welch-Satterthwaite)."""
-    total = math.fsum(variance for variance, _ in parts)
-    # Relative to the total, as squares of small variances could underflow.
-    uncertain = math.fsum((variance / total) ** 2 / dof for variance, dof in parts) if total > 0 else 0.0
-    return math.sqrt(total), 1 / uncertain if uncertain > 0 else math.inf
+def _quantile(level: float, dof: float) -> float:
+    """How many standard errors a difference needs to be significant, by Student's t."""
+    from scipy.special import ndtri, stdtrit  # a tenth of the time that scipy.stats takes to import
+
+    return -float(ndtri(level / 2) if math.isinf(dof) else stdtrit(dof, level / 2))
 
 
 def _two_sided_p(value: float, se: float, dof: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 from mir_callback.analysis.compare import AxisResult, Comparison, Stop
 from mir_callback.analysis.curves import AXES, Axis
 from mir_callback.analysis.load import Run
+from mir_callback.analysis.statistics import Difference, Noise
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.fs import printable
 from mir_callback.record import EvalRecord, lowest_record
@@ -46,13 +47,18 @@ def state_verdict(found: Comparison) -> str | None:
     names = _names(found, result)
     where = _format_position(result.axis, result.x)
     mark = f"{NOT_COMPARABLE}. " if found.mismatch else ""
+    tested = [member for member, rank in enumerate(result.ranks) if rank is not None]
+    left = [name for name, rank in zip(names, result.ranks, strict=True) if rank is None]
+    if not tested:
+        return f"{mark}Undecided at {where}: {', '.join(left)}. Only replicates with other seeds can decide."
+    more = f" Not tested, with one run only: {', '.join(left)}." if left else ""
     if not any(pair.differs for pair in result.pairs):
-        return f"{mark}No difference beyond noise at {where}: {', '.join(names)}."
-    lowest = min(range(len(names)), key=result.mean)
+        return f"{mark}No difference beyond noise at {where}: {', '.join(names[member] for member in tested)}.{more}"
+    lowest = _in_order(result)[0]
     alike = [{pair.one, pair.other} for pair in result.pairs if not pair.differs]
-    tied = [name for index, name in enumerate(names) if {index, lowest} in alike]
-    more = f"; no difference beyond noise to {', '.join(tied)}" if tied else ""
-    return f"{mark}Lowest MIR at {where}: {names[lowest]}{more}."
+    tied = [names[member] for member in tested if {member, lowest} in alike]
+    tie = f"; no difference beyond noise to {', '.join(tied)}" if tied else ""
+    return f"{mark}Lowest MIR at {where}: {names[lowest]}{tie}.{more}"
 
 
 def list_remarks(found: Comparison) -> list[str]:
@@ -68,24 +74,23 @@ def list_remarks(found: Comparison) -> list[str]:
 
 def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable:
     assert result.x is not None
-    assert result.noise is not None
     others = [
         (other, _format_position(other.axis, other.x))
         for other in found.axes
         if other is not result and other.x is not None and len(other.members) > 1 and other.doubt is None
     ]
     rows = []
-    for member in sorted(range(len(result.members)), key=lambda member: (result.ranks[member], result.mean(member))):
+    for member in _in_order(result):
         index = result.members[member]
         recipe = found.recipes[index]
         cells = [recipe.name, _format_rank(result.ranks, member), str(len(recipe.runs))]
-        cells += [f"{result.mean(member):.4f}", f"{result.noise.stds[member]:.2g}"]
+        cells += [f"{result.mean(member):.4f}", _format(result.seed_stds[member], ".2g")]
         for other, _ in others:
             there = other.members.index(index) if index in other.members else None
             cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
-    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = marks a tie)"
-    columns = ("recipe", "rank", "runs", "MIR", "seed std", *(f"at {x}" for _, x in others))
+    title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = tie, - not tested)"
+    columns = ("recipe", "rank", "runs", "MIR", "SD of seeds", *(f"at {x}" for _, x in others))
     return TextTable(title, columns, tuple(rows))
 
 
@@ -95,20 +100,21 @@ def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextT
         (
             f"{names[pair.one]} - {names[pair.other]}",
             f"{pair.value:+.4f}",
-            f"{pair.se:.4f}",
-            "?" if pair.probe.kind == "unknown" else f"{pair.probe.se:.4f} {pair.probe.kind}",
-            f"{pair.runs_se:.4f}",
-            f"{pair.p_adjusted:.3f}",
-            f"{pair.max_seed_std:.2g}",
-            f"{names[pair.one if pair.value < 0 else pair.other]} is lower" if pair.differs else "no difference",
+            _format(pair.se, ".4f"),
+            _format_noise(pair.probe),
+            _format_noise(pair.seeds),
+            _format(pair.p_adjusted, ".3f"),
+            _format(pair.max_seed_std, ".2g"),
+            _judgement(pair, names),
         )
         for pair in result.pairs[:_MAX_PAIRS]
     )
-    adjusted = f"; p is adjusted for {len(result.pairs)} comparisons" if len(result.pairs) > 1 else ""
+    count = sum(pair.p is not None for pair in result.pairs)
+    adjusted = f"; p is adjusted for {count} comparisons" if count > 1 else ""
     title = f"{mark}Differences (beyond noise if p < {found.level:g}{adjusted})"
     if len(result.pairs) > _MAX_PAIRS:
         title += f", the first {_MAX_PAIRS}"
-    columns = ("difference", "MIR", "SE", "SE of probe", "SE of seeds", "p", "differs if seed std <", "verdict")
+    columns = ("difference", "MIR", "SE", "SE of probe", "SE of seeds", "p", "bears SD", "verdict")
     return TextTable(title, columns, rows)
 
 
@@ -151,8 +157,30 @@ def _names(found: Comparison, result: AxisResult) -> list[str]:
     return [found.recipes[index].name for index in result.members]
 
 
-def _format_rank(ranks: Sequence[int], member: int) -> str:
+def _in_order(result: AxisResult) -> list[int]:
+    """The members by rank and mean, those without a rank last."""
+    members = range(len(result.members))
+    return sorted(members, key=lambda member: (result.ranks[member] or math.inf, result.mean(member)))
+
+
+def _format_rank(ranks: Sequence[int | None], member: int) -> str:
+    if ranks[member] is None:
+        return "-"
     return f"{ranks[member]}{'=' if ranks.count(ranks[member]) > 1 else ''}"
+
+
+def _format(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
+def _format_noise(noise: Noise) -> str:
+    return "?" if noise.kind == "unknown" else f"{noise.se:.4f} {noise.kind}"
+
+
+def _judgement(pair: Difference, names: Sequence[str]) -> str:
+    if pair.p is None:
+        return "not tested"
+    return f"{names[pair.one if pair.value < 0 else pair.other]} is lower" if pair.differs else "no difference"
 
 
 def _format_rule(rule: PlateauRule) -> str:
@@ -180,6 +208,7 @@ def to_json(found: Comparison) -> str:
     for index, _, run, stop in _each_run(found):
         entry = {"name": run.name, "path": str(run.path), "source": str(run.source), "evaluations": len(run.records)}
         entry |= {"last": _brief(run.measured[-1]), "lowest": _brief(lowest_record(run.records)), "stop": asdict(stop)}
+        entry["seeds"] = run.seeds
         recipes[index]["runs"].append(entry)
     content = {
         "verdict": state_verdict(found),
@@ -201,6 +230,7 @@ def _axis(found: Comparison, result: AxisResult) -> dict[str, Any]:
             "recipe": name,
             "mir": result.mean(member) if points else None,
             "rank": result.ranks[member] if result.pairs else None,
+            "seed_std": result.seed_stds[member] if points else None,
             "values": [{"mir": p.mir, "mir_se": p.se, "measured": p.measured, "step": p.step} for p in points],
         }
         for member, (name, points) in enumerate(zip(names, result.points or ((),) * len(names), strict=True))
@@ -211,7 +241,6 @@ def _axis(found: Comparison, result: AxisResult) -> dict[str, Any]:
         "doubt": result.doubt,
         "recipes": standings,
         "differences": [{**asdict(pair), "one": names[pair.one], "other": names[pair.other]} for pair in result.pairs],
-        "run_noise": None if result.noise is None or not result.pairs else asdict(result.noise),
         "messages": list(result.messages),
     }
 

@@ -18,7 +18,7 @@ from mir_callback.fs import printable
 
 EPILOG = f"""\
 {RUNS}
-With single runs, how much a seed changes MIR has to be assumed, and only large differences count.
+Recipes of several runs are tested, paired by seed where they share seeds. One run of a recipe decides nothing.
 
 example:
   mir compare short='runs/short_seed*' long='runs/long_seed*' --markdown comparison.md

@@ -157,6 +157,8 @@ class MIRCallback(TrainerCallback):
             start_step=state.global_step,
             start_status=_status(args, state),
             log=self._loggers(),
+            seed=args.seed,
+            data_seed=args.data_seed,
             save_weights=_saver_of(trainer, adapter) if self.config.keep_best else None,
             **{**self._options, "prompt": None},  # the adapter has it
         )

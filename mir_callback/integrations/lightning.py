@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -99,6 +100,7 @@ class MIRLightningCallback(Callback):  # type: ignore[misc]  # mypy does not see
                     options=self._config.for_trackers(),
                     commit=True,
                 ),
+                seed=_seed(),
                 **self._options,
             )
         self.history = self._monitor.history
@@ -162,6 +164,12 @@ def _scheduler_of(trainer: Any) -> Any:
     """The learning-rate scheduler, if it steps with the optimizer."""
     found = [each.scheduler for each in trainer.lr_scheduler_configs if each.interval == "step" and each.frequency == 1]
     return next(iter(found), None)
+
+
+def _seed() -> int | None:
+    """The seed of `seed_everything`, which Lightning keeps in the environment; None without."""
+    found = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(found) if found.isdecimal() else None
 
 
 def _epoch(trainer: Any) -> float:

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mir_callback import PlateauRule
-from mir_callback.analysis import statistics
 from mir_callback.analysis.compare import Recipe, compare, find_stop
-from mir_callback.analysis.curves import build_curves, interpolate
+from mir_callback.analysis.curves import Point, build_curves, interpolate
 from mir_callback.analysis.load import Run
-from mir_callback.analysis.statistics import Difference, ProbeNoise, adjust_by_holm, assume_std, rank, standard_error
+from mir_callback.analysis.statistics import Difference, Noise, adjust_by_holm, find_differences, rank, standard_error
 from mir_callback.analysis.tables import list_remarks, make_tables, state_verdict
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.metric import influence
@@ -54,32 +53,58 @@ def falling(end, jitter=0.0, rng=None, count=30):
     return [float(v) for v in end + 1.5 * np.exp(-at / 0.15) + noise]
 
 
-def seeds(name, ends, **fields):
-    return Recipe(name, tuple(make_run(f"{name}{i}", falling(end), **fields) for i, end in enumerate(ends)))
+def seeds(name, ends, numbers=None):
+    """A recipe whose runs end at these values, with these seeds, or (seed, data seed)."""
+    runs = []
+    for i, (end, number) in enumerate(zip(ends, numbers or [None] * len(ends), strict=True)):
+        seed, data_seed = number if isinstance(number, tuple) else (number, None)
+        runs.append(make_run(f"{name}{i}", falling(end), seed=seed, data_seed=data_seed))
+    return Recipe(name, tuple(runs))
 
 
-def test_replicates_give_welchs_test_when_nothing_is_assumed_and_the_probe_adds_nothing(monkeypatch):
-    monkeypatch.setattr(statistics, "ASSUMED_DOF", 0.0)
+def difference(one, other, *seeds):
+    """Of two recipes whose runs have these values and seeds."""
+    points = [[Point(float(mir), None, None, True, 0) for mir in values] for values in (one, other)]
+    (pair,) = find_differences(points, seeds, 0.05, [[True] * 2] * 2)
+    return pair
+
+
+def test_replicates_give_welchs_t_with_the_degrees_of_freedom_of_the_smaller_recipe():
     one, other = [3.0, 3.1, 3.05], [3.3, 3.2, 3.45, 3.26]
     result = compare([seeds("a", one), seeds("b", other)]).ranking
     expected = stats.ttest_ind(one, other, equal_var=False)
     (pair,) = result.pairs
     assert pair.value == pytest.approx(np.mean(one) - np.mean(other))
+    assert pair.value / pair.se == pytest.approx(expected.statistic)
+    assert pair.p == pytest.approx(2 * stats.t.sf(abs(expected.statistic), 2))
+    assert (pair.seeds.kind, pair.probe.kind) == ("unpaired", "unknown")
+    assert result.seed_stds == pytest.approx((np.std(one, ddof=1), np.std(other, ddof=1)))
+
+
+def test_runs_of_the_same_seeds_give_the_paired_t_test():
+    one, other = [3.0, 3.4, 2.7], [3.1, 3.52, 2.79]
+    (pair,) = compare([seeds("a", one, [1, 2, 3]), seeds("b", other, [1, 2, 3])]).ranking.pairs
+    expected = stats.ttest_rel(one, other)
+    assert (pair.seeds.kind, pair.shared) == ("paired", ((1, None), (2, None), (3, None)))
     assert pair.p == pytest.approx(expected.pvalue)
-    assert (pair.differs, result.noise.kind, pair.probe.kind) == (True, "replicates", "unknown")
+    assert pair.differs
+    assert not compare([seeds("a", one), seeds("b", other)]).ranking.pairs[0].differs
 
 
-def test_replicates_that_agree_by_chance_do_not_promise_too_little_noise():
-    near = [0.001 * number for number in range(8)]
-    few, many = (
-        compare([seeds("a", [3.0 + d for d in near[:n]]), seeds("b", [3.15 + d for d in near[:n]])]).ranking
-        for n in (2, 8)
-    )
-    assert 0.05 < few.noise.stds[0] < 0.1
-    assert (few.pairs[0].differs, many.pairs[0].differs) == (False, True)
-    wide = compare([seeds("a", [2.0, 4.0, 3.0, 2.5]), seeds("b", [3.0, 3.1])]).ranking
-    assert wide.noise.stds[0] == pytest.approx(np.std([2.0, 4.0, 3.0, 2.5], ddof=1), rel=0.01)
-    assert wide.noise.dof == pytest.approx((3.05, 1.05))
+@given(st.lists(st.tuples(*[st.integers(0, 2000)] * 3), min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_what_a_seed_adds_to_both_recipes_and_the_order_of_runs_change_no_paired_test(rows, random):
+    one, other, added = np.array(rows).T / 1000
+    numbers = [(n, None) for n in range(len(rows))]
+    order = np.array(random.sample(range(len(rows)), len(rows)))
+    mixed = [numbers[n] for n in order]
+    plain = difference(one, other, numbers, numbers)
+    moved = difference(one + added, other + added, numbers, numbers)
+    assert (moved.value, moved.se) == pytest.approx((plain.value, plain.se))
+    assert moved.shared == plain.shared == tuple(numbers)
+    sorted_otherwise = difference(one[order], other, mixed, numbers)
+    assert (sorted_otherwise.value, sorted_otherwise.p) == pytest.approx((plain.value, plain.p))
+    swapped = difference(other, one, numbers, numbers)
+    assert (swapped.value, swapped.p) == pytest.approx((-plain.value, plain.p))
 
 
 def test_the_probes_error_is_that_of_paired_samples_when_influences_are_known():
@@ -89,7 +114,8 @@ def test_the_probes_error_is_that_of_paired_samples_when_influences_are_known():
     paired = stats.ttest_rel(PSI[0], PSI[1])
     assert pair.probe.kind == "paired"
     assert pair.probe.se == pytest.approx(abs(np.mean(PSI[0] - PSI[1]) / paired.statistic))
-    assert pair.se == pytest.approx(math.hypot(pair.probe.se, pair.runs_se))
+    (given_std,) = compare(runs, seed_std=0.1).ranking.pairs
+    assert given_std.se == pytest.approx(math.hypot(pair.probe.se, 0.1 * math.sqrt(2)))
 
 
 def test_standard_error_is_that_of_the_metric():
@@ -104,13 +130,53 @@ def test_unpaired_errors_are_used_and_told_when_influences_are_missing():
     assert any("influences" in sentence for sentence in result.messages)
 
 
-def test_the_noise_used_is_said_for_each_kind():
-    single = [make_run("a", falling(3.0)), make_run("b", falling(3.05))]
-    assert "ASSUMED" in compare(single).ranking.noise.message
-    assert "as given" in compare(single, seed_std=0.001).ranking.noise.message
-    assert compare(single).ranking.ranks == (1, 1)
-    assert compare(single, seed_std=0.001).ranking.ranks == (1, 2)
-    assert "measured" in compare([seeds("a", [3.0, 3.1]), single[1]]).ranking.noise.message
+def test_how_it_was_tested_is_said():
+    def said(*recipes, **options):
+        return "; ".join(compare(recipes, **options).ranking.messages)
+
+    a, b, alone = seeds("a", [3.0, 3.1], [1, 2]), seeds("b", [3.2, 3.4], [1, 2]), seeds("c", [3.3])
+    assert "paired by seed (1, 2): a - b" in said(a, b)
+    assert "paired by seed (1, 2, without runs of other seeds): a - c" in said(
+        a, seeds("c", [3.0, 3.3, 3.5], [2, 1, 3])
+    )
+    assert "two seeds in common (data seed included): a - c" in said(a, seeds("c", [3.0, 3.3], [2, 3]))
+    assert "b is not paired by seed: the seed of b0 is unknown" in said(a, seeds("b", [3.2, 3.4]))
+    assert "b is not paired by seed: b0, b1 have the same seed, 2" in said(a, seeds("b", [3.2, 3.4], [2, 2]))
+    assert "not tested" not in said(a, b)
+    assert "moves MIR: c; only replicates" in said(a, alone)
+    assert "the largest SD between seeds here is 0.14, of b" in said(a, b, alone)
+    assert said(a, b, seed_std=0.5).startswith("SD between seeds 0.5, as given")
+
+
+def test_only_what_is_the_same_seed_and_data_seed_is_paired():
+    def shared(one, other):
+        return compare([seeds("a", [3.0, 3.1], one), seeds("b", [3.2, 3.4], other)], rule=NEVER).ranking.pairs[0].shared
+
+    assert shared([(1, 5), (2, 6)], [(2, 6), (1, 5)]) == ((1, 5), (2, 6))
+    assert shared([(1, 5), (2, 6)], [(1, 6), (2, 5)]) == shared([(1, 5), (2, 6)], [1, 2]) == ()
+    resumed = make_run("r", falling(3.0), seed=lambda number: 1 if number < 9 else 3)
+    recipes = [Recipe("a", (resumed, make_run("s", falling(3.1), seed=2))), seeds("b", [3.2, 3.4], [1, 2])]
+    result = compare(recipes).ranking
+    assert result.pairs[0].shared == ()
+    assert "a is not paired by seed: the seed of r is 1, then 3" in result.messages
+
+
+@given(st.floats(-2, 2), st.integers(1, 4), st.sampled_from([None, [1]]))
+def test_a_single_run_is_never_told_from_anything(difference, count, numbers):
+    alone = seeds("a", [3.0 + difference], numbers)
+    others = seeds("b", [3.0 + 1e-3 * n for n in range(count)], list(range(1, count + 1)))
+    found = compare([alone, others], rule=NEVER)
+    (pair,) = found.ranking.pairs
+    assert (pair.p, pair.se, pair.differs, found.ranking.ranks) == (None, None, False, (None, None))
+    assert state_verdict(found).startswith("Undecided at step 290: a, b. Only replicates")
+    assert [row[1] for row in make_tables(found)[0].rows] == ["-", "-"]
+
+
+def test_recipes_of_one_run_stay_unranked_beside_others():
+    found = compare([seeds("c", [1.0]), seeds("a", [3.4, 3.41, 3.42]), seeds("b", [3.0, 3.01, 3.02])])
+    assert found.ranking.ranks == (None, 2, 1)
+    assert state_verdict(found) == "Lowest MIR at step 290: b. Not tested, with one run only: c."
+    assert [row[0] for row in make_tables(found)[0].rows] == ["b", "a", "c"]
 
 
 def test_a_difference_says_which_noise_it_bears():
@@ -121,32 +187,21 @@ def test_a_difference_says_which_noise_it_bears():
         assert compare(runs, seed_std=factor * pair.max_seed_std).ranking.pairs[0].differs is differs
 
 
-def test_what_is_assumed_grows_with_scatter_and_slope():
-    smooth = make_run("a", [3.0] * 20)
-    rough = make_run("b", [3.0 + 0.2 * (-1) ** i for i in range(20)])
-    steep = make_run("c", [5.0 - 0.2 * i for i in range(20)])
-    found = {c.run.name: assume_std(c, c.x[-1]) for c in build_curves("step", [smooth, rough, steep])}
-    assert found["a"] == pytest.approx(0.35)
-    assert found["b"] > 0.5
-    assert found["c"] == pytest.approx(math.hypot(0.35, 0.1 * 0.2 * 19))
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_no_difference_is_found_in_nine_of_ten_when_only_the_seed_differs(count):
+@pytest.mark.parametrize("rho", [None, 0.0, 0.9])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_false_alarms_keep_to_the_level_when_only_the_seed_differs(count, rho):
     rng = np.random.default_rng(count)
+    numbers = [None if rho is None else (n, None) for n in range(count)]
+    shared, own = math.sqrt(rho or 0), math.sqrt(1 - (rho or 0))
     found = []
-    for _ in range(100):
-        std = rng.choice([0.01, 0.1, 0.3])
-        ends = 3 + rng.normal(0, std, (2, count))
-        groups = [
-            Recipe(name, tuple(make_run(f"{name}{i}", falling(end, 0.005, rng)) for i, end in enumerate(row)))
-            for name, row in zip("ab", ends, strict=True)
-        ]
-        found.append(compare(groups, rule=NEVER).ranking.pairs[0].differs)
-    assert np.mean(found) <= 0.1
+    for ratio in (1, 3, 10):
+        for _ in range(1000):
+            one, other = shared * rng.normal(size=count) + own * rng.normal(size=(2, count))
+            found.append(difference(one, ratio * other, numbers, numbers).differs)
+    assert np.mean(found) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / len(found))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 3])
 def test_no_difference_is_found_in_nine_of_ten_of_real_trainings(size):
     rng = np.random.default_rng(0)
     found = []
@@ -158,6 +213,24 @@ def test_no_difference_is_found_in_nine_of_ten_of_real_trainings(size):
             found.append(compare(halves, rule=NEVER).ranking.pairs[0].differs)
     assert len(found) >= 75
     assert np.mean(found) <= 0.1
+
+
+def test_pairing_by_seed_finds_what_noise_hides_in_real_trainings():
+    kept = json.loads(REAL_SEEDS.read_text())
+    one, other = (
+        Recipe(
+            name,
+            tuple(
+                make_run(f"{name}{seed}", mir, kept[name]["steps"], seed=seed)
+                for seed, mir in zip(kept[name]["seeds"], kept[name]["mir"], strict=True)
+            ),
+        )
+        for name in ("base", "small_batch")
+    )
+    (pair,) = compare([one, other], rule=NEVER).ranking.pairs
+    assert (len(pair.shared), pair.differs) == (5, True)
+    blind = [[run.measured[-1].mir for run in recipe.runs] for recipe in (one, other)]
+    assert not difference(*blind, [None] * 6, [None] * 5).differs
 
 
 def test_a_real_difference_is_found_when_it_is_beyond_the_noise():
@@ -193,7 +266,7 @@ def test_adjusted_p_is_as_holm_has_it():
 
 def test_ranks_are_tied_where_noise_forbids_a_difference():
     def pair(one, other, value, differs):
-        return Difference(one, other, value, 1.0, ProbeNoise("unknown", 0.0), 1.0, 0.5, 0.5, differs, 0.1)
+        return Difference(one, other, value, Noise("unknown"), Noise("unpaired"), se=1.0, p=0.5, differs=differs)
 
     found = [pair(0, 1, -1.0, False), pair(0, 2, -2.0, True), pair(1, 2, -1.0, False)]
     assert rank(3, found) == [1, 1, 2]
@@ -208,7 +281,7 @@ def test_values_of_other_definitions_are_refused_unless_told_to(field, word):
     runs = [make_run("a", falling(3.0)), make_run("b", falling(5.0), **{field: "another"})]
     with pytest.raises(HistoryError, match=rf"{field} \({word}.*in a; another in b.*--allow-mismatch"):
         compare(runs)
-    found = compare(runs, allow_mismatch=True)
+    found = compare(runs, allow_mismatch=True, seed_std=0.1)
     assert field in found.mismatch
     assert found.ranking.ranks == (1, 2)
     assert compare([runs[0], runs[0]]).mismatch is None
@@ -272,7 +345,7 @@ def test_runs_without_values_are_left_out_and_none_at_all_is_refused():
 def test_a_copy_of_a_run_is_no_replicate():
     twins = Recipe("a", (make_run("a1", falling(3.0)), make_run("a2", falling(3.0))))
     found = compare([twins, make_run("b", falling(3.4))])
-    assert found.ranking.noise.kind == "assumed"
+    assert found.ranking.ranks == (None, None)
     assert any("skipped a2" in remark and "a1" in remark for remark in found.remarks)
 
 
@@ -294,22 +367,9 @@ def test_one_run_in_two_recipes_is_told():
     assert "x and x are the same run, in both a and b" in found.remarks
 
 
-def test_a_single_run_is_not_made_quieter_by_a_quiet_recipe_beside_it():
-    quiet = seeds("q", [3.0, 3.0005, 2.9995, 3.0002])
-    alone = [Recipe(name, (make_run(name, falling(end)),)) for name, end in (("b", 3.2), ("c", 3.5))]
-    with_quiet = compare([quiet, *alone]).ranking
-    without = compare(alone).ranking
-    assert with_quiet.noise.stds[1:] == without.noise.stds
-    assert with_quiet.noise.dof[1:] == (math.inf, math.inf)
-    loud = seeds("l", [2.0, 4.0, 3.0, 2.5])
-    borrowed = compare([loud, *alone]).ranking.noise
-    assert borrowed.stds[1] == borrowed.stds[0]
-    assert borrowed.dof[1] == borrowed.dof[0] / 2  # of two that borrow it, together it counts once
-
-
 def test_every_recipe_that_is_not_told_from_the_lowest_is_named():
     # A is uncertain; C is told from B and not from A.
-    a, b, c = seeds("A", [0.8, 1.5]), seeds("B", [1.31, 1.312, 1.314]), seeds("C", [1.61, 1.612, 1.614])
+    a, b, c = seeds("A", [0.8, 1.5, 1.1]), seeds("B", [1.31, 1.312, 1.314]), seeds("C", [1.61, 1.612, 1.614])
     found = compare([a, b, c])
     assert [pair.differs for pair in found.ranking.pairs] == [False, False, True]
     assert state_verdict(found) == "Lowest MIR at step 290: A; no difference beyond noise to B, C."

@@ -23,12 +23,12 @@ from tests.training.runs import make_trainer
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Real runs: two seeds of one recipe, one of another, and one on another probe."""
+    """Real runs: two seeds of either of two recipes, and one run on another probe."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, seed, rate, count in [("a1", 1, 3e-3, 8), ("a2", 2, 3e-3, 8), ("b1", 1, 1e-2, 8), ("other", 1, 3e-3, 6)]:
-        trainer = make_trainer(
-            folder / name, steps=6, seed=seed, learning_rate=rate, include_num_input_tokens_seen=True, dropout=0.1
-        )
+    recipes = {"a1": (1, 3e-3, 8), "a2": (2, 3e-3, 8), "b1": (1, 1e-2, 8), "b2": (2, 1e-2, 8), "other": (1, 3e-3, 6)}
+    for name, (seed, rate, count) in recipes.items():
+        options = {"learning_rate": rate, "include_num_input_tokens_seen": True, "seed": seed, "data_seed": 10 + seed}
+        trainer = make_trainer(folder / name, steps=6, dropout=0.1, **options)
         MIRCallback(Probe.from_pairs(pairs(count)), every=1, batch_size=8).attach(trainer)
         trainer.train()
         trainer.save_state()
@@ -60,30 +60,44 @@ def records_of(path):
     return [json.loads(line) for line in (path / "mir_history.jsonl").read_text().splitlines()]
 
 
-def test_two_seeds_of_one_recipe_do_not_differ(runs, capsys):
-    status, said, _ = mir(capsys, "a1", "a2")
+def test_single_runs_decide_nothing_unless_the_noise_of_seeds_is_known(runs, capsys):
+    status, said, _ = mir(capsys, "a1", "b1")
     assert status == 0
-    assert "No difference beyond noise at step 6: a1, a2." in said
-    assert "ASSUMED" in said
+    assert "Undecided at step 6: a1, b1. Only replicates" in said
+    assert "not tested" in said
+    assert "Lowest MIR at step 6: " in mir(capsys, "a1", "b1", "--seed-std", "1e-4")[1]
+    assert "No difference beyond noise at step 6: a1, b1." in mir(capsys, "a1", "b1", "--seed-std", "1e4")[1]
+
+
+def test_recipes_with_other_seeds_are_not_paired_and_the_notes_say_so(runs, capsys):
+    for line in (lines := records_of(runs / "b1")):
+        line["seed"] = 7
+    (runs / "b1" / "mir_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, said, _ = mir(capsys, "a=a1,a2", "b=b1,b2")
+    assert status == 0
+    assert "not paired by seed, with fewer than two seeds in common (data seed included): a - b" in said
 
 
 def test_recipes_are_ranked_with_tables_and_files_that_agree(runs, capsys):
-    status, said, _ = mir(capsys, "a=a1,a2", "b=b1", "--json", "c.json", "--csv", "c.csv", "--markdown", "c.md")
+    status, said, _ = mir(capsys, "a=a1,a2", "b=b1,b2", "--json", "c.json", "--csv", "c.csv", "--markdown", "c.md")
     assert status == 0
     found = json.loads((runs / "c.json").read_text())
-    last = {name: records_of(runs / name)[-1] for name in ("a1", "a2", "b1")}
+    last = {name: records_of(runs / name)[-1] for name in ("a1", "a2", "b1", "b2")}
     by_step = found["axes"]["step"]
     means = {standing["recipe"]: standing["mir"] for standing in by_step["recipes"]}
     assert means["a"] == pytest.approx((last["a1"]["mir"] + last["a2"]["mir"]) / 2)
-    assert means["b"] == last["b1"]["mir"]
-    assert by_step["run_noise"]["kind"] == "replicates"
-    assert [pair["probe"]["kind"] for pair in by_step["differences"]] == ["paired"]
+    assert means["b"] == pytest.approx((last["b1"]["mir"] + last["b2"]["mir"]) / 2)
+    (pair,) = by_step["differences"]
+    assert (pair["probe"]["kind"], pair["seeds"]["kind"], pair["shared"]) == ("paired", "paired", [[1, 11], [2, 12]])
+    assert "paired by seed (1 with data seed 11, 2 with data seed 12): a - b" in said
     of_each = math.hypot(last["a1"]["mir_se"], last["b1"]["mir_se"])
-    assert 0 < by_step["differences"][0]["probe"]["se"] < of_each
+    assert 0 < pair["probe"]["se"] < of_each
+    both = [last[f"a{seed}"]["mir"] - last[f"b{seed}"]["mir"] for seed in (1, 2)]
+    assert pair["seeds"]["se"] == pytest.approx(abs(both[0] - both[1]) / 2)
     assert set(found["axes"]) == {"step", "tokens", "samples", "time"}
     assert found["axes"]["samples"]["x"] == last["a1"]["samples_seen"] == 24
     lines = list(csv.DictReader(io.StringIO((runs / "c.csv").read_text())))
-    assert [(line["recipe"], line["run"]) for line in lines] == [("a", "a1"), ("a", "a2"), ("b", "b1")]
+    assert [(line["recipe"], line["run"]) for line in lines] == [(name[0], name) for name in last]
     assert [float(line["mir_at_equal_step"]) for line in lines] == [last[line["run"]]["mir"] for line in lines]
     page = (runs / "c.md").read_text()
     for text in (found["verdict"], "| a - b |", f"{means['a']:.4f}", f"{means['b']:.4f}"):
@@ -135,7 +149,7 @@ def test_what_cannot_be_read_is_left_out_and_told(runs, capsys):
     assert [f"a2: skipped damaged line {line} " in said for line in (3, 4, 5)] == [True] * 3
     assert "a2: step 5: ignored loss=1000" in said
     assert "skipped empty" in said
-    assert "No difference beyond noise at step 6: a1, a2." in said
+    assert "Undecided at step 6: a1, a2." in said
 
 
 def test_downloaded_artifacts_of_runs_are_compared(runs, capsys):
@@ -267,7 +281,7 @@ def test_signs_that_a_terminal_lacks_are_replaced(runs):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
-    assert "No difference beyond noise" in done.stdout
+    assert "Undecided at step 6" in done.stdout
 
 
 def test_a_run_that_its_own_rule_ended_is_told(runs, capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -113,11 +113,14 @@ def test_a_stream_has_whole_epochs_and_steps_as_far_as_they_are_planned(tmp_path
     ]
 
 
-def test_a_second_fit_has_a_history_of_its_own(tmp_path, probe):
+def test_a_second_fit_has_a_history_of_its_own_with_the_seed_that_lightning_has(tmp_path, probe, monkeypatch):
     callback = MIRLightningCallback(probe, every=2)
-    for folder in ("first", "second"):
+    for folder, seed in (("first", None), ("second", 7)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", "")  # set back after the test
+        if seed is not None:
+            seed_everything(seed)
         fit(tmp_path / folder, callback, max_steps=2)
-        assert steps_of(callback) == [0, 2]
+        assert [(record.step, record.seed) for record in callback.history] == [(0, seed), (2, seed)]
 
 
 def test_the_model_is_the_only_one_of_hugging_face():
