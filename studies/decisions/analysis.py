@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 Array = NDArray[np.float64]
 Run = dict[str, Any]
+Pairs = list[tuple[int, int]]  # of recipes by index, the better one first
 
 BOOTSTRAPS = 2000
 HALVES = 400
@@ -28,7 +29,6 @@ class Metric:
     value: Callable[[dict[str, float]], float] = field(repr=False)
     lower: bool = True
     kept: bool = True  # whether the package has it
-    one_number: bool = True
 
 
 def _of(name: str) -> Callable[[dict[str, float]], float]:
@@ -96,38 +96,41 @@ def seed_std(values: Array) -> float:
     return math.sqrt(float(values.var(axis=1, ddof=1).mean()))
 
 
-def decided_pairs(table: Table, chosen: Callable[[int, int], bool] = lambda one, other: True) -> list[tuple[int, int]]:
+def decided_pairs(table: Table, chosen: Callable[[Table, int, int], bool]) -> Pairs:
     """Pairs of recipes, better first, whose accuracies differ by more than two standard errors between seeds."""
     means = table.accuracy.mean(axis=1)
     least = 2 * seed_std(table.accuracy) * math.sqrt(2 / table.accuracy.shape[1])
     return [
         (one, other) if means[one] > means[other] else (other, one)
         for one, other in combinations(range(len(means)), 2)
-        if abs(means[one] - means[other]) > least and chosen(one, other)
+        if abs(means[one] - means[other]) > least and chosen(table, one, other)
     ]
 
 
-def share_right(values: Array, pairs: Sequence[tuple[int, int]], seeds: bool = False) -> float:
-    """Share of pairs ordered as their accuracies are: by means over seeds, or by single runs that share their seed."""
-    if not pairs:
-        return math.nan
-    better, worse = np.array(pairs).T
-    shown = values if seeds else values.mean(axis=1, keepdims=True)
-    differences = shown[worse] - shown[better]
-    return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+def share_right(values: Array, pairs: Pairs, single: bool = False) -> float:
+    """Share of pairs that a metric orders as their accuracies are; a tie counts half.
+
+    By means over seeds, or with ``single`` by one run of each recipe, the two with the same seed.
+    """
+    return float(_right(values if single else values.mean(axis=1, keepdims=True), pairs).mean())
 
 
-def interval(values: Array, pairs: Sequence[tuple[int, int]], count: int, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of `share_right` over recipes: a pair counts as often as both its recipes are drawn."""
-    rng = np.random.default_rng(0)
+def interval(values: Array, pairs: Pairs, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of :func:`share_right` over recipes; a pair counts as often as both of its recipes are drawn."""
+    recipes = len(values)
     better, worse = np.array(pairs).T
-    means = values.mean(axis=1)
-    right = (means[worse] > means[better]).astype(float)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=BOOTSTRAPS)
+    draws = np.random.default_rng(0).multinomial(recipes, np.full(recipes, 1 / recipes), size=BOOTSTRAPS)
     weights = draws[:, better] * draws[:, worse]
-    shares = (weights @ right) / np.maximum(weights.sum(axis=1), 1)
+    shares = weights @ _right(values.mean(axis=1, keepdims=True), pairs)[:, 0] / np.maximum(weights.sum(axis=1), 1)
     low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _right(values: Array, pairs: Pairs) -> Array:
+    """For each pair and column 1 if the first has the lower value, 0.5 for a tie, else 0."""
+    better, worse = np.array(pairs).T
+    right: Array = 0.5 * (1 + np.sign(values[worse] - values[better]))
+    return right
 
 
 def spearman(table: Table, name: str) -> float:
@@ -141,53 +144,87 @@ class Seeds:
 
     within: float  # standard deviation between seeds of one recipe
     between: float  # standard deviation between recipes' means
-    shared: float  # correlation of runs of two recipes that share their seed, given the recipes
-    paired_gain: float  # how much smaller pairing makes the error of a difference
+    shared: float  # correlation of runs of two recipes with the same seed, given their recipes
+    paired: float  # standard deviation of the difference of two recipes' runs with the same seed
 
 
 def seeds_of(values: Array) -> Seeds:
-    """From (recipes, seeds)."""
-    residuals = values - values.mean(axis=1, keepdims=True)
+    """From (recipes, seeds), by a two-way analysis of variance."""
     recipes, seeds = values.shape
+    residuals = values - values.mean(axis=1, keepdims=True)
     total = float((residuals**2).sum() / (recipes * (seeds - 1)))
-    # Residuals about two means: the interaction's mean square is what pairing leaves.
-    rest = residuals - residuals.mean(axis=0)
-    left = float((rest**2).sum() / ((recipes - 1) * (seeds - 1)))
-    return Seeds(math.sqrt(total), float(values.mean(axis=1).std(ddof=1)), 1 - left / total, math.sqrt(left / total))
+    left = float(((residuals - residuals.mean(axis=0)) ** 2).sum() / ((recipes - 1) * (seeds - 1)))
+    return Seeds(math.sqrt(total), float(values.mean(axis=1).std(ddof=1)), 1 - left / total, math.sqrt(2 * left))
 
 
-def choose_on_halves(table: Table, names: Sequence[str], least_pairs: int = 10) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Choice:
+    """Shares of right decisions on recipes that the choice has not seen."""
+
+    one: float  # of the best metric
+    two: float  # of the best sum of two metrics' ranks
+    of: dict[str, float]  # of each metric without a choice
+    picks: dict[str, float]  # how often each was the best one
+
+
+def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
     """Choose the best metric, or sum of two, on a random half of the recipes, and test it on the other half."""
-    rng = np.random.default_rng(0)
-    ranks = {name: _as_ranks(table.values[name].mean(axis=1)) for name in names}
-    indices = {(name,): ranks[name] for name in names}
-    indices |= {pair: ranks[pair[0]] + ranks[pair[1]] for pair in combinations(names, 2)}
-    pairs, count = decided_pairs(table), len(table.recipes)
+    rng, count = np.random.default_rng(0), len(table.recipes)
+    pairs = decided_pairs(table, lambda table, one, other: True)
     better, worse = np.array(pairs).T
-    right = {
-        name: (index[worse] > index[better]) + 0.5 * (index[worse] == index[better]) for name, index in indices.items()
-    }
-    tested: dict[str, list[float]] = {"one": [], "two": [], **{name: [] for name in names}}
-    picks: dict[tuple[str, ...], int] = {}
+    ranks = {name: rankdata(table.values[name].mean(axis=1)) for name in names}
+    single = {(name,): _right(ranks[name][:, None], pairs)[:, 0] for name in names}
+    double = {pair: _right((ranks[pair[0]] + ranks[pair[1]])[:, None], pairs)[:, 0] for pair in combinations(names, 2)}
+    tested: dict[str, list[float]] = {name: [] for name in ("one", "two", *names)}
+    picked: list[str] = []
     for _ in range(HALVES):
         half = np.zeros(count, dtype=bool)
         half[rng.permutation(count)[: count // 2]] = True
-        train, test = half[better] & half[worse], ~half[better] & ~half[worse]
-        if min(train.sum(), test.sum()) < least_pairs:
-            continue
-        for title, size in (("one", 1), ("two", 2)):
-            best = max((key for key in right if len(key) == size), key=lambda key: right[key][train].mean())
-            picks[best] = picks.get(best, 0) + 1
-            tested[title].append(float(right[best][test].mean()))
+        seen, unseen = half[better] & half[worse], ~half[better] & ~half[worse]
+        for title, candidates in (("one", single), ("two", double)):
+            best = max(candidates, key=lambda key: float(candidates[key][seen].mean()))
+            tested[title].append(float(candidates[best][unseen].mean()))
+            picked += best if title == "one" else []
         for name in names:
-            tested[name].append(float(right[(name,)][test].mean()))
+            tested[name].append(float(single[name,][unseen].mean()))
     means = {name: float(np.mean(values)) for name, values in tested.items()}
-    return {
-        "means": means,
-        "picks": {" + ".join(key): share for key, share in sorted(picks.items(), key=lambda i: -i[1])},
-    }
+    often = sorted(set(picked), key=lambda name: -picked.count(name))
+    return Choice(means.pop("one"), means.pop("two"), means, {name: picked.count(name) / HALVES for name in often})
 
 
-def _as_ranks(values: Array) -> Array:
-    order = np.argsort(np.argsort(values))
-    return order.astype(float)
+@dataclass(frozen=True)
+class Stops:
+    """Stage 2 from where the stop rule ends a run, against stage 2 from its end."""
+
+    runs: int
+    stopped: int  # of them, before their end
+    cost: float  # mean accuracy lost in these; negative if gained
+    interval: tuple[float, float]  # of it, 95 %, over recipes
+    worst: float  # the most that a recipe lost, mean over its seeds
+    worst_recipe: str
+    saved: float  # mean share of the steps saved in these
+    most_saved: float
+
+
+def stops_of(runs: Sequence[Run]) -> Stops:
+    """Of all scored runs that are not sabotaged."""
+    honest = [run for run in runs if run["accuracy"] is not None and run["kind"] != "sabotage"]
+    stopped = [run for run in honest if run["stopped_accuracy"] is not None]
+    lost: dict[str, list[float]] = {}
+    for run in stopped:
+        lost.setdefault(run["recipe"], []).append(run["accuracy"] - run["stopped_accuracy"])
+    sums, counts = (np.array([kind(each) for each in lost.values()], dtype=float) for kind in (sum, len))
+    draws = np.random.default_rng(0).multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=BOOTSTRAPS)
+    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
+    saved = [1 - run["stopped_at"] / run["steps"] for run in stopped]
+    worst = max(lost, key=lambda name: float(np.mean(lost[name])))
+    return Stops(
+        runs=len(honest),
+        stopped=len(stopped),
+        cost=float(sums.sum() / counts.sum()),
+        interval=(float(low), float(high)),
+        worst=float(np.mean(lost[worst])),
+        worst_recipe=worst,
+        saved=float(np.mean(saved)),
+        most_saved=max(saved),
+    )

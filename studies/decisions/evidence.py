@@ -6,78 +6,209 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import analysis
-from .analysis import METRICS, Run, Table
+from mir_callback.record import EvalRecord
+from mir_callback.second_opinion import find_contradiction
+from studies.decisions import analysis
+from studies.decisions.analysis import METRICS, Pairs, Run, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "benchmarks" / "results" / "decisions.json"
 PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
 
-Chosen = Callable[[Table, int, int], bool]
+SHOWN = ("mir", "scale_free_mir", "captions_scale_free_mir", "last_layer", "vision_gain", "probe_loss", "loss")
+CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank", "loss")
+SEEDS_TO_SHOW = ("mir", "scale_free_mir", "vision_gain", "probe_loss", "loss")
 
 
-def _same_captions(table: Table, one: int, other: int) -> bool:
-    return table.captions[one] == table.captions[other]
-
-
-def _both_of(*kinds: str) -> Chosen:
+def _among(*kinds: str) -> Callable[[Table, int, int], bool]:
     return lambda table, one, other: {table.kinds[one], table.kinds[other]} <= {*kinds, "base"}
 
 
 # Columns of the table of decisions. Sabotaged recipes are in the first only.
-PAIRS: dict[str, Chosen] = {
+PAIRS: dict[str, Callable[[Table, int, int], bool]] = {
     "all": lambda table, one, other: True,
     "honest": lambda table, one, other: "sabotage" not in (table.kinds[one], table.kinds[other]),
-    "same captions": _same_captions,
-    "learning rate": _both_of("learning rate"),
-    "length": _both_of("length"),
-    "data": _both_of("data"),
-    "architecture": _both_of("architecture"),
+    "same captions": lambda table, one, other: (
+        PAIRS["honest"](table, one, other) and table.captions[one] == table.captions[other]
+    ),
+    "learning rate": _among("learning rate"),
+    "length": _among("length"),
+    "data": _among("data"),
+    "architecture": _among("architecture"),
+    "plain tower": lambda table, one, other: {table.kinds[one], table.kinds[other]} == {"plain tower"},
 }
 
 
 def page(runs: Sequence[Run]) -> str:
     """The whole of docs/evidence.md."""
     table = analysis.tabulate(runs)
-    parts = TEXT.format(
-        decisions=_decisions(table),
-    )
-    return parts
+    pairs = {name: analysis.decided_pairs(table, chosen) for name, chosen in PAIRS.items()}
+    figures = {
+        "recipes": len(table.recipes),
+        "seeds": table.accuracy.shape[1],
+        "runs": len(runs),
+        "lowest": f"{table.accuracy.mean(axis=1).min():.2f}",
+        "highest": f"{table.accuracy.mean(axis=1).max():.2f}",
+        "accuracy_std": f"{analysis.seed_std(table.accuracy):.3f}",
+        "decisions": _decisions(table, pairs),
+        "wrong": _wrong(table, pairs["honest"]),
+        "chosen": _chosen(table),
+        "seed_table": _seeds(table),
+        **_right(table, pairs),
+        **_stops(runs),
+        **_contradictions(runs),
+        **_counted(table, pairs),
+    }
+    return TEXT.format(**figures)
 
 
-def _pairs(table: Table, column: str) -> list[tuple[int, int]]:
-    return analysis.decided_pairs(table, lambda one, other: PAIRS[column](table, one, other))
+def _counted(table: Table, pairs: dict[str, Pairs]) -> dict[str, str]:
+    return {f"pairs_{name.replace(' ', '_')}": str(len(found)) for name, found in pairs.items()}
 
 
-def _decisions(table: Table) -> str:
-    found = {column: _pairs(table, column) for column in PAIRS}
-    rows = [
-        [
-            "metric",
-            *(f"{column} ({len(pairs)})" for column, pairs in found.items()),
-            "interval, honest",
-            "single runs",
-            "Spearman",
-        ]
-    ]
-    honest = found["honest"]
-    order = sorted(METRICS, key=lambda name: -analysis.share_right(table.values[name], honest))
-    for name in order:
+def _right(table: Table, pairs: dict[str, Pairs]) -> dict[str, str]:
+    """Shares of right decisions for the sentences, `mir_honest` and so on."""
+    return {
+        f"{name}_{kind.replace(' ', '_')}": f"{analysis.share_right(table.values[name], found):.0%}"
+        for name in METRICS
+        for kind, found in pairs.items()
+        if found
+    }
+
+
+def _decisions(table: Table, pairs: dict[str, Pairs]) -> str:
+    head = ["metric", *(f"{name} ({len(found)})" for name, found in pairs.items())]
+    rows = [[*head, "95 % of honest", "single runs", "Spearman"]]
+    honest = pairs["honest"]
+    for name in sorted(METRICS, key=lambda name: -analysis.share_right(table.values[name], honest)):
         values = table.values[name]
-        low, high = analysis.interval(values, honest, len(table.recipes))
+        low, high = analysis.interval(values, honest)
+        shares = [f"{analysis.share_right(values, found):.0%}" if found else "-" for found in pairs.values()]
+        single = f"{analysis.share_right(values, honest, single=True):.0%}"
+        rows.append(
+            [METRICS[name].title, *shares, f"{low:.0%} to {high:.0%}", single, f"{analysis.spearman(table, name):.2f}"]
+        )
+    return markdown(rows)
+
+
+def _wrong(table: Table, pairs: Pairs, count: int = 8) -> str:
+    """The pairs that MIR orders wrongly by the largest differences, each recipe at most twice."""
+    mir, accuracy, gain = (
+        part.mean(axis=1) for part in (table.values["mir"], table.accuracy, -table.values["vision_gain"])
+    )
+    wrong = sorted((pair for pair in pairs if mir[pair[0]] > mir[pair[1]]), key=lambda p: mir[p[1]] - mir[p[0]])
+    rows, seen = (
+        [["better recipe", "MIR", "accuracy", "vision gain", "worse recipe", "MIR", "accuracy", "vision gain"]],
+        [],
+    )
+    for better, worse in wrong:
+        if max(seen.count(better), seen.count(worse)) > 1 or len(rows) > count:
+            continue
+        seen += [better, worse]
         rows.append(
             [
-                METRICS[name].title,
-                *(f"{analysis.share_right(values, pairs):.0%}" for pairs in found.values()),
-                f"{low:.0%} to {high:.0%}",
-                f"{analysis.share_right(values, honest, seeds=True):.0%}",
-                f"{analysis.spearman(table, name):.2f}",
+                text
+                for index in (better, worse)
+                for text in (table.recipes[index], f"{mir[index]:.2f}", f"{accuracy[index]:.2f}", f"{gain[index]:.2f}")
             ]
         )
     return markdown(rows)
+
+
+def _chosen(table: Table) -> str:
+    """What is chosen on one half of the recipes decides on the other, with and without what needs matching texts."""
+    rows = [["may choose among", "best one", "best sum of two", "MIR itself", "chosen most often"]]
+    groups = {
+        "what needs no matching texts": CHOICE,
+        "all that the package has": tuple(name for name, metric in METRICS.items() if metric.kept),
+    }
+    for title, names in groups.items():
+        found = analysis.choose_on_halves(table, names)
+        often = ", ".join(f"{METRICS[name].title} ({share:.0%})" for name, share in list(found.picks.items())[:3])
+        rows.append([title, f"{found.one:.0%}", f"{found.two:.0%}", f"{found.of['mir']:.0%}", often])
+    return markdown(rows)
+
+
+def _seeds(table: Table) -> str:
+    rows = [
+        [
+            "",
+            "SD between seeds",
+            "SD between recipes",
+            "ratio",
+            "correlation of runs with the same seed",
+            "SD of a paired difference",
+        ]
+    ]
+    for name, values in {**{n: table.values[n] for n in SEEDS_TO_SHOW}, "accuracy": table.accuracy}.items():
+        found = analysis.seeds_of(values)
+        rows.append(
+            [
+                METRICS[name].title if name in METRICS else "accuracy after stage 2",
+                f"{found.within:.3f}",
+                f"{found.between:.3f}",
+                f"{found.between / found.within:.1f}",
+                f"{found.shared:.2f}",
+                f"{found.paired:.3f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def _stops(runs: Sequence[Run]) -> dict[str, str]:
+    found = analysis.stops_of(runs)
+    return {
+        "stop_runs": str(found.runs),
+        "stopped": str(found.stopped),
+        "stop_cost": f"{found.cost:+.4f}",
+        "stop_low": f"{found.interval[0]:+.4f}",
+        "stop_high": f"{found.interval[1]:+.4f}",
+        "stop_worst": f"{found.worst:+.3f}",
+        "stop_worst_recipe": found.worst_recipe,
+        "stop_saved": f"{found.saved:.0%}",
+        "stop_most": f"{found.most_saved:.0%}",
+    }
+
+
+def contradicted(run: Run) -> str | None:
+    """What the package says first against MIR in a run, of its evaluations on captions; None if nothing."""
+    records: list[EvalRecord] = []
+    for point in run["curve"]:
+        if "captions" in point:
+            names = ("mir", "mir_se", "scale_free_mir", "vision_gain", "vision_gain_se")
+            values = {name: point["captions"][name] for name in names}
+            records.append(EvalRecord(step=point["step"], max_steps=run["steps"], **values))
+            found = find_contradiction(records)
+            if found is not None:
+                return found.kind
+    return None
+
+
+def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
+    rows = [["runs", "number", "spoke up", "vision unused", "not used more"]]
+    groups: dict[str, list[str | None]] = {}
+    for run in runs:
+        title = run["recipe"].split(",")[0] if run["kind"] == "sabotage" else "honest"
+        title = {"shrunk to a half": "shrunk"}.get(title, title)
+        groups.setdefault(title, []).append(contradicted(run))
+    for title, said in groups.items():
+        kinds = [said.count(kind) for kind in ("unused", "not more")]
+        rows.append([title, str(len(said)), f"{sum(kinds) / len(said):.0%}", *map(str, kinds)])
+    sabotaged = [each for title, said in groups.items() if title != "honest" for each in said]
+    caught, honest = sum(map(bool, sabotaged)), groups["honest"]
+    return {
+        "contradictions": markdown(rows),
+        "caught": f"{caught} of {len(sabotaged)}",
+        "false_alarms": f"{sum(map(bool, honest))} of {len(honest)}",
+        "false_recipes": ", ".join(
+            sorted({run["recipe"] for run in runs if run["kind"] != "sabotage" and contradicted(run)})
+        )
+        or "none",
+    }
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -86,5 +217,37 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
-TEXT = """{decisions}
-"""
+def draw(runs: Sequence[Run], file: Path) -> None:
+    """MIR, and vision gain beside it, against accuracy; a dot a run, colours by what a recipe changes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scored = [run for run in runs if run["accuracy"] is not None]
+    kinds = list(dict.fromkeys(run["kind"] for run in scored))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("mir", "scale_free_mir", "vision_gain"), strict=True):
+        for number, kind in enumerate(kinds):
+            shown = [run for run in scored if run["kind"] == kind]
+            values = [METRICS[name].value(run["stage1"]) for run in shown]
+            axis.scatter(values, [run["accuracy"] for run in shown], s=18, color=f"C{number}", label=kind, alpha=0.8)
+        axis.set_xlabel(METRICS[name].title)
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("accuracy after stage 2")
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Write both."""
+    runs = json.loads(RAW.read_text(encoding="utf-8"))
+    PAGE.write_text(page(runs), encoding="utf-8")
+    draw(runs, PICTURE)
+    print(f"wrote {PAGE} and {PICTURE}")
+
+
+TEXT = (Path(__file__).parent / "evidence.template.md").read_text(encoding="utf-8")
+
+if __name__ == "__main__":
+    main()

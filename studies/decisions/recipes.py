@@ -15,7 +15,8 @@ class Recipe:
 
     Attributes:
         name: short and unique.
-        kind: what it changes: learning rate, length, data, architecture, language model, sabotage; base for the base.
+        kind: what it changes: learning rate, length, data, architecture, plain tower, language model, mixed, sabotage;
+            base for the base.
         rate: highest learning rate of the projector; warm-up over 3 % of the steps, then a cosine.
         steps: optimizer steps.
         batch: samples in each of them.
@@ -69,7 +70,7 @@ RECIPES = (
     ),
     *_vary(
         "data",
-        **{f"{size} samples": {"samples": size} for size in (64, 256)},
+        **{"64 samples": {"samples": 64}},
         **{f"{captions} captions": {"captions": captions} for captions in ("long", "detailed", "partial")},
         **{"a quarter shuffled": {"shuffled": 0.25}, "half shuffled": {"shuffled": 0.5}},
     ),
@@ -80,22 +81,31 @@ RECIPES = (
             "norm before": {"projector": "norm"},
             "norm after": {"projector": "norm_out"},
         },
-        **{f"gain {gain:g}": {"gain": gain} for gain in (0.1, 3.0)},
+        **{"gain 0.1": {"gain": 0.1}},
         **{f"layer {layer}": {"layer": layer} for layer in (-1, -3)},
         **{
-            "plain tower": {"tower": "plain"},
             "undertrained tower": {"tower": "undertrained"},
             "pooled": {"pooled": True},
+        },
+    ),
+    *_vary(
+        "plain tower",
+        **{
+            f"plain tower{', ' * bool(other)}{other}": {"tower": "plain", **change}
+            for other, change in {
+                "": {},
+                **{f"rate {rate:g}": {"rate": rate} for rate in (3e-4, 1e-3, 1e-2, 3e-2)},
+                "40 steps": {"steps": 40},
+                "half shuffled": {"shuffled": 0.5},
+            }.items()
         },
     ),
     *_vary("language model", **{"2 layers unfrozen": {"unfrozen": 2}, "all layers unfrozen": {"unfrozen": 6}}),
     *_vary(
         "mixed",
         **{
-            "rate 0.001, 320 steps": {"rate": 1e-3, "steps": 320},
             "rate 0.001, half shuffled": {"rate": 1e-3, "shuffled": 0.5},
             "rate 0.01, detailed captions": {"rate": 1e-2, "captions": "detailed"},
-            "rate 0.001, plain tower": {"rate": 1e-3, "tower": "plain"},
         },
     ),
     *_vary(

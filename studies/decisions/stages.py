@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 (captions), which keeps its weights at each point where MIR is measured, and stage 2 (questions), which scores them."""
+"""Stage 1 (captions), which keeps its weights wherever MIR is measured, and stage 2 (questions), which scores them."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(name: str, seed: int, folder: Path) -> None:
     """One run, as far as it is not done."""
     recipe, own = BY_NAME[name], run_folder(folder, name, seed)
     key, weights = {**asdict(recipe), "seed": seed}, own / "weights"
+    del key["kind"], key["scored"]  # which change nothing in a run
     _keep(own / "train.json", key, lambda: {"losses": stages.train(_WORLD, recipe, seed, weights)})
 
     def tune(step: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def run(name: str, seed: int, folder: Path) -> None:
     if recipe.scored:
         _keep(own / "tune.json", key, lambda: tune(recipe.steps))
     measured = _keep(own / "measure.json", key, lambda: _MEASURE(recipe, seed, weights))
-    if recipe.scored and measured["stopped_at"] is not None:
+    if recipe.scored and measured["stopped_at"] not in (None, recipe.steps):
         _keep(own / "tune_stopped.json", key, lambda: tune(measured["stopped_at"]))
 
 
@@ -123,8 +125,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, spawn, _set_up, (options.folder,)) as pool:
         jobs = {
             pool.submit(run, recipe.name, seed, options.folder): f"{recipe.name}, seed {seed}"
-            for seed in SEEDS
-            for recipe in RECIPES
+            for seed, recipe in sorted(product(SEEDS, RECIPES), key=lambda pair: not pair[1].scored)
         }
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
             if job.exception():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's world: the demo's backbones and digit scenes, captions of several kinds, and questions about unseen scenes."""
+"""The world of the study: the demo's backbones and scenes, captions of several kinds, questions about unseen scenes."""
 
 from __future__ import annotations
 
