@@ -142,6 +142,7 @@ def test_load_says_what_is_wrong_with_a_damaged_probe(tmp_path, damage):
 def test_llava_json_gives_text_of_turns_without_placeholder(tmp_path):
     json_file, images = write_llava_json(tmp_path, 6)
     probe = Probe.from_llava_json(json_file, images, num_samples=6)
+    assert probe.matched
     texts = sorted(sample.text for sample in probe.samples)
     assert texts[2] == "Describe the image concisely.\nScene 2."
     assert {sample.name for sample in probe.samples} == {f"record {i} of data.json" for i in range(6)}
