@@ -236,7 +236,7 @@ class EvalRecord:
                 raise ValueError(message)
             damaged.append(message)
         count = known.get("num_samples")
-        for name in _OF_SAMPLES & known.keys():
+        for name in [name for name in _OF_SAMPLES if name in known]:
             if count not in (None, len(known[name])):
                 message = f"step {values['step']}: ignored {len(known.pop(name))} {name} of {count} samples"
                 if damaged is None:
@@ -285,7 +285,7 @@ class EvalRecord:
 FIELDS = {each.name: each for each in fields(EvalRecord) if each.name != "unknown"}
 _DIGITS = {name: each.metadata.get("digits", 0) for name, each in FIELDS.items()}
 _EXPECTED = {name: _RULES[each.metadata["rule"]] for name, each in FIELDS.items()}
-_OF_SAMPLES = {"influences", "vision_gain_influences"}
+_OF_SAMPLES = ("influences", "vision_gain_influences")
 _OF_LAYERS = ("per_layer", "per_layer_se", "companions", "vision_outliers", "text_outliers")
 # Such fields in a line, as this package writes them; what looks different is parsed with the rest of the line. Within a
 # string of JSON there is no match, as a quotation mark has a backslash there.
