@@ -83,6 +83,9 @@ def forward_probe(
 ) -> ProbePass | OutOfMemory:
     """Forward this rank's batches, and keep the rows of as many layers from ``first`` on as fit on every rank.
 
+    In the first pass the losses that the config asks for are measured too, those ``with_other_images`` in forwards of
+    their own, after the others.
+
     A ProbePass without layers means that not even one fitted because its size was not known before; now it is.
     Raises on every rank: ConfigError for a budget too small for one layer, ForwardError if the model's forward failed
     on any rank for another reason than memory. Keeping rows never fails inside a forward. Ranks: collective.
