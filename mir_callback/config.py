@@ -74,6 +74,12 @@ class MIRConfig:
         True, "measure", "also estimate how much MIR varies with the choice of samples (exact only)"
     )
     probe_loss: bool = _option(False, "measure", "also compute the loss on the probe's texts")
+    vision_gain: bool = _option(
+        False,
+        "measure",
+        "also compute by how much other samples' images raise that loss, with a second forward; the probe's texts have "
+        "to belong to its images",
+    )
     prompt: str | None = _option(
         None,
         "measure",
@@ -168,6 +174,11 @@ class MIRConfig:
     def schedule(self) -> Schedule:
         """When to evaluate."""
         return self.every  # type: ignore[return-value]  # made one on construction
+
+    @property
+    def num_losses(self) -> int:
+        """Losses of the texts that an evaluation measures: none, with the right images, and with others too."""
+        return 2 if self.vision_gain else int(self.probe_loss)
 
     @property
     def may_stop(self) -> bool:

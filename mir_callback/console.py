@@ -71,6 +71,8 @@ def evaluation_line(record: EvalRecord, verdict: Verdict | None, earlier: Iterab
     parts = [f"step {record.step}: MIR {record.mir:.4f}"]
     parts[0] += "" if record.mir_se is None else f" +- {record.mir_se:.4f}"
     parts[0] += f" ({record.mir - before[-1]:+.4f})" if before else ""
+    if record.vision_gain is not None:
+        parts.append(f"vision gain {record.vision_gain:.2f}")
     if verdict is not None:
         what = {"plateau": ": stopping" if verdict.stop else ": observing only"}.get(verdict.kind, "")
         parts.append((verdict.summary or verdict.kind) + what)

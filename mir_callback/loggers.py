@@ -157,10 +157,10 @@ def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[s
         history: the run's evaluations so far; ``record`` may be among them.
 
     Returns:
-        `mir`, `mir_layer/01`.., `mir_seconds`; if the record has them `mir_se`, `mir_probe_loss`,
-        `mir_probe_perplexity`, `mir_expected_gain`, `mir_expected_gain_se`, `mir_memory_gb`, `mir_time_share` and
-        :func:`summarize_companions`; after the first optimizer step `mir_best`, the lowest MIR since then, and
-        `mir_best_step`.
+        `mir`, `mir_layer/01`.., `mir_seconds`; if the record has them `mir_se`, `mir_scale_free`, `mir_vision_gain`,
+        `mir_vision_gain_se`, `mir_probe_loss`, `mir_probe_perplexity`, `mir_expected_gain`, `mir_expected_gain_se`,
+        `mir_memory_gb`, `mir_time_share` and :func:`summarize_companions`; after the first optimizer step `mir_best`,
+        the lowest MIR since then, and `mir_best_step`.
 
     Ranks: pure.
 
@@ -181,6 +181,9 @@ def log_values(record: EvalRecord, history: Sequence[EvalRecord] = ()) -> dict[s
         **{f"mir_layer/{k:0{width}d}": value for k, value in enumerate(layers, start=1)},
         "mir_seconds": record.seconds,
         "mir_se": record.mir_se,
+        "mir_scale_free": record.scale_free_mir,
+        "mir_vision_gain": record.vision_gain,
+        "mir_vision_gain_se": record.vision_gain_se,
         "mir_probe_loss": loss,
         "mir_probe_perplexity": None if loss is None else math.exp(min(loss, 700.0)),
         **summarize_companions(record),

@@ -126,7 +126,13 @@ class EvalRecord:
     companions: dict[str, list[float]] | None = _field(
         "lists", "value", "further quantities of each layer, by name", digits=5
     )
+    scale_free_mir: float | None = _field("number", "value", "mir with vision scaled to the mean norm of text")
     probe_loss: float | None = _field("amount", "value", "mean loss on the probe's texts", unit="nats per token")
+    vision_gain: float | None = _field(
+        "number", "value", "that loss with other samples' images minus with the right ones", unit="nats per token"
+    )
+    vision_gain_se: float | None = _field("amount", "value", "standard error of vision_gain", unit="nats per token")
+    vision_gain_influences: Sequence[float] | None = _field("numbers", "value", "of each sample on vision_gain")
     error: str | None = _field("text", "value", "why the evaluation failed")
     disabled: str | None = _field("text", "value", "why this process makes no further evaluations")
 
@@ -229,14 +235,15 @@ class EvalRecord:
             if damaged is None:
                 raise ValueError(message)
             damaged.append(message)
-        if brief and "influences" in known:
-            known["influences"] = array("d", known["influences"])
         count = known.get("num_samples")
-        if "influences" in known and count not in (None, len(known["influences"])):
-            message = f"step {values['step']}: ignored {len(known.pop('influences'))} influences of {count} samples"
-            if damaged is None:
-                raise ValueError(message)
-            damaged.append(message)
+        for name in [name for name in _OF_SAMPLES if name in known]:
+            if count not in (None, len(known[name])):
+                message = f"step {values['step']}: ignored {len(known.pop(name))} {name} of {count} samples"
+                if damaged is None:
+                    raise ValueError(message)
+                damaged.append(message)
+            elif brief:
+                known[name] = array("d", known[name])
         return cls(**known, unknown=unknown)
 
     @classmethod
@@ -278,6 +285,7 @@ class EvalRecord:
 FIELDS = {each.name: each for each in fields(EvalRecord) if each.name != "unknown"}
 _DIGITS = {name: each.metadata.get("digits", 0) for name, each in FIELDS.items()}
 _EXPECTED = {name: _RULES[each.metadata["rule"]] for name, each in FIELDS.items()}
+_OF_SAMPLES = ("influences", "vision_gain_influences")
 _OF_LAYERS = ("per_layer", "per_layer_se", "companions", "vision_outliers", "text_outliers")
 # Such fields in a line, as this package writes them; what looks different is parsed with the rest of the line. Within a
 # string of JSON there is no match, as a quotation mark has a backslash there.

@@ -44,6 +44,12 @@ def test_an_evaluation_is_one_line_of_at_most_100_characters(verdict, words):
     assert len("[mir] " + printed) <= 100
 
 
+def test_vision_gain_stands_beside_mir():
+    record = EvalRecord(step=20000, mir=2.34567, mir_se=0.01, vision_gain=1.9249, seconds=0.66)
+    printed = evaluation_line(record, Verdict("plateau", LONG, observed=True), [EvalRecord(step=1, mir=2.0)])
+    assert printed.endswith(", vision gain 1.92, plateau: observing only, 0.7 s")
+
+
 def test_a_failed_evaluation_is_one_short_line_too():
     printed = line(None, mir=None, error="NumericsError: " + 50 * "hidden states are NaN ")
     assert "evaluation failed: NumericsError" in printed

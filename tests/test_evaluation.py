@@ -23,7 +23,7 @@ COUNT = 10
 
 @pytest.fixture(scope="module")
 def probe():
-    return Probe.from_pairs(pairs(COUNT))
+    return Probe.from_pairs(pairs(COUNT), matched=True)
 
 
 def test_value_equals_the_definition_on_the_models_own_hidden_states(probe):
@@ -148,7 +148,7 @@ def test_progress_is_shown_when_it_takes_long(probe, monkeypatch, capsys):
 
 def test_report_gives_the_fields_of_a_record(probe):
     model, processor = tiny_models.llava()
-    report = evaluate_mir(model, probe, processor=processor, probe_loss=True)
+    report = evaluate_mir(model, probe, processor=processor, vision_gain=True)
     record = EvalRecord.from_dict({"step": 3, **report.to_fields()})
     assert not record.unknown
     assert EvalRecord.from_line(record.to_line()) == record
@@ -162,8 +162,8 @@ def test_report_gives_the_fields_of_a_record(probe):
 def test_record_without_a_value_says_why(probe):
     model, processor = tiny_models.llava()
     report = evaluate_mir(model, probe, processor=processor)
-    nothing = dataclasses.replace(report, mir=-math.inf).to_fields()
-    assert nothing["mir"] is None
+    nothing = dataclasses.replace(report, mir=-math.inf, scale_free_mir=-math.inf).to_fields()
+    assert (nothing["mir"], nothing["scale_free_mir"]) == (None, None)
     assert nothing["error"] == "the distance of every layer is zero, so MIR is -inf"
 
 
@@ -269,6 +269,8 @@ def test_companions_explain_the_distance(probe):
     for layer, (vision_rows, text_rows) in enumerate(zip(vision, text, strict=True)):
         parts = found["mean_part"][layer], found["covariance_part"][layer]
         assert sum(parts) == pytest.approx(report.per_layer[layer], rel=1e-9)
+        scaled = vision_rows * (text_rows.norm(dim=1).mean() / vision_rows.norm(dim=1).mean())
+        assert found["scale_free"][layer] == pytest.approx(reference.rate([scaled], [text_rows])[1][0], rel=1e-5)
         assert min(parts) >= 0
         lengths = vision_rows.norm(dim=1).mean() / text_rows.norm(dim=1).mean()
         assert found["norm_ratio"][layer] == pytest.approx(lengths.item(), rel=1e-5)
@@ -278,6 +280,7 @@ def test_companions_explain_the_distance(probe):
         for name, cloud in (("vision_rank", rows[0]), ("text_rank", rows[1])):
             values = torch.linalg.svdvals(cloud - cloud.mean(dim=0)).square()
             assert found[name][layer] == pytest.approx((values.sum() ** 2 / values.square().sum()).item(), rel=1e-5)
+    assert report.scale_free_mir == pytest.approx(math.log10(sum(found["scale_free"])), abs=1e-12)
 
 
 def test_no_standard_error_where_there_is_none(probe):

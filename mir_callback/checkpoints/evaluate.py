@@ -59,6 +59,8 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
     method = distributed.broadcast_object(method)
     if record is None or record.mir is None or any(record[name] != value for name, value in method.items()):
         return None
+    if options.config.vision_gain and record.vision_gain is None:
+        return None
     return record
 
 

@@ -76,6 +76,11 @@ def add_flags(parser: ArgumentParser) -> None:
         "--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples per forward"
     )
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
+    opening.add_argument(
+        "--vision-gain",
+        action="store_true",
+        help="also measure loss and vision gain on the probe's texts, which have to belong to its images",
+    )
     result = parser.add_argument_group("output")
     result.add_argument("--history", metavar="FILE", help=f"(default: {RESULTS_NAME} in the run's folder)")
     result.add_argument("--json", action="store_true", help="print records, one JSON object per line")
@@ -98,7 +103,8 @@ def run(options: Namespace) -> None:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
             loading = LoadOptions(**{each.name: getattr(options, each.name) for each in fields(LoadOptions)})
-            config = MIRConfig(root=options.root, batch_size=options.batch_size, prompt=options.prompt)
+            names = ("root", "batch_size", "prompt", "vision_gain")
+            config = MIRConfig(**{name: getattr(options, name) for name in names})
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")
@@ -194,8 +200,9 @@ def _print(record: EvalRecord, known: bool, live: LiveValues, options: Namespace
     beside = (
         f"  in training {value:.4f} ({record.mir - value:+.1e})" if value is not None and record.mir is not None else ""
     )
+    gain = "" if record.vision_gain is None else f"  vision gain {record.vision_gain:.4g}"
     cost = "cached" if known else f"{(record.load_seconds or 0.0) + (record.seconds or 0.0):.1f} s"
-    _write(f"  step {record.step:>7}  {shown}{beside}  {cost}  {record.checkpoint}", sys.stdout)
+    _write(f"  step {record.step:>7}  {shown}{beside}{gain}  {cost}  {record.checkpoint}", sys.stdout)
 
 
 def _print_failure(name: str, error: Exception) -> str:

@@ -64,7 +64,9 @@ def run(options: Namespace) -> None:
     probe = _open_or_build(options)
     if options.save:  # first, as the output pipe may be closed
         probe.save(options.save)
-    print(f"probe {probe.fingerprint}: {len(probe)} samples, texts of at most {probe.max_text_tokens} tokens")
+    belonging = " that belong to their images" if probe.matched else ""
+    cut = f"texts of at most {probe.max_text_tokens} tokens{belonging}"
+    print(f"probe {probe.fingerprint}: {len(probe)} samples, {cut}")
     sizes = [sample.open_image().size for sample in probe.samples]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
     print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")

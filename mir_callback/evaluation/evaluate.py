@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mir_callback import distributed
@@ -28,21 +28,20 @@ from mir_callback.evaluation.forward import OutOfMemory, forward_probe
 from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
-from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
+from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows, in_probe_order
 from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
-from mir_callback.model.capture import TextLoss
 from mir_callback.model.decoder import find_decoder
 from mir_callback.probe.adapters import Adapter, find_adapter
-from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shard
+from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
 from mir_callback.probe.probe import Probe
 from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase
 
 _OPTION_GROUPS = ("measure", "memory")
-_ALIKE_ON_RANKS = ("batch_size", "root", "standard_error", "probe_loss", "capture_budget_gb")
+_ALIKE_ON_RANKS = ("batch_size", "root", "standard_error", "probe_loss", "vision_gain", "capture_budget_gb")
 _BAR_DELAY_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ class MIRReport:
     Fields have the meaning and unit of the fields of :class:`mir_callback.record.EvalRecord` with the same name.
     ``mir`` is -inf if every distance is zero. ``mir_se``, ``outlier_se_ratio``, ``per_layer_se`` and ``influences`` are
     None with ``standard_error=False``, for one sample, with root "paper_fast", and where they are not finite.
+    ``probe_loss`` and the fields of ``vision_gain`` are None unless asked for, and if no sample has two text tokens.
 
     Example::
 
@@ -82,6 +82,10 @@ class MIRReport:
     influences: list[float] | None
     outlier_se_ratio: float | None
     probe_loss: float | None
+    vision_gain: float | None
+    vision_gain_se: float | None
+    vision_gain_influences: list[float] | None
+    scale_free_mir: float
     companions: dict[str, list[float]]
     batch_size: int
     passes: int
@@ -100,6 +104,8 @@ class MIRReport:
         Companions and standard errors of layers have five significant digits there.
         """
         fields = shorten(asdict(self))
+        if not math.isfinite(self.scale_free_mir):
+            fields["scale_free_mir"] = None
         if not math.isfinite(self.mir):
             fields |= {"mir": None, "error": "the distance of every layer is zero, so MIR is -inf"}
         return fields
@@ -141,9 +147,9 @@ def evaluate_mir(
         optimizer: the optimizer of a model in training. With ZeRO-3 and a bare model, gathered weights are released
             through it (or the engine); with a schedule-free optimizer, its evaluation weights are used.
         progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
-        **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``prompt``, and
-            ``capture_budget_gb``, the device memory for token rows. Rows beyond it are kept in pinned host memory, and
-            layers that do not fit there either are measured in a further pass over the probe.
+        **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``vision_gain``,
+            ``prompt``, and ``capture_budget_gb``, the device memory for token rows. Rows beyond it are kept in pinned
+            host memory, and layers that do not fit there either are measured in a further pass over the probe.
 
     Returns:
         The report, the same on every rank.
@@ -196,13 +202,26 @@ class Evaluator:
                 raise ConfigError(
                     f"probe must be a Probe, got {type(probe).__name__}. Probe.load(path) reads a saved one."
                 )
-            decoder = find_decoder(model)
-            rank, world = distributed.rank(), distributed.world_size()
-            encoded = encode_probe(probe, adapter, rank=rank, world_size=world, batch_size=config.batch_size)
-            if config.probe_loss and any(batch.text_ids is None for batch in encoded.batches):
+            if config.vision_gain and not probe.matched:
                 raise ConfigError(
-                    f"probe_loss needs the token ids of the texts (AdaptedBatch.text_ids), which "
-                    f"{type(adapter).__name__} does not return. Set probe_loss=False."
+                    "vision_gain needs texts that belong to their images, and the probe does not say that they do "
+                    "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
+                    "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
+                )
+            decoder = find_decoder(model)
+            encoded = encode_probe(
+                probe,
+                adapter,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                batch_size=config.batch_size,
+                other_images=config.vision_gain,
+            )
+            if config.num_losses and any(batch.text_ids is None for batch in encoded.batches):
+                option = "vision_gain" if config.vision_gain else "probe_loss"
+                raise ConfigError(
+                    f"{option} needs the token ids of the texts (AdaptedBatch.text_ids), which "
+                    f"{type(adapter).__name__} does not return. Set {option}=False."
                 )
             counts = encoded.shard.row_counts
             expected = ExpectedRows(counts, exact=counts is not None)
@@ -238,12 +257,13 @@ class Evaluator:
         peak = PeakMemory(device)
         results: list[LayerResult] = []
         passes, on_host = 0, False
-        text_loss: TextLoss | None = None
+        losses: tuple[Tensor, ...] = ()
         samples: SampleRows | None = None
         hidden = not (progress and distributed.is_main())
         with _Bar(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
             while len(results) < self._num_layers:
-                known = (self._adapter, self.batches, self._expected, config, self._ranks_here)
+                batches = self.batches, self._encoded.other_images.batches if self._encoded.other_images else ()
+                known = (self._adapter, *batches, self._expected, config, self._ranks_here)
                 passed = forward_probe(model, *known, len(results), optimizer, bar, peak)
                 if isinstance(passed, OutOfMemory):
                     self._halve_batches(passed, device)
@@ -253,7 +273,7 @@ class Evaluator:
                     continue  # again: now their size is known, and they may fit in host memory
                 passes += 1
                 on_host = on_host or passed.on_host
-                text_loss = passed.text_loss or text_loss
+                losses = passed.losses or losses
                 samples = samples or SampleRows.gather(passed.sample_rows)
                 errors = config.standard_error and config.root == "exact" and samples.num_samples > 1
                 for group in passed.groups():
@@ -262,10 +282,14 @@ class Evaluator:
                         results += solve_layers(layers, samples, group.start, config.root, errors, bar, peak)
                     del layers  # before the next rows come
         assert samples is not None
-        loss = (0.0, 0) if text_loss is None else (text_loss.total, text_loss.count)
-        everyone = distributed.gather_objects((time.perf_counter() - started, peak.sample(), loss))
-        predicted = sum(count for _, _, (_, count) in everyone)
+        own_losses = [each.tolist() for each in losses]
+        everyone = distributed.gather_objects((time.perf_counter() - started, peak.sample(), own_losses))
+        text_losses = [
+            in_probe_order([torch.tensor(part, dtype=torch.float64).reshape(-1, 2) for part in of_ranks])
+            for of_ranks in zip(*(found for _, _, found in everyone), strict=True)
+        ]
         per_layer = [result.distance for result in results]
+        companions = {name: [result.companions[name] for result in results] for name in COMPANIONS}
         return MIRReport(
             mir=mir_from_distances(per_layer),
             per_layer=per_layer,
@@ -282,13 +306,14 @@ class Evaluator:
             pixels_fingerprint=self._encoded.pixels_fingerprint,
             dtype=results[0].dtype,
             world_size=distributed.world_size(),
-            probe_loss=math.fsum(total for _, _, (total, _) in everyone) / predicted if predicted else None,
-            companions={name: [result.companions[name] for result in results] for name in COMPANIONS},
+            scale_free_mir=mir_from_distances(companions["scale_free"]),
+            companions=companions,
             batch_size=self._encoded.shard.batch_size,
             passes=passes,
             storage_device="host" if on_host else "device",
             peak_memory_bytes=max(extra for _, extra, _ in everyone),
             **find_errors(results),
+            **find_losses(text_losses),
         )
 
     def _halve_batches(self, shortage: OutOfMemory, device: torch.device) -> None:
@@ -302,8 +327,9 @@ class Evaluator:
                 free_memory(shortage.error, device)
                 gc.collect()
             enter_phase(f"encoding the probe in batches of {before // 2}")
-            shard = encode_shard(self._probe, self._adapter, shard.samples, before // 2)
-        self._encoded = replace(self._encoded, shard=shard)
+            known = (self._probe, self._adapter, shard.samples, before // 2)
+            shard, others = encode_shards(*known, other_images=self._config.vision_gain)
+        self._encoded = replace(self._encoded, shard=shard, other_images=others)
         if distributed.is_main():
             messages = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(shortage.messages) if each)
             log.warning(
@@ -337,4 +363,29 @@ def find_errors(results: Sequence[LayerResult]) -> dict[str, Any]:
         if math.isfinite(error):
             fields |= {"mir_se": error, "outlier_se_ratio": ratio}
             fields["influences"] = [float(f"{value:.6g}") for value in (on_mir + by_rule).tolist()]
+    return fields
+
+
+def find_losses(losses: Sequence[Tensor]) -> dict[str, Any]:
+    """The fields of a report that follow from the losses with the right and with other images; None for what is not.
+
+    Args:
+        losses: for each of the two images (n, 2) float64, summed loss and number of predicted tokens of every sample.
+    """
+    names = ("probe_loss", "vision_gain", "vision_gain_se", "vision_gain_influences")
+    fields: dict[str, Any] = dict.fromkeys(names)
+    if not losses or not bool(losses[0][:, 1].any()):
+        return fields
+    right, counts = losses[0].unbind(dim=1)
+    predicted = counts.sum()
+    fields["probe_loss"] = (right.sum() / predicted).item()
+    if len(losses) == 1:
+        return fields
+    gains = losses[1][:, 0] - right
+    gain = gains.sum() / predicted
+    fields["vision_gain"] = gain.item()
+    influences = len(gains) / predicted * (gains - gain * counts)
+    if len(gains) > 1 and bool(influences.isfinite().all()):
+        fields["vision_gain_se"] = compute_standard_error(influences).item()
+        fields["vision_gain_influences"] = [float(f"{value:.6g}") for value in influences.tolist()]
     return fields

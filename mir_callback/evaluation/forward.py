@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
-from mir_callback.errors import ForwardError, MIRError
+from mir_callback.errors import ForwardError, MIRError, ProbeError
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
 from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
@@ -34,7 +34,7 @@ class ProbePass:
     on_host: bool  # whether any rank keeps rows in host memory
     store: HiddenStateStore  # this rank's rows
     sample_rows: Tensor  # (n, 2) int64 on the CPU, number of vision and text rows of each of this rank's samples
-    text_loss: TextLoss | None  # this rank's, in the first pass with probe_loss
+    losses: tuple[Tensor, ...]  # this rank's in the first pass, with the right and with other images; see TextLoss
     expected: ExpectedRows  # sizes for a further pass
 
     def groups(self) -> Iterator[range]:
@@ -72,6 +72,7 @@ def forward_probe(
     model: nn.Module,
     adapter: Adapter,
     batches: Sequence[ProbeBatch],
+    with_other_images: Sequence[ProbeBatch],
     expected: ExpectedRows,
     config: MIRConfig,
     ranks_here: int,
@@ -81,6 +82,9 @@ def forward_probe(
     peak: PeakMemory,
 ) -> ProbePass | OutOfMemory:
     """Forward this rank's batches, and keep the rows of as many layers from ``first`` on as fit on every rank.
+
+    In the first pass the losses that the config asks for are measured too, those ``with_other_images`` in forwards of
+    their own, after the others.
 
     A ProbePass without layers means that not even one fitted because its size was not known before; now it is.
     Raises on every rank: ConfigError for a budget too small for one layer, ForwardError if the model's forward failed
@@ -95,18 +99,24 @@ def forward_probe(
         enter_phase("finding the decoder layers")
         decoder = find_decoder(model)
         release_leftovers(model, model, optimizer)  # before free memory is measured
-        bar.total = bar.n + len(batches) + len(decoder.layers) - first
+        text_losses = [TextLoss() for _ in range(config.num_losses)] if first == 0 else []
+        runs = [(batches, ""), (with_other_images, " with other images")][: max(1, len(text_losses))]
+        bar.total = bar.n + sum(len(part) for part, _ in runs) + len(decoder.layers) - first
         store, at_once = open_store(decoder, first, expected, config.capture_budget_gb, ranks_here)
 
         def keep_rows(layer: int, state: Tensor, positions: tuple[Tensor, ...]) -> None:
             peak.sample()
             store.append(layer, state, positions)
 
-        text_loss = TextLoss() if config.probe_loss and first == 0 else None
-        capture = HiddenStateCapture(decoder, keep_rows, text_loss)
+        capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None)
         with evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer), capture:
-            _forward_batches(model, adapter, batches, capture, bar)
+            for number, (part, which) in enumerate(runs):
+                if number:
+                    capture.only_loss(text_losses[number])
+                _forward_batches(model, adapter, part, capture, bar, which)
         store.finish()
+        losses = tuple(torch.cat(each.samples) for each in text_losses)
+        _require_same_tokens(batches, losses)
         sample_rows = torch.cat(capture.sample_rows)
         planned = expected.counts is not None and expected.dtype is not None
         expected = expected.after_pass(store, sample_rows)
@@ -126,16 +136,21 @@ def forward_probe(
         raise budget_error(config.capture_budget_gb, max(each.need for each in everyone))
     store.drop_from(stop)
     on_host = any(each.on_host for each in everyone)
-    return ProbePass(range(first, stop), at_once, on_host, store, sample_rows, text_loss, expected)
+    return ProbePass(range(first, stop), at_once, on_host, store, sample_rows, losses, expected)
 
 
 def _forward_batches(
-    model: nn.Module, adapter: Adapter, batches: Sequence[ProbeBatch], capture: HiddenStateCapture, bar: tqdm
+    model: nn.Module,
+    adapter: Adapter,
+    batches: Sequence[ProbeBatch],
+    capture: HiddenStateCapture,
+    bar: tqdm,
+    which: str,
 ) -> None:
     anchor = next(p for p in model.parameters() if p.is_floating_point())
     with adapter.live_masks(unwrap(model)) as live:
         for number, batch in enumerate(batches, start=1):
-            enter_phase(f"forward of batch {number} of {len(batches)}")
+            enter_phase(f"forward of batch {number} of {len(batches)}{which}")
             placed = batch.on(anchor.device, anchor.dtype)
             masks = placed.masks or live
             assert masks is not None  # an adapter knows its masks before or during the forward
@@ -152,3 +167,17 @@ def _forward_batches(
                 ) from error
             bar.update()
     enter_phase("waiting for the other ranks' forwards")
+
+
+def _require_same_tokens(batches: Sequence[ProbeBatch], losses: Sequence[Tensor]) -> None:
+    """ProbeError if a sample has fewer predicted tokens with one image than with another, as its text was cut."""
+    if len(losses) < 2:
+        return
+    names = [name for batch in batches for name, keep in zip(batch.names, batch.keep.tolist(), strict=True) if keep]
+    for name, *counts in zip(names, *(each[:, 1].long().tolist() for each in losses), strict=True):
+        if counts[0] != counts[1]:
+            raise ProbeError(
+                f"vision_gain needs the same text with both images, but the model predicts {counts[0]} tokens of {name}"
+                f" with its own image and {counts[1]} with another: it cuts what is too long. Build the probe with "
+                "fewer max_text_tokens."
+            )

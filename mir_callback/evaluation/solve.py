@@ -146,7 +146,7 @@ def _solve(
     result = frechet_from_moments(pair, root)
     warn_if_clipped(result, index + 1, root)
     peak.sample()
-    found = _Solution(result.distance, compute_companions(pair.vision, pair.text, result.distance, *norms))
+    found = _Solution(result.distance, compute_companions(pair, root, result.distance, *norms))
     if errors:
         # Of clouds this near only the difference between |c|^2 and c^T A c is left.
         if found.companions["covariance_part"] < _NEARLY_EQUAL * (pair.vision.trace + pair.text.trace).item():

@@ -51,10 +51,7 @@ class SampleRows:
 
     def totals(self, modality: int) -> Tensor:
         """Number of rows of each sample, (num_samples,) int64, in the order of the probe."""
-        found = torch.zeros(self.num_samples, dtype=torch.int64)
-        for rank, part in enumerate(self.counts):
-            found[self._samples_of(rank)] = part[:, modality]
-        return found
+        return in_probe_order([part[:, modality] for part in self.counts])
 
     def of_rank(self, rank: int, modality: int) -> Tensor:
         """Sample of each of a rank's rows, (n,) int64."""
@@ -66,6 +63,14 @@ class SampleRows:
 
     def _samples_of(self, rank: int) -> Tensor:
         return torch.arange(len(self.counts[rank])) * len(self.counts) + rank
+
+
+def in_probe_order(parts: Sequence[Tensor]) -> Tensor:
+    """Values of every rank's samples, (n_r, ...) each, as those of all samples, (n, ...). Ranks: pure."""
+    found = parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        found[rank :: len(parts)] = part
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mir_callback.errors import ConfigError, NumericsError
 from mir_callback.metric.matrix_sqrt import GaussianPair, compute_covariance_part
-from mir_callback.metric.moments import Moments, compute_moments, require_finite
+from mir_callback.metric.moments import compute_moments, require_finite
 
 Root = Literal["exact", "paper_fast"]
 ROOTS: tuple[str, ...] = get_args(Root)
 # Names of the values of compute_companions in reports and logs.
-COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
+COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank", "scale_free")
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -67,44 +67,50 @@ def frechet_distance(vision: Tensor, text: Tensor) -> float:
     return frechet_from_moments(GaussianPair(compute_moments(vision), compute_moments(text))).distance
 
 
-def frechet_from_moments(pair: GaussianPair, root: str = "exact") -> FrechetResult:
+def frechet_from_moments(pair: GaussianPair, root: str = "exact", vision_scale: float = 1.0) -> FrechetResult:
     """Squared Frechet distance of two Gaussians given by their moments. Ranks: pure.
+
+    With ``vision_scale`` it is that of the vision rows times this number. A second scale of one pair costs little.
 
     Raises ConfigError for an unknown root, and NumericsError if the distance of the means overflows float64.
     Source: arXiv:2410.07167, equation of FD in section 3.
     """
     check_root(root)
     vision, text = pair.vision, pair.text
-    mean_part = (vision.mean - text.mean).square().sum().item()
+    mean_part = (vision_scale * vision.mean - text.mean).square().sum().item()
     require_finite(mean_part)
     if root == "exact":
-        part, error = compute_covariance_part(pair, mean_part)
+        part, error = compute_covariance_part(pair, mean_part, vision_scale)
     else:
-        traces, sizes = (vision.trace + text.trace).item(), (vision.frobenius_norm * text.frobenius_norm).item()
-        part = traces - 2.0 * pair.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
+        traces = (vision_scale**2 * vision.trace + text.trace).item()
+        sizes = vision_scale**2 * (vision.frobenius_norm * text.frobenius_norm).item()
+        part = traces - 2.0 * vision_scale**2 * pair.cross().square().sum().item()  # tr(S_v S_t) = ||A B^T||^2
         error = 16.0 * _EPS * (mean_part + traces + len(pair.first.factor) * sizes)
     # The means themselves are rounded, which matters if they are large and nearly equal.
-    off = 8.0 * _EPS * (vision.mean.norm() + text.mean.norm()).item()
+    off = 8.0 * _EPS * (vision_scale * vision.mean.norm() + text.mean.norm()).item()
     raw, rounding = mean_part + part, error + 2.0 * mean_part**0.5 * off + off**2
     return FrechetResult(distance=raw if raw > rounding else 0.0, raw=raw, rounding=rounding)
 
 
 def compute_companions(
-    vision: Moments, text: Moments, distance: float, vision_norm: float, text_norm: float
+    pair: GaussianPair, root: str, distance: float, vision_norm: float, text_norm: float
 ) -> dict[str, float]:
     """What explains the distance of a layer, from its moments and at almost no cost. Ranks: pure.
 
     By the names in COMPANIONS: the squared distance of the means, and the rest of FD, which is due to the covariances;
     the ratio of the mean norms, vision over text, of the raw rows including outliers; the cosine between the two means;
-    the effective rank (tr S)^2 / tr S^2 of each covariance, between 1 and d, or 0 if all rows are equal.
+    the effective rank (tr S)^2 / tr S^2 of each covariance, between 1 and d, or 0 if all rows are equal; the distance
+    with the vision rows scaled to the mean norm of the text rows. Vision rows of zeros stay zeros.
     """
+    vision, text = pair.vision, pair.text
     mean_part = (vision.mean - text.mean).square().sum().item()
     lengths = (vision.mean.norm() * text.mean.norm()).item()
     ranks = [
         (each.trace / each.frobenius_norm).item() ** 2 if each.frobenius_norm > 0.0 else 0.0 for each in (vision, text)
     ]
     cosine = (vision.mean @ text.mean).item() / lengths if lengths > 0.0 else 0.0
-    values = (mean_part, distance - mean_part, vision_norm / text_norm, cosine, *ranks)
+    scale_free = frechet_from_moments(pair, root, text_norm / vision_norm if vision_norm > 0.0 else 0.0).distance
+    values = (mean_part, distance - mean_part, vision_norm / text_norm, cosine, *ranks, scale_free)
     return dict(zip(COMPANIONS, values, strict=True))
 
 

@@ -78,23 +78,41 @@ class GaussianPair:
         return eigh(gram(self.cross().T))
 
     @cached_property
+    def eigenvalues(self) -> Tensor:
+        """Those of ``spectrum``, without eigenvectors unless they are needed."""
+        return self.spectrum[0] if self.need_maps else eigvalsh(gram(self.cross().T))
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """Singular values (m,) of C."""
+        values: Tensor = torch.linalg.svdvals(self.cross())
+        return values
+
+    @cached_property
+    def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors and values of C: (m, m), (m,), (n, n)."""
+        left, values, right = torch.linalg.svd(self.cross())
+        return left, values, right
+
+    @cached_property
     def polar(self) -> PolarFactor | None:
         """The polar factor of C; None if a factorisation failed."""
         return find_polar_factor(self.cross())
 
 
-def compute_covariance_part(pair: GaussianPair, mean_part: float) -> tuple[float, float]:
+def compute_covariance_part(pair: GaussianPair, mean_part: float, vision_scale: float = 1.0) -> tuple[float, float]:
     """The covariance part of the distance, and an upper estimate of its error. Ranks: pure.
 
     Rounding may make it negative. It is as precise as its sum with ``mean_part``, the squared distance of the means,
-    requires.
+    requires. With ``vision_scale`` it is that of the vision rows times this number, of at least 0: C is only multiplied
+    by it, so no method is repeated that has been tried for another scale.
     """
-    traces = (pair.vision.trace + pair.text.trace).item()
+    traces = (vision_scale**2 * pair.vision.trace + pair.text.trace).item()
     for term, error in _nuclear_norms(pair):
-        part, part_error = traces - 2.0 * term, 2.0 * error + 16.0 * _EPS * traces
+        part, part_error = traces - 2.0 * vision_scale * term, 2.0 * vision_scale * error + 16.0 * _EPS * traces
         if part_error <= _TOLERANCE * (mean_part + part):
             return part, part_error
-    return _procrustes(pair)
+    return _procrustes(pair, vision_scale)
 
 
 def _nuclear_norms(pair: GaussianPair) -> Iterator[tuple[float, float]]:
@@ -107,26 +125,28 @@ def _nuclear_norms(pair: GaussianPair) -> Iterator[tuple[float, float]]:
     rounding = 8.0 * _EPS * rank * (pair.vision.frobenius_norm * pair.text.frobenius_norm).sqrt().item()
     if pair.on_gpu and pair.polar is not None:
         yield pair.polar.nuclear_norm, pair.polar.error_bound + rounding
-    values = pair.spectrum[0] if pair.need_maps else eigvalsh(gram(pair.cross().T))
+    values = pair.eigenvalues
     roots = values.clamp_min(0.0).sqrt()
     noise = 8.0 * _EPS * values.norm()
     error = torch.minimum(noise.sqrt().expand_as(roots), noise / (2.0 * roots).clamp_min(1e-300)).sum()
     yield roots.sum().item(), error.item() + rounding
-    yield torch.linalg.svdvals(pair.cross()).sum().item(), rounding
+    yield pair.singular_values.sum().item(), rounding
 
 
-def _procrustes(pair: GaussianPair) -> tuple[float, float]:
+def _procrustes(pair: GaussianPair, vision_scale: float) -> tuple[float, float]:
     """Min ||A - Q B||^2 over orthogonal Q, A padded with zero rows, and an estimate of its error.
 
     Errors of Q only count to second order, because Q is at the minimum. Errors of A and B change the square root of
     the value, which is a metric between covariances (Bures), by at most their distance from the exact factors.
     """
-    vision, text, first, second = pair.vision, pair.text, pair.first.factor, pair.second.factor
-    left, values, right = torch.linalg.svd(pair.cross())
-    rotated = right @ second
-    part = (left.T @ first - rotated[: len(first)]).square().sum() + rotated[len(first) :].square().sum()
-    off = sum(_squared_error_of_factor(each) for each in (vision, text)) + 64.0 * _EPS**2 * (vision.trace + text.trace)
-    moved = _to_second_order(8.0 * _EPS * (vision.frobenius_norm * text.frobenius_norm).sqrt(), values)
+    vision, text, scales = pair.vision, pair.text, (1.0, vision_scale) if pair.swapped else (vision_scale, 1.0)
+    left, values, right = pair.decomposed
+    first, second = left.T @ pair.first.factor * scales[0], right @ pair.second.factor * scales[1]
+    part = (first - second[: len(first)]).square().sum() + second[len(first) :].square().sum()
+    off = vision_scale**2 * _squared_error_of_factor(vision) + _squared_error_of_factor(text)
+    off += 64.0 * _EPS**2 * (vision_scale**2 * vision.trace + text.trace)
+    rounding = 8.0 * _EPS * (vision.frobenius_norm * text.frobenius_norm).sqrt()
+    moved = vision_scale * _to_second_order(rounding, values)
     return part.item(), (2.0 * (part * off).sqrt() + off + moved).item()
 
 

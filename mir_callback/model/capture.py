@@ -51,7 +51,7 @@ class HiddenStateCapture:
 
     Use it as a context manager, which registers and removes the hooks. After every forward it checks how the layers
     were called, so that an unsupported model is refused and not measured wrongly. Without a ``text_loss`` logits are
-    computed for one position only.
+    computed for one position only. With one, :meth:`only_loss` leaves the rows out of further forwards.
     """
 
     def __init__(self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None) -> None:
@@ -59,7 +59,7 @@ class HiddenStateCapture:
         self.sample_rows: list[Tensor] = []
         self._decoder = decoder
         self._last = len(decoder.layers) - 1
-        self._keep_rows = keep_rows
+        self._keep_rows: KeepRows | None = keep_rows
         self._text_loss = text_loss
         self._hooks = ExitStack()
         self._forward: _Forward | None = None
@@ -85,7 +85,7 @@ class HiddenStateCapture:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has no output embeddings, which probe_loss needs. Set probe_loss=False."
                 )
-            self._hooks.callback(head.register_forward_pre_hook(self._text_loss.select).remove)
+            self._hooks.callback(head.register_forward_pre_hook(self._head_hook).remove)
         elif isinstance(head, nn.Module) and _logits_argument(model) is None:
             self._hooks.callback(head.register_forward_pre_hook(_last_position).remove)
         return self
@@ -94,6 +94,10 @@ class HiddenStateCapture:
         """Remove the hooks, also after an error."""
         self._hooks.close()
         self._forward = None
+
+    def only_loss(self, text_loss: TextLoss) -> None:
+        """From the next forward on keep no rows, and add the losses to this ``text_loss``."""
+        self._text_loss, self._keep_rows = text_loss, None
 
     def forward(
         self,
@@ -123,12 +127,13 @@ class HiddenStateCapture:
         self._check_calls(seen)
         final = seen.last_output if seen.after_norm is None else seen.after_norm
         assert final is not None
-        self._keep_rows(self._last, final.flatten(0, 1), seen.positions)
         assert seen.masks is not None
-        counts = torch.stack([seen.masks.vision.sum(dim=1), seen.masks.text.sum(dim=1)], dim=1)
-        self.sample_rows.append(counts[keep].cpu())
+        if self._keep_rows is not None:
+            self._keep_rows(self._last, final.flatten(0, 1), seen.positions)
+            counts = torch.stack([seen.masks.vision.sum(dim=1), seen.masks.text.sum(dim=1)], dim=1)
+            self.sample_rows.append(counts[keep].cpu())
         if self._text_loss is not None:
-            self._text_loss.add(outputs)
+            self._text_loss.add(outputs, keep)
         self._forward = None
 
     def _layer_hook(self, index: int) -> Any:
@@ -140,7 +145,7 @@ class HiddenStateCapture:
             state = output[0] if isinstance(output, tuple) else output
             if index == self._last:
                 seen.last_output = state
-            elif seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
+            elif self._keep_rows and seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
                 # At once, because some families add features in place after the layer has returned. A different shape
                 # is refused after the forward, with a reason.
                 self._keep_rows(index, state.flatten(0, 1), seen.positions)
@@ -169,6 +174,10 @@ class HiddenStateCapture:
         state = args[0] if args else kwargs.get("hidden_states")
         if seen.first_input is None and isinstance(state, Tensor):
             seen.first_input = state if self._verified else state.clone()
+
+    def _head_hook(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self._text_loss is not None
+        return self._text_loss.select(args)
 
     def _embedding_hook(self, _module: nn.Module, _args: Any, output: Any) -> None:
         seen = self._forward
@@ -213,8 +222,10 @@ class TextLoss:
     """
 
     def __init__(self) -> None:
-        self.total = 0.0  # in nats, over the kept samples so far
-        self.count = 0  # number of predicted tokens
+        # For each batch (n, 2) float64 on the CPU, the summed loss in nats and the number of predicted tokens of each
+        # kept sample, in order.
+        self.samples: list[Tensor] = []
+        self._counts = torch.zeros(0, dtype=torch.int64)
         self._before = torch.zeros(0, dtype=torch.int64)
         self._targets = torch.zeros(0, dtype=torch.int64)
         self._shape: tuple[int, ...] = ()
@@ -236,9 +247,10 @@ class TextLoss:
             before.append(row * text.shape[1] + positions[:-1])
             targets.append(ids.to(text.device)[1 : len(positions)])
         self._before, self._targets = torch.cat(before), torch.cat(targets)
+        self._counts = torch.tensor([len(each) for each in targets], device=text.device)
 
-    def select(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pre-hook of the output embeddings: select from hidden states (B, S, d) those to predict from, (1, n, d)."""
+    def select(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of the arguments of the output embeddings, hidden states (B, S, d), those to predict from, (1, n, d)."""
         hidden = args[0]
         if tuple(hidden.shape[:-1]) != self._shape:
             raise UnsupportedModelError(
@@ -247,19 +259,21 @@ class TextLoss:
             )
         return (hidden.flatten(0, 1).index_select(0, self._before)[None], *args[1:])
 
-    def add(self, outputs: Any) -> None:
-        """Add the loss of a model's outputs, with logits (1, n, vocabulary)."""
+    def add(self, outputs: Any, keep: Tensor) -> None:
+        """Add the losses of a model's outputs, with logits (1, n, vocabulary), for the samples of ``keep``, (B,)."""
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if tuple(logits.shape[:-1]) != (1, len(self._targets)):
             raise UnsupportedModelError(
                 f"probe_loss does not support this model: its logits are of {tuple(logits.shape[:-1])} positions, not "
                 f"of the {len(self._targets)} asked for. Set probe_loss=False."
             )
+        sums = torch.zeros(len(self._counts), dtype=torch.float64, device=logits.device)
+        samples = torch.repeat_interleave(self._counts)
         for start in range(0, len(self._targets), _CHUNK_TOKENS):
             part = slice(start, start + _CHUNK_TOKENS)
             loss = functional.cross_entropy(logits[0, part].float(), self._targets[part], reduction="none")
-            self.total += loss.double().sum().item()
-        self.count += len(self._targets)
+            sums.index_add_(0, samples[part], loss.double())
+        self.samples.append(torch.stack([sums, self._counts.double()], dim=1)[keep].cpu())
 
 
 def _nothing() -> None:

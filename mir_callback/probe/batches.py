@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mir_callback.errors import ProbeError
 from mir_callback.model.modality import ModalityMasks
 from mir_callback.probe.adapters import Adapter, cut_text
 from mir_callback.probe.probe import Probe, Sample
@@ -72,6 +73,7 @@ class EncodedProbe:
     """
 
     shard: RankShard
+    other_images: RankShard | None  # the same texts with other images, for vision_gain
     num_samples: int  # of the whole probe
     fingerprint: str  # the probe's
     digests: tuple[tuple[int, str], ...]  # (sample index, digest of its token ids)
@@ -107,35 +109,75 @@ def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[in
     return [(index, True) for index in mine] + [(0, False)] * (length - len(mine))
 
 
-def encode_shard(probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bool]], batch_size: int) -> RankShard:
-    """Encode a rank's samples in batches of ``batch_size``.
+def encode_shards(
+    probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bool]], batch_size: int, *, other_images: bool = False
+) -> tuple[RankShard, RankShard | None]:
+    """Encode a rank's samples in batches of ``batch_size``; with ``other_images`` also their texts with other images.
 
     For another batch size they are encoded again, as only the processor knows which part of its output belongs to
     which sample. Errors and ranks as of :func:`encode_probe`.
     """
-    batches: list[ProbeBatch] = []
-    token_ids: list[Tensor] = []
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        chosen = [probe.samples[index] for index, _ in part]
-        adapted = adapter.encode(chosen, probe.max_text_tokens)
-        keep, names = torch.tensor([kept for _, kept in part]), tuple(sample.name for sample in chosen)
-        batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, names, adapted.text_ids))
-        token_ids += adapted.token_ids
-    return RankShard(samples, batch_size, tuple(batches), tuple(token_ids))
+
+    def encode(every: Sequence[Sample]) -> RankShard:
+        batches: list[ProbeBatch] = []
+        token_ids: list[Tensor] = []
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            chosen = [every[index] for index, _ in part]
+            adapted = adapter.encode(chosen, probe.max_text_tokens)
+            keep, names = torch.tensor([kept for _, kept in part]), tuple(sample.name for sample in chosen)
+            batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, names, adapted.text_ids))
+            token_ids += adapted.token_ids
+        return RankShard(samples, batch_size, tuple(batches), tuple(token_ids))
+
+    shard = encode(probe.samples)
+    if not other_images:
+        return shard, None
+    others = encode(exchange_images(probe.samples))
+    for ours, theirs in zip(shard.batches, others.batches, strict=True):
+        for name, own, other in zip(ours.names, ours.text_ids or (), theirs.text_ids or (), strict=True):
+            if not torch.equal(own, other):
+                raise ProbeError(
+                    f"vision_gain needs the same text with any image, but {type(adapter).__name__} gives {name} "
+                    f"{len(own)} text tokens with its own image and {len(other)} or others with another. Set "
+                    "vision_gain=False."
+                )
+    return shard, others
 
 
-def encode_probe(probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int) -> EncodedProbe:
-    """Encode one rank's part of a probe, in equally many batches on every rank.
+def exchange_images(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the image of the next one whose image is another, the first one's after the last.
+
+    ProbeError if all images are equal. Ranks: pure.
+    """
+    if len({sample.image for sample in samples}) < 2:
+        raise ProbeError(
+            f"vision_gain needs at least two different images, but all {len(samples)} samples of the probe have the "
+            "same. Add samples with others, or set vision_gain=False."
+        )
+    found, other = list(samples), samples[0]
+    for index in reversed(range(2 * len(samples))):  # twice, as what follows the last ones is only known then
+        here, following = samples[index % len(samples)], samples[(index + 1) % len(samples)]
+        other = following if following.image != here.image else other
+        found[index % len(samples)] = Sample(f"{here.name} with the image of {other.name}", other.image, here.text)
+    return found
+
+
+def encode_probe(
+    probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int, other_images: bool = False
+) -> EncodedProbe:
+    """Encode one rank's part of a probe, in equally many batches on every rank; see :func:`encode_shards`.
 
     ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: any; no
     communication.
     """
-    shard = encode_shard(probe, adapter, share_of_rank(len(probe), rank, world_size), batch_size)
+    share = share_of_rank(len(probe), rank, world_size)
+    shard, others = encode_shards(probe, adapter, share, batch_size, other_images=other_images)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
     pixels = [(index, probe.samples[index]) for index, _ in kept if index < _PIXEL_SAMPLES]
     return EncodedProbe(
         shard,
+        others,
         len(probe),
         probe.fingerprint,
         digests=tuple((index, _digest(ids)) for index, ids in kept),

@@ -82,11 +82,13 @@ class Probe:
     Attributes:
         samples: the image + text pairs, in order.
         max_text_tokens: texts are cut to this many tokens of the model's tokenizer.
+        matched: whether each text belongs to its image, as ``vision_gain`` needs. MIR is the same either way, so it is
+            not part of the fingerprint.
 
     Raises:
         ProbeError: no samples, an unreadable or too large image, or an empty text. Every sample is checked here, so
             that no evaluation fails on it later.
-        ConfigError: ``max_text_tokens`` is not a positive integer.
+        ConfigError: ``max_text_tokens`` is not a positive integer, or ``matched`` not a bool.
 
     Example::
 
@@ -97,9 +99,12 @@ class Probe:
 
     samples: tuple[Sample, ...]
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS
+    matched: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every sample."""
+        if not isinstance(self.matched, bool):
+            raise ConfigError(f"matched must be True or False, got {self.matched!r}.")
         object.__setattr__(self, "samples", tuple(self.samples))
         if not self.samples:
             raise ProbeError("The probe has no samples. Give it at least one image + text pair.")
@@ -181,7 +186,7 @@ class Probe:
         check_draw(num_samples, seed)
         folder = as_path(images, "images")
         drawn = sources.records_of_llava_json(as_path(json_file, "json_file"), folder, num_samples, seed)
-        return cls(tuple(Sample(*record) for record in drawn), max_text_tokens)
+        return cls(tuple(Sample(*record) for record in drawn), max_text_tokens, matched=True)
 
     @classmethod
     def from_textvqa(
@@ -260,19 +265,26 @@ class Probe:
             read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
         else:
             read = sources.texts_of_dataset(dataset if texts is None else texts, text_column, num_samples, seed)
-        return cls(_pair_up(drawn, read), max_text_tokens)
+        return cls(_pair_up(drawn, read), max_text_tokens, matched=texts is None)
 
     @classmethod
-    def from_pairs(cls, pairs: Iterable[tuple[Any, Any]], *, max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS) -> Probe:
+    def from_pairs(
+        cls,
+        pairs: Iterable[tuple[Any, Any]],
+        *,
+        matched: bool = False,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
         """Build a probe from images and texts in memory. Images are stored as PNG, without loss.
 
         Args:
             pairs: (image, text) tuples: a PIL image of at most 8 bits per channel, and a non-empty string.
+            matched: whether each text belongs to its image, as ``vision_gain`` needs.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
             ProbeError: no pairs, a pair that is not an image and a text, an unreadable image, an empty text.
-            ConfigError: max_text_tokens is not a positive integer.
+            ConfigError: max_text_tokens is not a positive integer, or matched not a bool.
 
         Ranks: any. Ranks that call it with the same pairs get the same probe.
 
@@ -306,7 +318,7 @@ class Probe:
                     f"Could not read the image of {name}: {type(error).__name__}: {error}. Replace it."
                 ) from error
             samples.append(Sample(name, buffer.getvalue(), text))
-        return cls(tuple(samples), max_text_tokens)
+        return cls(tuple(samples), max_text_tokens, matched=matched)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -336,7 +348,8 @@ class Probe:
         Ranks: rank 0 only.
         """
         entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
-        return storage.write(as_path(path, "path"), entries, self.max_text_tokens, self.fingerprint)
+        stored = storage.StoredProbe(entries, self.max_text_tokens, self.fingerprint, self.matched)
+        return storage.write(as_path(path, "path"), stored)
 
     @classmethod
     def load(cls, path: str | Path) -> Probe:
@@ -349,7 +362,7 @@ class Probe:
         """
         stored = storage.read(as_path(path, "path"))
         samples = tuple(Sample(*entry) for entry in stored.entries)
-        probe = cls(samples, stored.max_text_tokens)
+        probe = cls(samples, stored.max_text_tokens, matched=stored.matched)
         if probe.fingerprint != stored.fingerprint:
             raise ProbeError(
                 f"Probe {path} has fingerprint {probe.fingerprint}, but {stored.fingerprint} was stored with it: its "

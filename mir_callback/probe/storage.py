@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,12 @@ class StoredProbe:
     entries: list[Entry]
     max_text_tokens: int
     fingerprint: str
+    matched: bool
 
 
-def write(path: Path, entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> Path:
+def write(path: Path, probe: StoredProbe) -> Path:
     """See :meth:`Probe.save`."""
-    files = _files(entries, max_text_tokens, fingerprint)
+    files = _files(probe)
     try:
         if path.exists():
             read(path)
@@ -138,7 +139,10 @@ def _parse(path: Path, content: Callable[[str, int], bytes]) -> StoredProbe:
         for image, sample in zip(images, samples, strict=True):
             entries.append((str(sample["name"]), content(image, left), str(sample["text"])))
             left -= len(entries[-1][1])
-        return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]))
+        matched = manifest.get("matched", False)  # older files do not say
+        if not isinstance(matched, bool):
+            raise ValueError(f"matched is {matched!r}, not true or false")
+        return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]), matched)
     # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
     except (KeyError, OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ProbeError(
@@ -168,17 +172,18 @@ def _image_member(name: object) -> str:
     return text
 
 
-def _files(entries: Sequence[Entry], max_text_tokens: int, fingerprint: str) -> dict[str, bytes]:
+def _files(probe: StoredProbe) -> dict[str, bytes]:
     """Names and contents of the files of a probe."""
-    images = {}
+    images, entries = {}, probe.entries
     for index, (_, image, _) in enumerate(entries):
         with Image.open(io.BytesIO(image)) as opened:
             images[f"images/{index:05d}.{(opened.format or 'image').lower()}"] = image
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
-        "fingerprint": fingerprint,
-        "max_text_tokens": max_text_tokens,
+        "fingerprint": probe.fingerprint,
+        "max_text_tokens": probe.max_text_tokens,
+        "matched": probe.matched,
         "samples": [
             {"name": name, "image": member, "text": text}
             for (name, _, text), member in zip(entries, images, strict=True)

@@ -17,7 +17,7 @@ from mir_callback.analysis.page.views import RunView
 from mir_callback.record import as_records
 
 WRITTEN = datetime(2020, 2, 3, 4, 5, 6, tzinfo=timezone.utc)
-COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank")
+COMPANIONS = ("mean_part", "covariance_part", "norm_ratio", "cosine", "vision_rank", "text_rank", "scale_free")
 _EMPTY = {"meta", "link", "img", "input", "br", "path", "rect"}
 
 

@@ -388,6 +388,17 @@ def test_loss_on_the_probe_is_shown_when_it_was_measured():
     assert [("on-probe" in line.classes) for line in lines] == [False, True]
 
 
+def test_second_opinions_are_drawn_where_they_were_measured():
+    history = [{**record, "scale_free_mir": 0.3 - 0.1 * number} for number, record in enumerate(records(4))]
+    for record in history[1:]:
+        record.update(vision_gain=0.2 * record["step"], vision_gain_se=0.01)
+    shown = timeline(parse(page_of(view("run", history)))).words
+    assert shown.index("scale-free MIR") < shown.index("vision gain")
+    panels = timeline(parse(page_of(view("run", history)))).all("div", "panel medium")
+    assert [len(points(line)) for panel in panels[:2] for line in panel.all("path", "line")] == [4, 3]
+    assert "vision gain" not in page_of(view("run", records(4)))
+
+
 def test_page_that_is_written_again_reloads_itself():
     run = view("run", records(3))
     assert parse(page_of(run, reload_seconds=30.0)).one("body").attributes["data-reload"] == "30.0"
@@ -440,6 +451,9 @@ RECORDS = st.fixed_dictionaries(
         "would_stop": st.booleans(),
         "stage": st.none() | st.text(max_size=2),
         "probe_loss": st.none() | AMOUNTS,
+        "scale_free_mir": st.none() | NUMBERS,
+        "vision_gain": st.none() | NUMBERS,
+        "vision_gain_se": st.none() | AMOUNTS,
         "probe_fingerprint": st.none() | st.text(max_size=3),
         "root": st.sampled_from(["exact", "paper_fast"]),
         "num_samples": st.none() | st.integers(0, 10**6),

@@ -100,6 +100,18 @@ def test_what_was_measured_is_not_measured_again_unless_told_or_saved_anew(run, 
     assert "dtype was float32 during training" in told
 
 
+def test_vision_gain_needs_a_matched_probe_and_measures_again_what_lacks_it(run, tmp_path, capsys):
+    words = ("run", "--steps", "6", "--probe")
+    mir(capsys, *words, "probe.zip")
+    status, _, error = mir(capsys, *words, "probe.zip", "--vision-gain")
+    assert status == 2
+    assert "Probe.from_llava_json" in error
+    Probe.from_pairs(pairs(NUM_SAMPLES), matched=True).save(tmp_path / "matched.zip")
+    told = [mir(capsys, *words, "matched.zip", *more)[1] for more in (["--vision-gain"], ["--vision-gain"], [])]
+    assert [text.count("  cached  ") for text in told] == [0, 1, 1]
+    assert f"  vision gain {results()[0].vision_gain:.4g}  " in told[0]
+
+
 def test_records_are_printed_for_programs(run, capsys):
     status, told, error = mir(capsys, "run", "--probe", "probe.zip", "--steps", "2,4", "--json")
     assert status == 0

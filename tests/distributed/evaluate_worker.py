@@ -22,17 +22,17 @@ GOOD = {
     "few tokens": {"count": 2, "max_text_tokens": 6},
     "paper_fast": {"count": 5, "root": "paper_fast"},
     "bfloat16": {"count": 6, "dtype": torch.bfloat16},
-    "qwen": {"count": 5, "build": tiny_models.qwen2_5_vl},
+    "qwen": {"count": 5, "build": tiny_models.qwen2_5_vl, "vision_gain": True},
 }
 
 
 def good_value(
-    count: int, max_text_tokens: int = 99, root: str = "exact", dtype: Any = None, build: Any = tiny_models.llava
+    count: int, max_text_tokens: int = 99, dtype: Any = None, build: Any = tiny_models.llava, **options: Any
 ) -> dict[str, Any]:
     """One evaluation, also called by the test itself on a single process."""
     model, processor = build()
-    probe = Probe.from_pairs(pairs(count), max_text_tokens=max_text_tokens)
-    report = evaluate_mir(model.to(dtype or torch.float32), probe, processor=processor, root=root, batch_size=2)
+    probe = Probe.from_pairs(pairs(count), matched=True, max_text_tokens=max_text_tokens)
+    report = evaluate_mir(model.to(dtype or torch.float32), probe, processor=processor, batch_size=2, **options)
     return report.to_fields()
 
 
@@ -46,6 +46,13 @@ def different_batch_size(rank: int) -> None:
     """Ranks would run different numbers of forwards."""
     model, processor = tiny_models.llava()
     evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor, batch_size=1 + rank)
+
+
+def unmatched_on_rank_1(rank: int) -> None:
+    """Only one rank's probe may be asked for its vision gain."""
+    model, processor = tiny_models.llava()
+    probe = Probe.from_pairs(pairs(4), matched=rank != 1)
+    evaluate_mir(model, probe, processor=processor, vision_gain=True)
 
 
 def processor_fails_on_rank_1(rank: int) -> None:
@@ -104,6 +111,7 @@ BAD: dict[str, Callable[[int], None]] = {
     for case in (
         different_probe,
         different_batch_size,
+        unmatched_on_rank_1,
         processor_fails_on_rank_1,
         memory_runs_out_on_rank_1,
         forward_fails_on_rank_1,

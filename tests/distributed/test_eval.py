@@ -17,14 +17,16 @@ def mir_eval(*arguments, ranks=1):
 
 def test_two_ranks_share_the_probe_and_go_on_together_past_a_broken_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
-    probe = Probe.from_pairs(pairs(5))
-    callback = MIRCallback(probe, every=2).attach(trainer)
+    probe = Probe.from_pairs(pairs(5), matched=True)
+    callback = MIRCallback(probe, every=2, vision_gain=True).attach(trainer)
     trainer.train()
     (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
-    done = mir_eval(tmp_path / "run", "--probe", probe.save(tmp_path / "probe.zip"), ranks=2)
+    done = mir_eval(tmp_path / "run", "--probe", probe.save(tmp_path / "probe.zip"), "--vision-gain", ranks=2)
     assert done.returncode != 0
     written = read_history(tmp_path / "run" / "mir_eval.jsonl")
     live = {record.step: record.mir for record in callback.history}
+    gains = {record.step: record.vision_gain for record in callback.history}
+    assert [record.vision_gain for record in written] == pytest.approx([gains[2], gains[6]], abs=1e-6)
     assert [record.step for record in written] == [2, 6]
     assert [record.mir for record in written] == pytest.approx([live[2], live[6]], abs=1e-6)
     assert [record.world_size for record in written] == [2, 2]

@@ -27,6 +27,10 @@ def test_value_is_that_of_one_process(ranks):
                 expected = alone[field]
                 near = expected if expected is None else pytest.approx(expected, rel=1e-3, abs=10 * tolerance)
                 assert report[field] == near, (name, field)
+            for field in ("scale_free_mir", "vision_gain", "vision_gain_se", "vision_gain_influences"):
+                expected = alone[field]
+                near = expected if expected is None else pytest.approx(expected, abs=10 * tolerance)
+                assert report[field] == near, (name, field)
             for name_of, values in alone["companions"].items():
                 assert report["companions"][name_of] == pytest.approx(values, rel=100 * tolerance), (name, name_of)
             for field in ("num_vision_tokens", "num_text_tokens", "tokens_fingerprint", "dtype"):
@@ -41,6 +45,7 @@ def test_every_rank_reports_the_same_value(ranks):
 EXPECTED = {
     "different_probe": ("ConfigError: probe_fingerprint differs between ranks", None),
     "different_batch_size": ("ConfigError: batch_size differs between ranks", None),
+    "unmatched_on_rank_1": ("ConfigError: rank 1 failed: ConfigError: vision_gain", "ConfigError: vision_gain"),
     "processor_fails_on_rank_1": (
         "ConfigError: rank 1 failed: ConfigError: LlavaProcessor",
         "ConfigError: LlavaProcessor",

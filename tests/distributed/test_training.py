@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def probe():
-    return Probe.from_pairs(pairs(NUM_SAMPLES))
+    return Probe.from_pairs(pairs(NUM_SAMPLES), matched=True)
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -54,7 +54,8 @@ def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, pro
     untrained = evaluate_mir(model, probe, processor=processor)
     assert first["history"][0]["mir"] == pytest.approx(untrained.mir, abs=1e-6)
     model.load_state_dict(torch.load(folder / "weights.pt"), strict=False)
-    trained = evaluate_mir(model, probe, processor=processor)
+    trained = evaluate_mir(model, probe, processor=processor, vision_gain=True)
+    assert first["history"][-1]["vision_gain"] == pytest.approx(trained.vision_gain, abs=1e-6)
     assert first["history"][-1]["step"] == STEPS
     assert first["history"][-1]["mir"] == pytest.approx(trained.mir, abs=1e-6)
     assert first["history"][-1]["per_layer"] == pytest.approx(trained.per_layer, rel=1e-5)

@@ -151,8 +151,9 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
     )
     callback = None
     if watched != "off":
-        probe = Probe.from_pairs(pairs(NUM_SAMPLES))
-        callback = MIRCallback(probe, every=EVERY, batch_size=2, keep_best=watched == "best").attach(trainer)
+        probe = Probe.from_pairs(pairs(NUM_SAMPLES), matched=True)
+        options = {"keep_best": watched == "best", "vision_gain": watched == "on"}
+        callback = MIRCallback(probe, every=EVERY, batch_size=2, **options).attach(trainer)
     gathered = GatheredWeights()
     trainer.add_callback(gathered)
     leftovers = None

@@ -36,6 +36,12 @@ def test_value_equals_the_authors_procedure_at_every_batch_size(values, case):
     assert found["ours"] == pytest.approx([found["authors"]] * 3, abs=1e-5)
 
 
+def test_vision_gain_equals_that_of_the_models_own_loss_when_images_differ_in_tokens(values):
+    gain = values["gain"]
+    assert gain["ours"] == pytest.approx(gain["by labels"], abs=1e-6)
+    assert abs(gain["ours"]) > 1e-5
+
+
 def test_a_conversation_written_out_gives_its_token_ids(values):
     assert all(same for _, same in values["written"].values())
     assert values["written"]["plain"][0] == "{image}{text}\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,26 @@ def authors_procedure(model: Any, tokenizer: Any, probe: Probe, template: str) -
     return reference.rate(*stacked)[0]
 
 
+@torch.no_grad()
+def gain_by_labels(model: Any, tokenizer: Any, probe: Probe) -> dict[str, float]:
+    """Our vision gain, and that of LLaVA's own loss with labels, one sample at a time with its and the next image."""
+    totals, predicted = [0.0, 0.0], 0
+    for index, sample in enumerate(probe.samples):
+        ids = tokenizer_image_token(f"{DEFAULT_IMAGE_TOKEN}{sample.text}\n", tokenizer, return_tensors="pt")[None]
+        labels = ids.clone()
+        labels[0, : int((ids[0] == IMAGE_TOKEN_INDEX).nonzero()) + 2] = -100  # and the first token of the text
+        count = int((labels != -100).sum())
+        predicted += count
+        for which in (0, 1):
+            image = probe.samples[(index + which) % len(probe)].open_image()
+            pixels = process_images([image], model.get_vision_tower().image_processor, model.config)
+            loss = model(ids, images=pixels, image_sizes=[image.size], labels=labels).loss
+            totals[which] += loss.item() * count
+    adapter = OriginalLlavaAdapter(model, tokenizer, prompt="plain")
+    ours = evaluate_mir(model, replace(probe, matched=True), adapter=adapter, batch_size=4, vision_gain=True)
+    return {"ours": ours.vision_gain, "by labels": (totals[1] - totals[0]) / predicted}
+
+
 def modes_probe(folder: Path) -> Probe:
     """A probe of image files in every colour mode that is read, one turned by its EXIF data."""
     folder.mkdir()
@@ -151,7 +172,9 @@ def main(folder: str, assets: str) -> None:
     mixed = mixed_batch(*make_model(Path(assets), {}), probe)
     tried = ("plain", "vicuna_v1", "llama_2")
     written = {name: written_out(*make_model(Path(assets), {}), probe, name) for name in tried}
-    write_rank(folder, 0, {"values": values, "modes": found, "mixed": mixed, "written": written})
+    spread = make_model(Path(assets), CASES["anyres, spatial_unpad"])  # other images, other numbers of tokens
+    gain = gain_by_labels(*spread, probe)
+    write_rank(folder, 0, {"values": values, "modes": found, "mixed": mixed, "written": written, "gain": gain})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def test_rows_are_drawn_with_image_and_text_together(dataset):
     probe = Probe.from_dataset(dataset, num_samples=5, seed=1)
     assert probe.fingerprint == Probe.from_dataset(dataset, num_samples=5, seed=1).fingerprint
     assert probe.fingerprint != Probe.from_dataset(dataset, num_samples=5, seed=2).fingerprint
+    assert probe.matched
     for sample in probe.samples:
         row = int(sample.name.removeprefix("row "))
         assert sample.text == dataset[row]["text"]
@@ -40,6 +41,7 @@ def test_bytes_are_those_of_the_stored_files(tmp_path):
 def test_texts_can_come_from_a_folder_or_another_dataset(dataset, tmp_path):
     _, texts = write_folders(tmp_path, 12, seed=9)
     from_folder = Probe.from_dataset(dataset, num_samples=5, texts=texts)
+    assert not from_folder.matched
     assert {sample.text for sample in from_folder.samples} <= {path.read_text() for path in texts.rglob("*.txt")}
     articles = datasets.Dataset.from_dict({"article": [f"story {i}" for i in range(8)]})
     with pytest.raises(ProbeError, match="text_column='text'.*: article"):

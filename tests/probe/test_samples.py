@@ -62,6 +62,26 @@ def test_saved_probe_loads_as_it_was(tmp_path, name):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_a_probe_says_whether_its_texts_belong_to_its_images(folders, tmp_path):
+    matched = Probe.from_pairs(pairs(2), matched=True)
+    plain = Probe.from_pairs(pairs(2))
+    assert (matched.matched, plain.matched, Probe.from_folders(*folders, num_samples=2).matched) == (True, False, False)
+    assert matched.fingerprint == plain.fingerprint  # MIR is the same
+    file = matched.save(tmp_path / "probe") / "probe.json"
+    assert Probe.load(file.parent).matched
+    stored = json.loads(file.read_text())
+    for value, expected in (("yes", None), (None, False)):
+        stored["matched"] = value
+        file.write_text(json.dumps({name: each for name, each in stored.items() if each is not None}))
+        if expected is None:
+            with pytest.raises(ProbeError, match="'yes'"):
+                Probe.load(file.parent)
+        else:  # a file of an older version
+            assert Probe.load(file.parent) == plain
+    with pytest.raises(ConfigError, match="matched .*1"):
+        Probe.from_pairs(pairs(2), matched=1)
+
+
 def test_saved_file_is_the_same_byte_for_byte_and_its_images_open(tmp_path):
     probe = Probe.from_pairs(pairs(2))
     first, second = probe.save(tmp_path / "a.zip"), probe.save(tmp_path / "b.zip")
@@ -122,6 +142,7 @@ def test_load_says_what_is_wrong_with_a_damaged_probe(tmp_path, damage):
 def test_llava_json_gives_text_of_turns_without_placeholder(tmp_path):
     json_file, images = write_llava_json(tmp_path, 6)
     probe = Probe.from_llava_json(json_file, images, num_samples=6)
+    assert probe.matched
     texts = sorted(sample.text for sample in probe.samples)
     assert texts[2] == "Describe the image concisely.\nScene 2."
     assert {sample.name for sample in probe.samples} == {f"record {i} of data.json" for i in range(6)}

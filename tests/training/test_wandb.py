@@ -101,7 +101,7 @@ def test_values_reach_a_run_that_the_trainer_does_not_report_to(tmp_path, wandb_
 
 def test_panel_set_names_every_key_of_ours_when_a_run_has_logged_them(tmp_path, wandb_folder):
     trainer = make_trainer(tmp_path / "run", steps=1, report_to=["wandb"])
-    MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
+    MIRCallback(Probe.from_pairs(pairs(4), matched=True), every=1, vision_gain=True).attach(trainer)
     trainer.train()
     wandb.finish()
     page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text(encoding="utf-8")

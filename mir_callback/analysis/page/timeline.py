@@ -18,6 +18,10 @@ from mir_callback.analysis.page.views import WOULD_STOP, Axis, Quantity, RunView
 from mir_callback.analysis.statistics import BAND
 from mir_callback.record import STOPPING, EvalRecord
 
+_COMPANIONS = {
+    "scale_free_mir": "scale-free MIR (lower is better aligned)",
+    "vision_gain": "vision gain, nats per token (higher: images are used more)",
+}
 _MISSING = 2**16 - 1  # the code of a layer that has no value; those of values are 0 to 65534
 
 
@@ -46,12 +50,17 @@ def scale_axes(runs: Sequence[RunView]) -> list[tuple[Axis, Scale]]:
 
 
 def draw_timeline(runs: Sequence[RunView], x: Scale) -> dict[str, list[Panel]]:
-    """The panels over the steps by what they show, from the top: MIR, verdicts, loss, layers."""
+    """The panels over the steps by what they show, from the top: MIR, verdicts, second opinions, loss, layers."""
     ruled = any(record.verdict for run in runs for record in run.records)
     lossy = any(run.loss_points for run in runs) or any(record.probe_loss for run in runs for record in run.measured)
     return {
         "mir": [_draw_mir(runs, x)],
         "verdicts": [_draw_ribbon(number, run, x) for number, run in enumerate(runs)] if ruled else [],
+        "companions": [
+            _draw_companion(runs, x, name, title)
+            for name, title in _COMPANIONS.items()
+            if any(record[name] is not None for run in runs for record in run.measured)
+        ],
         "loss": [_draw_loss(runs, x)] if lossy else [],
         "layers": [_frame_layers(number, run, runs) for number, run in enumerate(runs)],
     }
@@ -114,6 +123,24 @@ def _draw_ribbon(number: int, run: RunView, x: Scale) -> Panel:
         left = right
     says = f"Verdicts of the stop rule on {run.name}; the last one: {read_verdict(run.records[-1]) or 'none'}"
     return Panel("", says, [(number, Markup("").join(bars))], size="ribbon", run=number)
+
+
+def _draw_companion(runs: Sequence[RunView], x: Scale, name: str, title: str) -> Panel:
+    """A field of the records over the run, with a band where its standard error is known."""
+    curves = []
+    for run in runs:
+        known = [record for record in run.measured if record[name] is not None]
+        errors = [getattr(record, f"{name}_se", None) for record in known]
+        values = np.array([record[name] for record in known], dtype=float)
+        curves.append((x(_steps(known)), values, BAND * np.array(errors, dtype=float)))
+    reach = [values + side * np.nan_to_num(error) for _, values, error in curves for side in (-1, 1)]
+    y, shapes, said = fit_scale(np.concatenate(reach).tolist()), [], []
+    for number, (run, (at, values, error)) in enumerate(zip(runs, curves, strict=True)):
+        if len(values):
+            band, dots = charts.draw_band(at, y(values - error), y(values + error)), charts.draw_dots(at, y(values))
+            shapes.append((number, band + charts.draw_line(at, y(values)) + dots))
+            said.append(f"{run.name}: {format_value(values[0])} to {format_value(values[-1])}")
+    return Panel(title, f"{title} over the run. {'; '.join(said)}", shapes, (), y.ticks(4), x.ticks(7))
 
 
 def _draw_loss(runs: Sequence[RunView], x: Scale) -> Panel:

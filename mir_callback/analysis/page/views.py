@@ -58,6 +58,9 @@ _COMPANIONS = (
     Quantity("cosine", "cosine of the means", "linear", "1: both lie in the same direction from the origin."),
     Quantity("vision_rank", "effective rank, vision", meaning="How many directions the vision tokens really use."),
     Quantity("text_rank", "effective rank, text", meaning="How many directions the text tokens really use."),
+    Quantity(
+        "scale_free", "scale-free FD", meaning="The distance with vision tokens scaled to the norm of text tokens."
+    ),
 )
 
 
