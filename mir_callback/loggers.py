@@ -20,7 +20,7 @@ from typing import Any
 
 from mir_callback import distributed
 from mir_callback.errors import ConfigError
-from mir_callback.record import DESCRIBED_FIELDS, STOPPING, EvalRecord, lowest_record
+from mir_callback.record import DESCRIBED_FIELDS, STOPPING, EvalRecord, is_newly_contradicted, lowest_record
 
 CURVE, HEAT_MAP = "mir/per_layer", "mir/layers_over_steps"
 _MAX_BINS = 512  # of a wandb histogram
@@ -88,8 +88,7 @@ class Loggers:
                     if self._waiting_at is not None and run.step == self._waiting_at:
                         run.log({}, commit=True)  # nobody else has logged: two evaluations are two rows
                     _add_charts(run, record, history)
-                alert = due_alert([old for old in history if old is not record], record)
-                if alert is not None:
+                for alert in due_alerts([old for old in history if old is not record], record):
                     with self._guarded("wandb alerts"):
                         run.alert(title=alert.title, text=alert.text, level="WARN" if alert.is_urgent else "INFO")
         values = log_values(record, history)
@@ -219,24 +218,28 @@ class Alert:
     is_urgent: bool
 
 
-def due_alert(earlier: Sequence[EvalRecord], record: EvalRecord) -> Alert | None:
-    """The alert that an evaluation calls for, or None.
+def due_alerts(earlier: Sequence[EvalRecord], record: EvalRecord) -> list[Alert]:
+    """The alerts that an evaluation calls for.
 
-    A plateau is reported once in a training stage; a rise once, and again only after an evaluation found MIR falling or
-    level. Earlier alerts are known from the records, so a resumed run does not repeat them. Ranks: pure.
+    A plateau and a contradiction are reported once in a training stage; a rise once, and again only after an evaluation
+    found MIR falling or level. Earlier alerts are known from the records, so a resumed run does not repeat them.
+    Ranks: pure.
     """
+    found = []
+    if is_newly_contradicted(earlier, record):
+        found.append(Alert("Vision gain contradicts MIR", f"step {record.step}: {record.contradiction}", True))
     same = [old for old in earlier if old.stage == record.stage]
     value = "unknown" if record.mir is None else f"{record.mir:.4f}"
     text = f"step {record.step}, MIR {value}: {record.reason}"
     if record.verdict == STOPPING:
-        return Alert("MIR has reached its plateau: training stops", text, is_urgent=False)
-    if record.would_stop and not any(old.would_stop for old in same):
-        return Alert("MIR has reached its plateau", text, is_urgent=False)
-    if record.verdict == "rising":
+        found.append(Alert("MIR has reached its plateau: training stops", text, is_urgent=False))
+    elif record.would_stop and not any(old.would_stop for old in same):
+        found.append(Alert("MIR has reached its plateau", text, is_urgent=False))
+    elif record.verdict == "rising":
         clear = [old.verdict for old in same if old.verdict in ("rising", "going on", STOPPING)]
         if clear[-1:] != ["rising"]:
-            return Alert("MIR is rising", text, is_urgent=True)
-    return None
+            found.append(Alert("MIR is rising", text, is_urgent=True))
+    return found
 
 
 def active_wandb_run() -> Any:
@@ -279,6 +282,8 @@ def _add_charts(run: Any, record: EvalRecord, history: Sequence[EvalRecord]) -> 
         run.summary.update({"mir_best": best.mir, "mir_best_step": best.step})
     if record.verdict:
         run.summary.update({"mir_verdict": record.verdict, "mir_reason": record.reason})
+    if record.contradiction:
+        run.summary.update({"mir_contradiction": record.contradiction})
 
 
 def make_charts(record: EvalRecord, first: EvalRecord, best: EvalRecord | None) -> dict[str, Any]:

@@ -34,8 +34,17 @@ from mir_callback.model.isolation import evaluation_weights
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
-from mir_callback.record import EvalRecord, changed_circumstances, explain_jumps, is_seed, is_stopped, since_last_stop
+from mir_callback.record import (
+    EvalRecord,
+    changed_circumstances,
+    explain_jumps,
+    is_newly_contradicted,
+    is_seed,
+    is_stopped,
+    since_last_stop,
+)
 from mir_callback.schedule import EveryEpochs, TrainingProgress, is_due_at_start
+from mir_callback.second_opinion import find_contradiction
 from mir_callback.watchdog import enter_phase, watchdog
 
 _log = logging.getLogger(__name__)
@@ -269,6 +278,8 @@ class MIRMonitor:
             enter_phase("verdict of the stop rule")
             verdict = self._judge(record) if distributed.is_main() else None
             record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
+            found = find_contradiction([*self.history, record])
+            record = replace(record, contradiction=None if found is None else found.message)
             record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
             record, damaged = record.checked()
             if damaged:
@@ -405,6 +416,8 @@ class MIRMonitor:
         jumps = explain_jumps(self.history[:-1], record)
         if jumps:
             _warn(jumps)
+        if is_newly_contradicted(self.history[:-1], record):
+            _warn(f"step {record.step}: {record.contradiction}")
         enter_phase("keeping the best model")
         if self._best is not None:
             with evaluation_weights(self._model, self._optimizer):  # those that were measured

@@ -177,6 +177,7 @@ class EvalRecord:
     would_stop: bool | None = _field("bool", "verdict", "whether the rule found a plateau, also with observe_only")
     expected_gain: float | None = _field("number", "verdict", "expected fall of MIR within the horizon")
     expected_gain_se: float | None = _field("amount", "verdict", "standard error of expected_gain")
+    contradiction: str | None = _field("text", "verdict", "what vision gain says against MIR, as a sentence")
 
     run: str | None = _field("text", "checkpoint", "run of the checkpoint, as a relative path")
     checkpoint: str | None = _field("text", "checkpoint", "name of the checkpoint")
@@ -364,6 +365,12 @@ def explain_jumps(earlier: Sequence[EvalRecord], record: EvalRecord) -> str | No
         f"have other outliers: mir_se is {ratio:.1f} times as large for it. Values of this probe compare as usual, "
         "those of another may jump. More samples, or samples more alike, help"
     )
+
+
+def is_newly_contradicted(earlier: Sequence[EvalRecord], record: EvalRecord) -> bool:
+    """Whether a record is the first one of its training stage with a contradiction. Ranks: pure."""
+    same = (old for old in earlier if old.stage == record.stage)
+    return record.contradiction is not None and all(old.contradiction is None for old in same)
 
 
 def _plain(value: Any) -> Any:

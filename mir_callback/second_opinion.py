@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does vision gain agree with MIR? A pure rule over the records of a run.
 
-MIR falls when vision tokens come closer to text tokens, and also when they only become shorter. Vision gain says whether
-the texts need their images. Where the two disagree, MIR misleads, and a record says so. How often the rule is wrong:
+MIR falls when vision tokens come closer to text tokens, and also when they only become shorter. Vision gain says if
+texts need their images. Where the two disagree MIR misleads, and the record says so. How often the rule is right:
 docs/evidence.md.
 """
 
@@ -16,11 +16,11 @@ from mir_callback.record import EvalRecord
 
 # Vision counts as unused while another image costs the texts less than this, in nats per token, or than two errors.
 _UNUSED, _ERRORS = 0.02, 2.0
-# A fall of MIR that vision gain has to follow, and the part of it by which it has to rise then.
-_FALL, _RISE = 0.25, 0.03
-# Part of the planned steps before which vision need not be used yet.
+# Before this part of the planned steps it need not be used yet.
 _EARLIEST = 0.5
-# A fall of MIR of which scale-free MIR shares less than this part is one of norms.
+# A fall of MIR that vision gain has to follow, and the part of itself by which it has to rise then.
+_FALL, _RISE = 0.25, 0.03
+# Vision tokens have only become shorter where scale-free MIR shares less than this part of a fall.
 _SHARED = 0.1
 
 
@@ -29,7 +29,7 @@ class Contradiction:
     """Why MIR misleads.
 
     Attributes:
-        kind: "unused": the texts don't need their images. "not more": MIR fell, and they don't need them more.
+        kind: "unused": texts don't need their images. "not more": MIR fell, and they don't need them more.
         message: a sentence with the figures.
     """
 
@@ -38,7 +38,7 @@ class Contradiction:
 
 
 def find_contradiction(records: Sequence[EvalRecord]) -> Contradiction | None:
-    """What vision gain says against MIR at the last record; None if nothing, or if the record has no vision gain.
+    """What vision gain says against MIR at the last record; None if nothing, or if that has no vision gain.
 
     Args:
         records: the evaluations of one run so far. Those of other training stages and failed ones don't count.
@@ -50,36 +50,32 @@ def find_contradiction(records: Sequence[EvalRecord]) -> Contradiction | None:
         >>> find_contradiction(records).message
         'MIR fell by 0.90 since step 100, but vision is not used more: vision gain 1.800, then 1.800'
     """
-    if not records:
-        return None
-    now, mir, gain = records[-1], records[-1].mir, records[-1].vision_gain
+    now = records[-1] if records else EvalRecord(step=0)
+    mir, gain = now.mir, now.vision_gain
     if mir is None or gain is None:
         return None
     falls = [
-        (old.mir - mir, old)
+        (old.mir - mir, old.vision_gain, old)
         for old in records[:-1]
         if old.stage == now.stage and old.mir is not None and old.vision_gain is not None and old.mir - mir >= _FALL
     ]
-    is_late = now.step > 0 and now.step >= _EARLIEST * (now.max_steps or 0)
+    is_late = now.is_after_start and now.step >= _EARLIEST * (now.max_steps or 0)
     if is_late and gain <= max(_UNUSED, _ERRORS * (now.vision_gain_se or 0.0)):
-        fell = f"MIR fell by {falls[0][0]:.2f} since step {falls[0][1].step}, but " if falls else ""
-        return Contradiction("unused", f"{fell}vision is not used: vision gain {gain:.3f}{_by_norms(falls, now)}")
-    level = [(fall, old) for fall, old in falls if gain - old.vision_gain <= _RISE * max(gain, old.vision_gain)]
+        return Contradiction("unused", f"vision is not used: another image costs the texts {gain:.3f} nats per token")
+    level = [each for each in falls if gain - each[1] <= _RISE * max(gain, each[1])]
     if not level:
         return None
-    fall, old = max(level, key=lambda pair: pair[0])
-    return Contradiction(
-        "not more",
-        f"MIR fell by {fall:.2f} since step {old.step}, but vision is not used more: vision gain "
-        f"{old.vision_gain:.3f}, then {gain:.3f}{_by_norms([(fall, old)], now)}",
-    )
+    fall, before, old = max(level, key=lambda each: each[0])
+    fell = f"MIR fell by {fall:.2f} since step {old.step}, but vision is not used more"
+    gains = f"vision gain {before:.3f}, then {gain:.3f}"
+    return Contradiction("not more", f"{fell}: {gains}{_by_norms(fall, old, now)}")
 
 
-def _by_norms(falls: Sequence[tuple[float, EvalRecord]], now: EvalRecord) -> str:
-    """What scale-free MIR says of a fall of MIR, if it says that only norms fell."""
-    for fall, old in falls[:1]:
-        if old.scale_free_mir is not None and now.scale_free_mir is not None:
-            shared = old.scale_free_mir - now.scale_free_mir
-            if shared < _SHARED * fall:
-                return f", and scale-free MIR fell by {shared:.3f} only: vision tokens have become shorter"
-    return ""
+def _by_norms(fall: float, old: EvalRecord, now: EvalRecord) -> str:
+    """What scale-free MIR adds if only norms fell."""
+    if old.scale_free_mir is None or now.scale_free_mir is None:
+        return ""
+    shared = old.scale_free_mir - now.scale_free_mir
+    if shared >= _SHARED * fall:
+        return ""
+    return f". Scale-free MIR went from {old.scale_free_mir:.3f} to {now.scale_free_mir:.3f}: vision tokens are shorter"

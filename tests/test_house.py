@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "mir_callback"
 FLOORS = [
     ["errors", "fs"],
     ["distributed", "lock", "metric", "watchdog", "record", "trend"],
-    ["model", "history", "early_stopping", "schedule", "lr_schedule"],
+    ["model", "history", "early_stopping", "second_opinion", "schedule", "lr_schedule"],
     ["probe", "clock"],
     ["config"],
     ["evaluation"],
@@ -130,7 +130,7 @@ def test_an_evaluation_passes_the_files_that_the_architecture_names(tmp_path):
     path = re.findall(r"^ *\d+ +(\S+\.py)", section, re.MULTILINE)
     libraries = re.findall(r"`((?:\w+/)?\w+\.py)`", section.partition("What these call")[2].partition("\n\n")[0])
     after = {"loggers.py", "console.py"}  # what the line on the disk is followed by
-    assert len(path) == 12
+    assert len(path) == 13
     assert set(path) <= passed
     assert passed - {*path, *libraries} - after == {name for name in passed if name.startswith("metric/")}
 

@@ -27,6 +27,7 @@ from mir_callback.analysis.statistics import Difference, find_differences, rank
 from mir_callback.early_stopping import PlateauRule, Verdict
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.record import EvalRecord, is_stopped
+from mir_callback.second_opinion import find_contradiction
 
 DEFAULT_LEVEL = 0.05
 _MAX_STD = 1e6
@@ -160,6 +161,8 @@ def compare(
     remarks += list_circumstances(runs)
     stopped = [(run.name, run.records[-1].step) for run in runs if is_stopped(run.records)]
     remarks += [f"{name} was stopped by its stop rule at step {step}" for name, step in stopped]
+    against = [(run.name, found.message) for run in runs if (found := find_contradiction(run.measured)) is not None]
+    remarks += [f"{name}: vision gain contradicts MIR: {message}" for name, message in against]
     results = [_compare_on(axis, kept, at if axis == by else None, level, seed_std) for axis in AXES]
     remarks += _shared_runs(kept)
     stops = tuple(tuple(find_stop(_with_plan(run, remarks), rule) for run in recipe.runs) for recipe in kept)

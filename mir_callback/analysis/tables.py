@@ -20,6 +20,7 @@ from mir_callback.fs import printable
 from mir_callback.record import EvalRecord, lowest_record
 
 NOT_COMPARABLE = "NOT COMPARABLE, compared anyway"
+_BRIEF = ("step", "mir", "mir_se", "scale_free_mir", "vision_gain", "vision_gain_se")
 _MAX_PAIRS = 28  # of 8 recipes
 
 
@@ -79,19 +80,41 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
         for other in found.axes
         if other is not result and other.x is not None and len(other.members) > 1 and other.doubt is None
     ]
+    titles, opinions = _second_opinions(found, result)
     rows = []
     for member in _in_order(result):
         index = result.members[member]
         recipe = found.recipes[index]
         cells = [recipe.name, _format_rank(result.ranks, member), str(len(recipe.runs))]
-        cells += [f"{result.mean(member):.4f}", _format(result.seed_stds[member], ".2g")]
+        cells += [f"{result.mean(member):.4f}", _format(result.seed_stds[member], ".2g"), *opinions[member]]
         for other, _ in others:
             there = other.members.index(index) if index in other.members else None
             cells.append("-" if there is None else f"{other.mean(there):.4f} (rank {_format_rank(other.ranks, there)})")
         rows.append(tuple(cells))
     title = f"{mark}MIR at {_format_position(result.axis, result.x)} (lower is better; = tie, - not tested)"
-    columns = ("recipe", "rank", "runs", "MIR", "SD of seeds", *(f"at {x}" for _, x in others))
+    columns = ("recipe", "rank", "runs", "MIR", "SD of seeds", *titles, *(f"at {x}" for _, x in others))
     return TextTable(title, columns, tuple(rows))
+
+
+def _second_opinions(found: Comparison, result: AxisResult) -> tuple[list[str], list[list[str]]]:
+    """Titles and, for each member, means over its runs of the companions that any run has there."""
+    titles, columns = [], []
+    for title, field in (("scale-free MIR", "scale_free_mir"), ("vision gain", "vision_gain")):
+        column = []
+        for index, points in zip(result.members, result.points, strict=True):
+            runs = zip(found.recipes[index].runs, points, strict=True)
+            values = [value for run, point in runs if (value := _value_at(run, field, point.step)) is not None]
+            column.append(f"{math.fsum(values) / len(values):.4f}" if len(values) == len(points) else "-")
+        if any(cell != "-" for cell in column):
+            titles.append(title)
+            columns.append(column)
+    return titles, [list(cells) for cells in zip(*columns, strict=True)] if columns else [[] for _ in result.members]
+
+
+def _value_at(run: Run, field: str, step: float) -> float | None:
+    """A field of the last evaluation up to a step."""
+    before = [record for record in run.measured if record.step <= step]
+    return before[-1][field] if before else None
 
 
 def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextTable:
@@ -246,7 +269,7 @@ def _axis(found: Comparison, result: AxisResult) -> dict[str, Any]:
 
 
 def _brief(record: EvalRecord | None) -> dict[str, Any] | None:
-    return None if record is None else {"step": record.step, "mir": record.mir, "mir_se": record.mir_se}
+    return None if record is None else {name: record[name] for name in _BRIEF}
 
 
 def _plain(value: Any) -> Any:

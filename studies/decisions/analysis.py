@@ -116,7 +116,7 @@ def share_right(values: Array, pairs: Pairs, single: bool = False) -> float:
 
 
 def interval(values: Array, pairs: Pairs, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of :func:`share_right` over recipes; a pair counts as often as both of its recipes are drawn."""
+    """Bootstrap interval of :func:`share_right`; a pair counts as often as both of its recipes are drawn."""
     recipes = len(values)
     better, worse = np.array(pairs).T
     draws = np.random.default_rng(0).multinomial(recipes, np.full(recipes, 1 / recipes), size=BOOTSTRAPS)

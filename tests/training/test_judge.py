@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from mir_callback import MIRCallback, MIRMonitor, PlateauRule, Probe, Verdict
 from mir_callback.history import read_history
-from mir_callback.loggers import due_alert
+from mir_callback.loggers import due_alerts
 from mir_callback.monitor import verdict_fields
 from mir_callback.record import EvalRecord
 from tests import tiny_models
@@ -202,13 +202,13 @@ def test_an_alert_that_fails_ends_nothing(tmp_path, probe, wandb_folder, monkeyp
 
 
 def alerts_of(*verdicts, stages=None):
-    """Number of each evaluation that alerts, with the title."""
+    """The alerts, each with the number of its evaluation and its title."""
     records = [
         EvalRecord(step=number, mir=2.0, stage=(stages or "a" * len(verdicts))[number], **verdict_fields(verdict))
         for number, verdict in enumerate(verdicts)
     ]
-    found = [due_alert(records[:number], record) for number, record in enumerate(records)]
-    return [(number, alert.title) for number, alert in enumerate(found) if alert]
+    found = [(number, due_alerts(records[:number], record)) for number, record in enumerate(records)]
+    return [(number, alert.title) for number, alerts in found for alert in alerts]
 
 
 def test_alerts_are_known_from_the_records_alone():

@@ -18,6 +18,7 @@ from mir_callback.analysis.page.views import PLANNED, RunView, find_fall, read_v
 from mir_callback.analysis.statistics import standard_error
 from mir_callback.probe.probe import Probe, Sample
 from mir_callback.record import DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
+from mir_callback.second_opinion import find_contradiction
 
 _PLAIN = {  # fields that say how values were made, in words for everybody
     "num_samples": "samples",
@@ -54,7 +55,7 @@ def summarize(run: RunView) -> dict[str, Any]:
         "verdict": read_verdict(newest) if newest else "",
         "reason": (newest.reason or newest.error or "") if newest else "",
         **dict.fromkeys(("best", "last"), format_value(None)),
-        **dict.fromkeys(("best_step", "last_step", "planned", "start", "change", "norms")),
+        **dict.fromkeys(("best_step", "last_step", "planned", "start", "change", "norms", "contradiction")),
         "loss": format_value(loss),
         "loss_step": loss_step,
         "evaluations": f"{len(run.measured)}" + (f" and {len(run.failed)} failed" if run.failed else ""),
@@ -71,6 +72,8 @@ def summarize(run: RunView) -> dict[str, Any]:
         found["planned"] = planned if planned is not None and planned > last.step else None
         found["change"] = _describe_change(last, best)
         found["norms"] = explain_by_norms(run.measured)
+        against = find_contradiction(run.measured)
+        found["contradiction"] = None if against is None else against.message
     return found
 
 
