@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu docs dist clean distclean preflight \
+.PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu study docs dist clean distclean preflight \
   llava-left-out browser-left-out
 
 help: ## show this list
@@ -98,6 +98,10 @@ bench-gpu: $(STAMP) ## on a GPU: an evaluation of a 7B model, alone and while it
 	$(PY) benchmarks/parts.py --output $(RESULTS)/gpu_parts.md
 	$(PY) benchmarks/predict.py --output $(RESULTS)/prediction.md
 	$(PY) benchmarks/quote.py
+
+study: $(STAMP) ## the 147 small trainings behind docs/evidence.md (two hours on two cores; goes on where it was interrupted)
+	$(TESTING) $(PY) -m studies.decisions.study
+	$(PY) -m studies.decisions.evidence
 
 docs: $(STAMP) ## write docs/reference.md, and the table of what is supported into docs/integrations.md and README.md
 	$(PY) docs/generate.py
