@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mir_callback.record import EvalRecord
 from mir_callback.second_opinion import find_contradiction
 from studies.decisions import analysis
@@ -19,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "benchmarks" / "results" / "decisions.json"
 PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
 
-SHOWN = ("mir", "scale_free_mir", "captions_scale_free_mir", "last_layer", "vision_gain", "probe_loss", "loss")
+
 CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank", "loss")
+SOUND, FAILED, LEAST_USE = "sound", "no sabotage, and failed", 0.02
 SEEDS_TO_SHOW = ("mir", "scale_free_mir", "vision_gain", "probe_loss", "loss")
 
 
@@ -121,7 +124,7 @@ def _wrong(table: Table, pairs: Pairs, count: int = 8) -> str:
 
 def _chosen(table: Table) -> str:
     """What is chosen on one half of the recipes decides on the other, with and without what needs matching texts."""
-    rows = [["may choose among", "best one", "best sum of two", "MIR itself", "chosen most often"]]
+    rows = [["may choose among", "best one", "best sum of two", "MIR itself", "best one most often"]]
     groups = {
         "what needs no matching texts": CHOICE,
         "all that the package has": tuple(name for name, metric in METRICS.items() if metric.kept),
@@ -189,25 +192,28 @@ def contradicted(run: Run) -> str | None:
 
 
 def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
-    rows = [["runs", "number", "spoke up", "vision unused", "not used more"]]
+    rows = [["runs", "number", "called", "vision is not used", "not used more"]]
+    floor = float(np.mean([run["accuracy"] for run in runs if run["recipe"] == "blank"]))
     groups: dict[str, list[str | None]] = {}
     for run in runs:
-        title = run["recipe"].split(",")[0] if run["kind"] == "sabotage" else "honest"
-        title = {"shrunk to a half": "shrunk"}.get(title, title)
+        title = run["recipe"].split(",")[0].removesuffix(" to a half")
+        if run["kind"] != "sabotage":
+            title = SOUND if run["accuracy"] > floor + LEAST_USE else FAILED
         groups.setdefault(title, []).append(contradicted(run))
     for title, said in groups.items():
         kinds = [said.count(kind) for kind in ("unused", "not more")]
         rows.append([title, str(len(said)), f"{sum(kinds) / len(said):.0%}", *map(str, kinds)])
-    sabotaged = [each for title, said in groups.items() if title != "honest" for each in said]
-    caught, honest = sum(map(bool, sabotaged)), groups["honest"]
+    sabotaged = [each for title, said in groups.items() if title not in (SOUND, FAILED) for each in said]
+    called = {run["recipe"] for run in runs if run["kind"] != "sabotage" and contradicted(run)}
+    missed = {run["recipe"] for run in runs if run["kind"] == "sabotage" and not contradicted(run)}
     return {
         "contradictions": markdown(rows),
-        "caught": f"{caught} of {len(sabotaged)}",
-        "false_alarms": f"{sum(map(bool, honest))} of {len(honest)}",
-        "false_recipes": ", ".join(
-            sorted({run["recipe"] for run in runs if run["kind"] != "sabotage" and contradicted(run)})
-        )
-        or "none",
+        "caught": f"{sum(map(bool, sabotaged))} of {len(sabotaged)}",
+        "false_alarms": f"{sum(map(bool, groups[SOUND]))} of {len(groups[SOUND])}",
+        "called_recipes": ", ".join(sorted(called)) or "none",
+        "missed_recipes": ", ".join(sorted(missed)) or "none",
+        "floor": f"{floor:.2f}",
+        "least_use": f"{LEAST_USE:g}",
     }
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_llava.scenes import Scenes
 from torch import Tensor
 
 from mir_callback import MIRConfig, PlateauRule, Probe
@@ -15,7 +14,7 @@ from mir_callback.probe.adapters import find_adapter
 
 from . import candidates, stages
 from .recipes import Recipe
-from .world import SETTINGS, World, batch_of
+from .world import SETTINGS, Scenes, World, batch_of
 
 TEXT_TOKENS = 32  # twice the image tokens of a scene; the paper's stories have about that proportion
 MATCHED_EVERY = 4  # points between evaluations on captions

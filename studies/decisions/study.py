@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from . import stages
 from .evidence import RAW
-from .measure import Measure
+from .measure import FIELDS, Measure
 from .recipes import BY_NAME, RECIPES, SEEDS
 from .world import World
 
@@ -91,6 +91,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
             if not {"train", "measure"} <= results.keys() or (recipe.scored and "tune" not in results):
                 continue
             losses, measured = results["train"]["losses"], results["measure"]
+            curve = [_brief(point) for point in measured["curve"]]
             end, tail = measured["curve"][-1], losses[-max(1, len(losses) // 10) :]
             values = {name: value for name, value in end.items() if name not in ("step", "captions")}
             on_captions = {f"captions_{name}": value for name, value in end["captions"].items()}
@@ -105,10 +106,16 @@ def collect(folder: Path) -> list[dict[str, Any]]:
                     "accuracy": results.get("tune", {}).get("accuracy"),
                     "stopped_at": measured["stopped_at"],
                     "stopped_accuracy": results.get("tune_stopped", {}).get("accuracy"),
-                    "curve": measured["curve"],
+                    "curve": curve,
                 }
             )
     return found
+
+
+def _brief(point: dict[str, Any]) -> dict[str, Any]:
+    """A point of a curve without the companions of layers, which only the end keeps."""
+    found = {name: point[name] for name in ("step", *FIELDS) if name in point}
+    return found | ({"captions": _brief(point["captions"])} if "captions" in point else {})
 
 
 def main() -> None:
