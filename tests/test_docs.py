@@ -54,7 +54,7 @@ RUN_BY = {
     "from llava.mm_utils import": "tests/llava/test_eval.py::test_whole_models_have_the_values_the_run_measured_itself",
     "python -m pytest": "make test",
     "python examples/choose_learning_rate.py": (
-        "tests/test_examples.py::test_learning_rate_with_the_lowest_mir_is_chosen_among_those_not_given_up"
+        "tests/test_examples.py::test_learning_rate_with_the_highest_vision_gain_is_chosen_among_those_not_given_up"
     ),
     "python examples/compare_captions.py": (
         "tests/test_examples.py::test_captions_are_compared_with_the_noise_of_their_seeds"
@@ -210,7 +210,7 @@ def make_names(folder):
         "optimizer": torch.optim.SGD(trainer.model.parameters(), lr=0.1),
         "loader": [None] * 60,
         "loss": torch.tensor(3.5),
-        "probe": Probe.from_pairs(pairs(6)),
+        "probe": Probe.from_pairs(pairs(6), matched=True),
         "DIR": "DIR",
     }
 

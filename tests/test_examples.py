@@ -95,27 +95,27 @@ def test_weights_that_the_demo_leaves_have_the_value_it_measured_last(tmp_path, 
     assert measured["mir"] == pytest.approx(records[-1]["mir"], abs=1e-6)
 
 
-def test_learning_rate_with_the_lowest_mir_is_chosen_among_those_not_given_up(tmp_path, cache):
+def test_learning_rate_with_the_highest_vision_gain_is_chosen_among_those_not_given_up(tmp_path, cache):
     output = run_example("choose_learning_rate.py", tmp_path, cache)
     lasts = {float(folder.name.removeprefix("rate_")): last_of(folder) for folder in tmp_path.glob("rate_*")}
     assert sorted(lasts) == [1e-3, 3e-3, 1e-2, 3e-2]
-    pattern = rf"^ +(\S+) +{COURSE} +(\S+) +(\d+)( +given up)?$"
+    pattern = rf"^ +(\S+) +{COURSE} +(\S+) +(\S+) +(\d+)( +given up)?$"
     lines = re.findall(pattern, output, re.MULTILINE)
     assert [float(rate) for rate, *_ in lines] == sorted(lasts)
-    for rate, *course, loss, step, given_up in lines:
+    for rate, *course, gain, loss, step, given_up in lines:
         last = lasts[float(rate)]
         assert tuple(course) == course_of(tmp_path / f"rate_{rate}")
-        assert (loss, int(step)) == (f"{last['loss']:.3f}", last["step"])
+        assert (gain, loss, int(step)) == (f"{last['vision_gain']:.2f}", f"{last['loss']:.3f}", last["step"])
         assert last["step"] == (2 if given_up else 4)
     said = headings_and_values(output)
     assert len(said) == 4
     for title, values in said:
         (rate,) = re.findall(r"^learning rate (\S+), seed 0, 4 steps$", title)
         assert values == values_in(tmp_path / f"rate_{rate}")
-    finished = {float(rate): lasts[float(rate)]["mir"] for rate, *_, given_up in lines if not given_up}
+    finished = {float(rate): lasts[float(rate)]["vision_gain"] for rate, *_, given_up in lines if not given_up}
     assert len(finished) >= 2
-    best = min(finished, key=lambda rate: finished[rate])
-    assert f"Chosen: {best:g}, MIR {finished[best]:.3f}\n" in output
+    best = max(finished, key=lambda rate: finished[rate])
+    assert f"Chosen: {best:g}, vision gain {finished[best]:.3f}\n" in output
     assert "Differences" in output.split("$ mir compare")[1]
 
 

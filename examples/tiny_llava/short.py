@@ -125,6 +125,7 @@ def make_trainer(
     name: str | None = None,
     seed: int = 0,
     report_to: Sequence[str] = (),
+    captions: bool = False,
 ) -> Trainer:
     """A stock Trainer with a MIRCallback, which makes its model anew for each run.
 
@@ -137,6 +138,7 @@ def make_trainer(
         name: of the recipe, for the run's heading.
         seed: draws the projector and the order of the data.
         report_to: trackers.
+        captions: the texts of the probe are captions of its scenes, and vision gain is measured too.
     """
     processor = AutoProcessor.from_pretrained(start.model)
     split: Split = "train"
@@ -150,8 +152,13 @@ def make_trainer(
         callbacks=[Heading(name)],
     )
     trainer.remove_callback(PrinterCallback)
-    probe = Probe.from_folders(images=start.images, texts=start.texts, num_samples=size.probe_samples, seed=0)
-    MIRCallback(probe, every=size.every, batch_size=size.probe_samples).attach(trainer)
+    if captions:
+        unseen = Scenes(size.probe_samples, "held_out", seed=1, cell=size.backbones.cell)
+        drawn = [unseen.scene(index) for index in range(len(unseen))]
+        probe = Probe.from_pairs([(scene.image, scene.caption) for scene in drawn], matched=True)
+    else:
+        probe = Probe.from_folders(images=start.images, texts=start.texts, num_samples=size.probe_samples, seed=0)
+    MIRCallback(probe, every=size.every, batch_size=size.probe_samples, vision_gain=captions).attach(trainer)
     return trainer
 
 

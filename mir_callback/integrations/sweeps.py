@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyperparameter search by MIR with the backends of the Trainer: Optuna and Ray Tune."""
+"""Hyperparameter search by MIR or vision gain with the backends of the Trainer: Optuna and Ray Tune."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mir_callback.errors import ConfigError
 from mir_callback.integrations.huggingface import MIRCallback, run_folder
 from mir_callback.record import DEFINITION_FIELDS, EvalRecord, lowest_record
 
-OBJECTIVES = ("mir", "mir_best")
+OBJECTIVES = ("mir", "mir_best", "vision_gain")
 BACKENDS = ("optuna", "ray")
 # Options of Trainer.hyperparameter_search that are set here, and why.
-_OURS = {"compute_objective": "choose with objective=", "direction": "MIR is always minimized"}
+_OURS = {"compute_objective": "choose with objective=", "direction": "MIR is minimized, vision gain maximized"}
 
 
 def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str | None = None, **options: Any) -> Any:
-    """`Trainer.hyperparameter_search` that minimizes MIR; needs no evaluation data set.
+    """`Trainer.hyperparameter_search` that minimizes MIR or maximizes vision gain; needs no evaluation data set.
 
     Each trial writes its own history (and best weights, with ``keep_best``) to the folder the Trainer gives it:
     `<output_dir>/run-0`, `run-1`, ... Each evaluation is reported to the backend, which may end the trial early. A
@@ -33,7 +33,9 @@ def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str 
 
     Args:
         trainer: a Trainer with ``model_init`` and a :class:`MIRCallback`.
-        objective: "mir", the value at the end of a trial, or "mir_best", the lowest one after step 0.
+        objective: "mir", the value at the end of a trial, "mir_best", the lowest one after step 0, or "vision_gain" at
+            the end of a trial. It decides better than MIR where recipes change the length of vision tokens, as learning
+            rates do (docs/evidence.md).
         backend: "optuna" or "ray"; default: the first one that is installed.
         **options: of `Trainer.hyperparameter_search` (``hp_space``, ``n_trials``, ``hp_name``) and of the backend
             (``pruner``, ``sampler``, ``storage``; ``scheduler``, ``resources_per_trial``).
@@ -65,16 +67,17 @@ def hyperparameter_search(trainer: Any, objective: str = "mir", *, backend: str 
         options["pruner"] = NopPruner()
     reporter = TrialReporter(trainer, callback, objective)
     trainer.add_callback(reporter)
+    direction = "maximize" if objective == "vision_gain" else "minimize"
     try:
         return trainer.hyperparameter_search(
-            compute_objective=reporter.current, direction="minimize", backend=backend, **options
+            compute_objective=reporter.current, direction=direction, backend=backend, **options
         )
     finally:
         trainer.remove_callback(reporter)
 
 
 class TrialReporter(TrainerCallback):
-    """Reports each MIR of a trial to the backend, ends the trial if that prunes it, and sets the objective.
+    """Reports each evaluation of a trial to the backend, ends the trial if that prunes it, and sets the objective.
 
     It must come after the MIRCallback, to see the records of the same step. Its events are collective.
     """
@@ -88,8 +91,7 @@ class TrialReporter(TrainerCallback):
 
     def current(self, metrics: Mapping[str, float] | None = None) -> float:
         """The objective so far, the same on all ranks; ``metrics``, of the Trainer, are ignored."""
-        record = objective_record(self._callback.history, self._objective)
-        return math.nan if record is None or record.mir is None else record.mir
+        return _value_of(objective_record(self._callback.history, self._objective), self._objective)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +122,7 @@ class TrialReporter(TrainerCallback):
         if self._pruned and distributed.is_main():
             import optuna
 
-            raise optuna.TrialPruned(f"pruned at step {state.global_step}, MIR {value:.4f}")
+            raise optuna.TrialPruned(f"pruned at step {state.global_step}, {self._objective} {value:.4f}")
 
     def _backend(self) -> str:
         return str(getattr(self._trainer.hp_search_backend, "value", self._trainer.hp_search_backend))
@@ -134,18 +136,25 @@ class TrialReporter(TrainerCallback):
                 continue
             # If the Trainer evaluates during training, it reports `current` to the backend itself.
             due = newest.is_after_start and not _evaluates(args)
+            value = _value_of(chosen, self._objective)
             if self._backend() == "optuna":
-                folder = run_folder(self._trainer, args)
-                self._pruned |= _report_to_optuna(self._trainer._trial, newest, chosen, folder, report=due)
+                folder, reported = run_folder(self._trainer, args), value if due else None
+                self._pruned |= _report_to_optuna(self._trainer._trial, newest, chosen, folder, reported)
             elif due:
-                _report_to_ray({"objective": chosen.mir, "mir": newest.mir, "step": newest.step})
+                _report_to_ray({"objective": value, "mir": newest.mir, "step": newest.step})
 
 
 def objective_record(history: Sequence[EvalRecord], objective: str) -> EvalRecord | None:
-    """The record whose MIR is the objective; None if the newest evaluation failed or there is none."""
+    """The record that has the objective; None if the newest evaluation failed or there is none."""
     if not history or history[-1].mir is None:
         return None
     return (lowest_record(history) if objective == "mir_best" else None) or history[-1]
+
+
+def _value_of(record: EvalRecord | None, objective: str) -> float:
+    """The objective of a record; NaN if it has none."""
+    value = None if record is None else record.vision_gain if objective == "vision_gain" else record.mir
+    return math.nan if value is None else value
 
 
 def _checked(trainer: Any, objective: str, backend: str | None, options: Mapping[str, Any]) -> tuple[MIRCallback, str]:
@@ -162,6 +171,8 @@ def _checked(trainer: Any, objective: str, backend: str | None, options: Mapping
             f"The search needs a transformers Trainer with one MIRCallback, got a {type(trainer).__name__} with "
             f"{len(found)}. Call MIRCallback(probe, ...).attach(trainer) first."
         )
+    if objective == "vision_gain" and not found[0].config.vision_gain:
+        raise ConfigError("objective='vision_gain' needs MIRCallback(..., vision_gain=True).")
     if getattr(trainer, "model_init", None) is None:
         raise ConfigError(
             "The Trainer has no model_init, which makes a new model for each trial. Pass it to the Trainer."
@@ -189,8 +200,8 @@ def _evaluates(args: Any) -> bool:
     return str(getattr(strategy, "value", strategy)) != "no"
 
 
-def _report_to_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder: str, *, report: bool) -> bool:
-    """Set a trial's user attributes, ``report`` the objective, and return whether to prune it. Collective.
+def _report_to_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder: str, value: float | None) -> bool:
+    """Set a trial's user attributes, report the objective unless it is None, and return whether to prune. Collective.
 
     Only rank 0's trial belongs to a study. ``newest`` is the last record, ``chosen`` the one with the objective.
     """
@@ -202,8 +213,8 @@ def _report_to_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder
             attributes = {"mir_definition": definition, "mir_folder": folder, "mir_se": chosen.mir_se}
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
-            if report:
-                trial.report(chosen.mir, newest.step)
+            if value is not None:
+                trial.report(value, newest.step)
                 pruned = trial.should_prune()
     return distributed.broadcast_object(pruned)
 

@@ -107,6 +107,15 @@ def test_lowest_value_is_the_objective_when_asked_for(tmp_path):
     assert lows != [records_of(tmp_path, n)[-1].mir for n in range(2)]
 
 
+def test_the_highest_vision_gain_is_chosen_when_asked_for(tmp_path):
+    trainer = searching_trainer(tmp_path, steps=2)
+    MIRCallback(Probe.from_pairs(pairs(3), matched=True), every=2, vision_gain=True).attach(trainer)
+    best, study = search(trainer, "vision_gain", trials=2)
+    gains = [records_of(tmp_path, n)[-1].vision_gain for n in range(2)]
+    assert [trial.value for trial in study.trials] == gains
+    assert best.objective == max(gains)
+
+
 def test_trial_ends_at_the_pruned_evaluation_when_the_pruner_says_so(tmp_path):
     trainer = searching_trainer(tmp_path, steps=8)
     MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(trainer)
@@ -216,6 +225,7 @@ def test_all_ranks_train_the_same_trials_when_there_are_several(tmp_path, pruned
     ("options", "told"),
     [
         ({"objective": "loss"}, "objective.*'loss'"),
+        ({"objective": "vision_gain"}, "vision_gain=True"),
         ({"direction": "maximize"}, "direction='maximize'"),
         ({"compute_objective": min}, "compute_objective="),
         ({"backend": "wandb"}, "backend.*'wandb'"),
