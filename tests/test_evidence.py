@@ -29,6 +29,11 @@ def test_the_page_follows_from_the_raw_values():
     )
 
 
+def test_the_readme_says_what_came_out():
+    readme = (evidence.ROOT / "README.md").read_text(encoding="utf-8")
+    assert evidence.readme_sentence(RUNS) in " ".join(readme.split())
+
+
 def test_every_recipe_of_the_study_is_there_with_every_seed():
     there = {(run["recipe"], run["seed"]) for run in RUNS}
     assert there == {(recipe.name, seed) for recipe in RECIPES for seed in SEEDS}

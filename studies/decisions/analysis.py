@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
+from studies.decisions.recipes import STOP_SEEDS
+
 Array = NDArray[np.float64]
 Run = dict[str, Any]
 Pairs = list[tuple[int, int]]  # of recipes by index, the better one first
@@ -92,18 +94,22 @@ def tabulate(runs: Sequence[Run]) -> Table:
 
 
 def seed_std(values: Array) -> float:
-    """Standard deviation between seeds of one recipe, pooled over recipes."""
-    return math.sqrt(float(values.var(axis=1, ddof=1).mean()))
+    """Standard deviation between seeds of one recipe, the median over recipes."""
+    return math.sqrt(float(np.median(values.var(axis=1, ddof=1))))
 
 
 def decided_pairs(table: Table, chosen: Callable[[Table, int, int], bool]) -> Pairs:
-    """Pairs of recipes, better first, whose accuracies differ by more than two standard errors between seeds."""
-    means = table.accuracy.mean(axis=1)
-    least = 2 * seed_std(table.accuracy) * math.sqrt(2 / table.accuracy.shape[1])
+    """Pairs of recipes, better first, whose accuracies differ by more than two standard errors between seeds.
+
+    An error is that of the recipe's own seeds, but at least the median one, as three seeds may agree by chance.
+    """
+    means, variances = table.accuracy.mean(axis=1), table.accuracy.var(axis=1, ddof=1) / table.accuracy.shape[1]
+    variances = np.maximum(variances, np.median(variances))
     return [
         (one, other) if means[one] > means[other] else (other, one)
         for one, other in combinations(range(len(means)), 2)
-        if abs(means[one] - means[other]) > least and chosen(table, one, other)
+        if abs(means[one] - means[other]) > 2 * math.sqrt(variances[one] + variances[other])
+        and chosen(table, one, other)
     ]
 
 
@@ -165,6 +171,7 @@ class Choice:
     two: float  # of the best sum of two metrics' ranks
     of: dict[str, float]  # of each metric without a choice
     picks: dict[str, float]  # how often each was the best one
+    pairs: dict[tuple[str, ...], float]  # and each sum
 
 
 def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
@@ -176,7 +183,7 @@ def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
     single = {(name,): _right(ranks[name][:, None], pairs)[:, 0] for name in names}
     double = {pair: _right((ranks[pair[0]] + ranks[pair[1]])[:, None], pairs)[:, 0] for pair in combinations(names, 2)}
     tested: dict[str, list[float]] = {name: [] for name in ("one", "two", *names)}
-    picked: list[str] = []
+    picked: list[tuple[str, ...]] = []
     for _ in range(HALVES):
         half = np.zeros(count, dtype=bool)
         half[rng.permutation(count)[: count // 2]] = True
@@ -184,12 +191,14 @@ def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
         for title, candidates in (("one", single), ("two", double)):
             best = max(candidates, key=lambda key: float(candidates[key][seen].mean()))
             tested[title].append(float(candidates[best][unseen].mean()))
-            picked += best if title == "one" else []
+            picked.append(best)
         for name in names:
             tested[name].append(float(single[name,][unseen].mean()))
     means = {name: float(np.mean(values)) for name, values in tested.items()}
-    often = sorted(set(picked), key=lambda name: -picked.count(name))
-    return Choice(means.pop("one"), means.pop("two"), means, {name: picked.count(name) / HALVES for name in often})
+    often = {key: picked.count(key) / HALVES for key in sorted(set(picked), key=lambda key: (-picked.count(key), key))}
+    picks = {key[0]: share for key, share in often.items() if len(key) == 1}
+    pairs_often = {key: share for key, share in often.items() if len(key) == 2}
+    return Choice(means.pop("one"), means.pop("two"), means, picks, pairs_often)
 
 
 @dataclass(frozen=True)
@@ -207,8 +216,9 @@ class Stops:
 
 
 def stops_of(runs: Sequence[Run]) -> Stops:
-    """Of all scored runs that are not sabotaged."""
-    honest = [run for run in runs if run["accuracy"] is not None and run["kind"] != "sabotage"]
+    """Of all scored runs that are not sabotaged and were judged."""
+    scored = [run for run in runs if run["accuracy"] is not None and run["seed"] in STOP_SEEDS]
+    honest = [run for run in scored if run["kind"] != "sabotage"]
     stopped = [run for run in honest if run["stopped_accuracy"] is not None]
     lost: dict[str, list[float]] = {}
     for run in stopped:

@@ -13,11 +13,11 @@ from mir_callback.evaluation.evaluate import Evaluator, MIRReport
 from mir_callback.probe.adapters import find_adapter
 
 from . import candidates, stages
-from .recipes import Recipe
+from .recipes import STOP_SEEDS, Recipe
 from .world import SETTINGS, Scenes, World, batch_of
 
 TEXT_TOKENS = 32  # twice the image tokens of a scene; the paper's stories have about that proportion
-MATCHED_EVERY = 4  # points between evaluations on captions
+MATCHED_EVERY = 4  # points between evaluations on captions, and between any where no stop rule is tried
 FIELDS = ("mir", "mir_se", "scale_free_mir", "vision_gain", "vision_gain_se", "probe_loss")
 
 
@@ -38,10 +38,10 @@ class Measure:
         adapter = find_adapter(model, processor, adapter=None, prompt=None)
         on_prose = Evaluator(model, self.prose, adapter, MIRConfig(batch_size=50))
         on_captions = Evaluator(model, self.captions, adapter, MIRConfig(batch_size=50, vision_gain=True))
-        points = stages.points(recipe)
+        points, judged = stages.points(recipe), recipe.scored and seed in STOP_SEEDS
         records, curve = [], []
         for number, step in enumerate(points):
-            if not recipe.scored and number % MATCHED_EVERY and step != points[-1]:
+            if not judged and number % MATCHED_EVERY and step != points[-1]:
                 continue
             stages.restore(model, weights / f"{step:05d}.pt")
             report = on_prose.evaluate(model, progress=False)
@@ -49,8 +49,13 @@ class Measure:
             curve.append({"step": step, **_summary(report)})
             if number % MATCHED_EVERY == 0 or step == points[-1]:
                 curve[-1]["captions"] = _summary(on_captions.evaluate(model, progress=False))
-        stopped = next((r["step"] for r, v in zip(records, PlateauRule().replay(records), strict=True) if v.stop), None)
-        return {"curve": curve, "stopped_at": stopped, "candidates": self._candidates(model, recipe)}
+        verdicts = zip(records, PlateauRule().replay(records), strict=True)
+        stops = [record["step"] for record, verdict in verdicts if verdict.stop] if judged else []
+        return {
+            "curve": curve,
+            "stopped_at": stops[0] if stops else None,
+            "candidates": self._candidates(model, recipe),
+        }
 
     def _candidates(self, model: Any, recipe: Recipe) -> dict[str, float]:
         image = self.world.tokenizer.convert_tokens_to_ids("<image>")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 SEEDS = (0, 1, 2)
+STOP_SEEDS = (0, 1)  # whose scored runs are measured often enough for a stop rule
 
 
 @dataclass(frozen=True)
