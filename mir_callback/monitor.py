@@ -278,10 +278,10 @@ class MIRMonitor:
             enter_phase("verdict of the stop rule")
             verdict = self._judge(record) if distributed.is_main() else None
             record = replace(record, **verdict_fields(verdict), elapsed=time.perf_counter() - self._started)
-            found = find_contradiction([*self.history, record])
-            record = replace(record, contradiction=None if found is None else found.message)
             record = replace(record, time=time.time(), **self._clock.share(step).to_fields())
             record, damaged = record.checked()
+            found = find_contradiction([*self.history, record])
+            record = replace(record, contradiction=None if found is None else found.message)
             if damaged:
                 _warn("; ".join(damaged))
             # Loss and clock differ between ranks: all of them return the record that rank 0 writes.

@@ -150,6 +150,20 @@ def test_what_has_no_gain_is_refused_before_any_forward(probe):
             evaluate_mir(model, probe, adapter=adapter, vision_gain=True)
 
 
+class Silent(HuggingFaceAdapter):
+    """Does not tell the token ids of texts, as adapters need not."""
+
+    def encode(self, samples, max_text_tokens):
+        return dataclasses.replace(super().encode(samples, max_text_tokens), text_ids=None)
+
+
+@pytest.mark.parametrize("option", ["probe_loss", "vision_gain"])
+def test_an_adapter_without_ids_of_texts_is_refused_before_any_forward(probe, option):
+    model, processor = tiny_models.llava()
+    with model_hook(model, pytest.fail), pytest.raises(ConfigError, match=f"{option} needs the token ids.*Silent"):
+        evaluate_mir(model, probe, adapter=Silent(model, processor), **{option: True})
+
+
 def test_a_model_that_cuts_the_text_behind_a_larger_image_is_refused_by_name(probe):
     model, processor = tiny_models.llava()
 

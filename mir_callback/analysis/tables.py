@@ -112,9 +112,13 @@ def _second_opinions(found: Comparison, result: AxisResult) -> tuple[list[str], 
 
 
 def _value_at(run: Run, field: str, step: float) -> float | None:
-    """A field of the last evaluation up to a step."""
-    before = [record for record in run.measured if record.step <= step]
-    return before[-1][field] if before else None
+    """A field at a step of the run, interpolated between two evaluations as MIR is; None if one of them lacks it."""
+    before = next((record for record in reversed(run.measured) if record.step <= step), run.measured[0])
+    after = next((record for record in run.measured if record.step >= step), run.measured[-1])
+    if before[field] is None or after[field] is None:
+        return None
+    share = (step - before.step) / (after.step - before.step) if after.step > before.step else 0.0
+    return float((1 - share) * before[field] + share * after[field])
 
 
 def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextTable:

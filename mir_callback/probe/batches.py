@@ -135,7 +135,9 @@ def encode_shards(
         return shard, None
     others = encode(exchange_images(probe.samples))
     for ours, theirs in zip(shard.batches, others.batches, strict=True):
-        for name, own, other in zip(ours.names, ours.text_ids or (), theirs.text_ids or (), strict=True):
+        if ours.text_ids is None or theirs.text_ids is None:
+            continue  # refused by the caller
+        for name, own, other in zip(ours.names, ours.text_ids, theirs.text_ids, strict=True):
             if not torch.equal(own, other):
                 raise ProbeError(
                     f"vision_gain needs the same text with any image, but {type(adapter).__name__} gives {name} "

@@ -470,3 +470,15 @@ def test_the_stop_is_where_the_rule_stops_in_training():
 def test_options_are_refused_by_name(options, words):
     with pytest.raises(ConfigError, match=words):
         compare([make_run("a", falling(3.0)), make_run("b", falling(3.1))], **options)
+
+
+def test_second_opinions_are_those_of_the_position_and_not_of_the_evaluation_before():
+    steps = ([0, 1000], [0, 990])
+    runs = [
+        make_run(n, [3.0, 1.0], at, scale_free_mir=lambda i: 2.0 - i, vision_gain=lambda i: 2.0 * i)
+        for n, at in zip("ab", steps, strict=True)
+    ]
+    table = make_tables(compare(runs, rule=NEVER))[0]
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert [rows["b"][name] for name in ("MIR", "scale-free MIR", "vision gain")] == ["1.0000", "1.0000", "2.0000"]
+    assert [rows["a"][name] for name in ("MIR", "scale-free MIR", "vision gain")] == ["1.0200", "1.0100", "1.9800"]

@@ -5,15 +5,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mir_callback import MIRCallback, Probe
+from mir_callback import MIRCallback, MIRMonitor, Probe
 from mir_callback.cli import main
 from mir_callback.history import read_history
 from mir_callback.loggers import due_alerts
 from mir_callback.record import EvalRecord
 from mir_callback.second_opinion import find_contradiction
+from tests import tiny_models
 from tests.logs import logged_here
 from tests.samples import pairs
 from tests.training.runs import make_trainer
@@ -111,3 +113,19 @@ def test_a_run_whose_images_do_not_matter_is_called_once_and_on_record(tmp_path)
     assert shown["recipes"][0]["runs"][0]["last"]["vision_gain"] == callback.history[-1].vision_gain
     assert main(["report", run, "--output", str(tmp_path / "page.html")]) == 0
     assert "Vision gain contradicts MIR" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_said_of_a_gain_that_is_no_number(tmp_path):
+    model, processor = tiny_models.llava()
+    calls = []
+
+    def rule_out(_head, _args, logits):  # all tokens behind the right images
+        calls.append(None)
+        return logits.index_fill(2, torch.arange(1, logits.shape[2]), -torch.inf) if len(calls) % 2 else logits
+
+    model.lm_head.register_forward_hook(rule_out)
+    probe = Probe.from_pairs(pairs(4), matched=True)
+    monitor = MIRMonitor(model, probe, processor=processor, output_dir=tmp_path, every=1, vision_gain=True)
+    monitor.step(1)
+    monitor.close()
+    assert [(record.vision_gain, record.contradiction) for record in monitor.history] == [(None, None)] * 2
