@@ -16,9 +16,9 @@ from mir_callback.record import EvalRecord
 
 # Vision counts as unused while another image costs the texts less than this, in nats per token, or than two errors.
 _UNUSED, _ERRORS = 0.02, 2.0
-# Before this part of the planned steps it need not be used yet.
+# Before this part of the planned steps it need not be used yet. Without a plan nobody knows.
 _EARLIEST = 0.5
-# A fall of MIR that vision gain has to follow, and the part of itself by which it has to rise then.
+# A fall of MIR that vision gain has to follow, and the part of itself by which it has to rise then, at least _UNUSED.
 _FALL, _RISE = 0.25, 0.03
 # Vision tokens have only become shorter where scale-free MIR shares less than this part of a fall.
 _SHARED = 0.1
@@ -59,10 +59,12 @@ def find_contradiction(records: Sequence[EvalRecord]) -> Contradiction | None:
         for old in records[:-1]
         if old.stage == now.stage and old.mir is not None and old.vision_gain is not None and old.mir - mir >= _FALL
     ]
-    is_late = now.is_after_start and now.step >= _EARLIEST * (now.max_steps or 0)
-    if is_late and gain <= max(_UNUSED, _ERRORS * (now.vision_gain_se or 0.0)):
-        return Contradiction("unused", f"vision is not used: another image costs the texts {gain:.3f} nats per token")
-    level = [each for each in falls if gain - each[1] <= _RISE * max(gain, each[1])]
+    error = now.vision_gain_se
+    is_late = now.max_steps is not None and now.step >= _EARLIEST * now.max_steps
+    if is_late and gain <= max(_UNUSED, _ERRORS * (error or 0.0)):
+        figures = f"{gain:.3f}" + ("" if error is None else f" +- {error:.3f}")
+        return Contradiction("unused", f"vision is not used: another image costs the texts {figures} nats per token")
+    level = [each for each in falls if gain - each[1] <= max(_UNUSED, _RISE * max(gain, each[1]))]
     if not level:
         return None
     fall, before, old = max(level, key=lambda each: each[0])

@@ -2,11 +2,14 @@
 """Vision gain: the loss on the probe's texts with other samples' images minus with the right ones."""
 
 import dataclasses
+import io
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ConfigError, ProbeError
@@ -117,13 +120,36 @@ def test_a_model_that_ignores_images_gains_nothing(probe):
     assert report.vision_gain_se == pytest.approx(0.0, abs=1e-7)
 
 
-def test_the_other_image_is_the_next_one_that_differs(probe):
-    a, b, c = (sample.image for sample in probe.samples[:3])
-    for images, expected in (([a, b, c], [b, c, a]), ([a, a, b, b, a], [b, b, a, a, b]), ([a, a, a, b], [b, b, b, a])):
-        samples = [dataclasses.replace(probe.samples[0], image=image, text=f"{i}") for i, image in enumerate(images)]
-        found = exchange_images(samples)
-        assert [sample.image for sample in found] == expected
-        assert [sample.text for sample in found] == [sample.text for sample in samples]
+def with_images(probe, numbers):
+    return [
+        dataclasses.replace(probe.samples[0], image=probe.samples[n].image, text=f"{i}") for i, n in enumerate(numbers)
+    ]
+
+
+def test_the_other_image_is_the_next_samples_if_all_differ(probe):
+    samples = with_images(probe, [0, 1, 2])
+    found = exchange_images(samples)
+    assert [sample.image for sample in found] == [sample.image for sample in [*samples[1:], samples[0]]]
+    assert [sample.text for sample in found] == [sample.text for sample in samples]
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=12))
+def test_images_are_used_as_often_as_before_and_never_for_their_own_sample(probe, numbers):
+    samples = with_images(probe, numbers)
+    if 2 * max(map(numbers.count, numbers)) > len(numbers):
+        with pytest.raises(ProbeError, match=f"of the {len(numbers)} samples"):
+            exchange_images(samples)
+        return
+    found = exchange_images(samples)
+    assert sorted(sample.image for sample in found) == sorted(sample.image for sample in samples)
+    assert all(other.image != own.image for other, own in zip(found, samples, strict=True))
+
+
+def test_one_picture_in_two_files_is_one_image(probe):
+    bitmap = io.BytesIO()
+    probe.samples[0].open_image().save(bitmap, "BMP")
+    with pytest.raises(ProbeError, match="2 of the 2"):
+        exchange_images([probe.samples[0], dataclasses.replace(probe.samples[0], image=bitmap.getvalue())])
 
 
 class Counting(HuggingFaceAdapter):
@@ -144,7 +170,7 @@ def test_what_has_no_gain_is_refused_before_any_forward(probe):
     with model_hook(model, pytest.fail):
         with pytest.raises(ConfigError, match=r"from_llava_json.*from_pairs"):
             evaluate_mir(model, unmatched, processor=processor, vision_gain=True)
-        with pytest.raises(ProbeError, match="all 7 samples"):
+        with pytest.raises(ProbeError, match="7 of the 7 samples"):
             evaluate_mir(model, same, processor=processor, vision_gain=True)
         with pytest.raises(ProbeError, match="Counting gives pair 0"):
             evaluate_mir(model, probe, adapter=adapter, vision_gain=True)
@@ -162,6 +188,9 @@ def test_an_adapter_without_ids_of_texts_is_refused_before_any_forward(probe, op
     model, processor = tiny_models.llava()
     with model_hook(model, pytest.fail), pytest.raises(ConfigError, match=f"{option} needs the token ids.*Silent"):
         evaluate_mir(model, probe, adapter=Silent(model, processor), **{option: True})
+    sees_ahead, processor = tiny_models.paligemma()  # the text is a prefix, in which each token sees all others
+    with model_hook(sees_ahead, pytest.fail), pytest.raises(ConfigError, match=f"{option} .*PaliGemma"):
+        evaluate_mir(sees_ahead, probe, processor=processor, **{option: True})
 
 
 def test_a_model_that_cuts_the_text_behind_a_larger_image_is_refused_by_name(probe):

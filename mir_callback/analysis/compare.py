@@ -161,8 +161,11 @@ def compare(
     remarks += list_circumstances(runs)
     stopped = [(run.name, run.records[-1].step) for run in runs if is_stopped(run.records)]
     remarks += [f"{name} was stopped by its stop rule at step {step}" for name, step in stopped]
-    against = [(run.name, found.message) for run in runs if (found := find_contradiction(run.measured)) is not None]
-    remarks += [f"{name}: vision gain contradicts MIR: {message}" for name, message in against]
+    for run in runs:
+        against = find_contradiction([record for record in run.planned if record.mir is not None])
+        if against is not None:
+            step = run.measured[-1].step
+            remarks.append(f"{run.name}: vision gain contradicts MIR at step {step}: {against.message}")
     results = [_compare_on(axis, kept, at if axis == by else None, level, seed_std) for axis in AXES]
     remarks += _shared_runs(kept)
     stops = tuple(tuple(find_stop(_with_plan(run, remarks), rule) for run in recipe.runs) for recipe in kept)
@@ -245,6 +248,8 @@ def _is_same_run(run: Run, other: Run) -> bool:
         for one in (run, other)
     )
     shared = ours.keys() & theirs.keys()
+    if None not in (run.seed, other.seed) and run.seed != other.seed:
+        return False
     return bool(shared) and all(abs(ours[step] - theirs[step]) <= _SAME_VALUE for step in shared)
 
 
@@ -258,13 +263,11 @@ def _shared_runs(recipes: Sequence[Recipe]) -> list[str]:
     ]
 
 
-def _with_plan(run: Run, remarks: list[str]) -> list[EvalRecord]:
+def _with_plan(run: Run, remarks: list[str]) -> Sequence[EvalRecord]:
     """A run's records, with `max_steps` filled in, which a stop rule needs for its horizon."""
     if run.max_steps is None and any(record.max_steps is None for record in run.records):
         remarks.append(f"{run.name}: max_steps is unknown, so the stop rule uses its window as the horizon")
-    return [
-        record if record.max_steps is not None else replace(record, max_steps=run.max_steps) for record in run.records
-    ]
+    return run.planned
 
 
 def _compare_on(
@@ -329,6 +332,13 @@ def _judge(
         messages.append(f"SD between seeds {seed_std:.2g}, as given (--seed-std)")
     elif pairs:
         messages += _explain_tests(recipes, pairs, stds)
+    means = [math.fsum(point.mir for point in found) / len(found) for found in points]
+    messages += [
+        f"{recipes[pair.one].name} - {recipes[pair.other].name}: the runs of shared seeds differ the other way than the "
+        "means of all runs in the first table"
+        for pair in pairs
+        if pair.shared and pair.value * (means[pair.one] - means[pair.other]) < 0
+    ]
     kinds = {pair.probe.kind for pair in pairs}
     if "unknown" in kinds:
         messages.append("the sampling error of the probe is not included: some values have no standard error (mir_se)")

@@ -44,6 +44,13 @@ class Run:
         return tuple(record for record in self.records if record.mir is not None)
 
     @cached_property
+    def planned(self) -> tuple[EvalRecord, ...]:
+        """All evaluations with the planned length, which older records and those of `mir eval` lack."""
+        return tuple(
+            replace(record, max_steps=self.max_steps) if record.max_steps is None else record for record in self.records
+        )
+
+    @cached_property
     def seeds(self) -> tuple[Seed | None, ...]:
         """What it was seeded with, as its evaluations say: several if it was resumed with others; None if unknown."""
         found = ((record.seed, record.data_seed) for record in self.measured)

@@ -33,7 +33,7 @@ from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
-from mir_callback.model.decoder import find_decoder
+from mir_callback.model.decoder import find_decoder, unwrap
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
 from mir_callback.probe.probe import Probe
@@ -221,7 +221,7 @@ class Evaluator:
                 option = "vision_gain" if config.vision_gain else "probe_loss"
                 raise ConfigError(
                     f"{option} needs the token ids of the texts (AdaptedBatch.text_ids), which "
-                    f"{type(adapter).__name__} does not return. Set {option}=False."
+                    f"{type(adapter).__name__} does not return for {type(unwrap(model)).__name__}. Set {option}=False."
                 )
             counts = encoded.shard.row_counts
             expected = ExpectedRows(counts, exact=counts is not None)

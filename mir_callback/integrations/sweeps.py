@@ -211,8 +211,8 @@ def _report_to_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder
             definition = {field: newest[field] for field in DEFINITION_FIELDS}
             _check_study(trial, definition)
             attributes = {"mir_definition": definition, "mir_folder": folder, "mir_se": chosen.mir_se}
-            for name, value in attributes.items():
-                trial.set_user_attr(name, value)
+            for name, attribute in attributes.items():
+                trial.set_user_attr(name, attribute)
             if value is not None:
                 trial.report(value, newest.step)
                 pruned = trial.should_prune()

@@ -245,6 +245,10 @@ def _load_entry_points() -> tuple[AdapterFactory, ...]:
     return tuple(found)
 
 
+# Families in which text after the image attends to later text, so that no loss of it is a prediction.
+_SEE_AHEAD = ("paligemma",)
+
+
 class HuggingFaceAdapter:
     """Encodes samples with a transformers processor: the image, then the text, and a prompt around them if asked.
 
@@ -273,6 +277,7 @@ class HuggingFaceAdapter:
     def __init__(self, model: nn.Module, processor: Any, *, prompt: str | None = None) -> None:
         check_prompt(prompt)
         top: Any = unwrap(model)
+        self._sees_ahead = getattr(top.config, "model_type", None) in _SEE_AHEAD
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
         self._vision_ids = vision_token_ids(top)  # first: a text-only model has no processor that could be missing
         self._processor = processor
@@ -293,6 +298,8 @@ class HuggingFaceAdapter:
         self._check(samples, inputs, masks, max_text_tokens)
         real = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         self._check_prompt(real)
+        if self._sees_ahead:
+            return AdaptedBatch(inputs, masks, real)
         texts = [ids[mask] for ids, mask in zip(inputs["input_ids"], masks.text, strict=True)]
         return AdaptedBatch(inputs, masks, real, texts)
 

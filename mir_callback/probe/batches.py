@@ -148,20 +148,28 @@ def encode_shards(
 
 
 def exchange_images(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with the image of the next one whose image is another, the first one's after the last.
+    """The samples with one another's images: each image is used as often as before, and never for its own sample.
 
-    ProbeError if all images are equal. Ranks: pure.
+    Samples with the same image are put together, in the order of their first ones, and shifted by the size of the
+    largest such group: by one if all images differ. ProbeError if one image has more than half of the samples.
+    Ranks: pure.
     """
-    if len({sample.image for sample in samples}) < 2:
+    groups: dict[bytes, list[int]] = {}
+    for index, sample in enumerate(samples):
+        image = sample.open_image()
+        pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+        groups.setdefault(pixels, []).append(index)
+    largest = max(map(len, groups.values()))
+    if 2 * largest > len(samples):
         raise ProbeError(
-            f"vision_gain needs at least two different images, but all {len(samples)} samples of the probe have the "
-            "same. Add samples with others, or set vision_gain=False."
+            f"vision_gain exchanges the images of samples, but {largest} of the {len(samples)} samples have the same "
+            "image. Add samples with others, or set vision_gain=False."
         )
-    found, other = list(samples), samples[0]
-    for index in reversed(range(2 * len(samples))):  # twice, as what follows the last ones is only known then
-        here, following = samples[index % len(samples)], samples[(index + 1) % len(samples)]
-        other = following if following.image != here.image else other
-        found[index % len(samples)] = Sample(f"{here.name} with the image of {other.name}", other.image, here.text)
+    order = [index for group in groups.values() for index in group]
+    found = list(samples)
+    for place, index in enumerate(order):
+        here, other = samples[index], samples[order[(place + largest) % len(order)]]
+        found[index] = Sample(f"{here.name} with the image of {other.name}", other.image, here.text)
     return found
 
 

@@ -21,7 +21,7 @@ from tests.samples import pairs
 from tests.training.runs import make_trainer
 
 
-def history(mirs, gains, *, max_steps=None, **fields):
+def history(mirs, gains, *, max_steps=20, **fields):
     return [
         EvalRecord(step=10 * number, mir=mir, vision_gain=gain, max_steps=max_steps, **fields)
         for number, (mir, gain) in enumerate(zip(mirs, gains, strict=True))
@@ -48,6 +48,11 @@ def test_kinds(mirs, gains, kind):
     assert kind_of(history(mirs, gains)) == kind
 
 
+@pytest.mark.parametrize(("gains", "kind"), [((-0.05, -0.04), "not more"), ((0, 0.015), "not more"), ((0, 0.05), None)])
+def test_a_fall_for_a_rise_that_is_next_to_nothing_is_for_nothing(gains, kind):
+    assert kind_of(history([3.6, 2.6], gains, max_steps=1000)) == kind
+
+
 def test_the_message_says_since_when_and_whether_only_norms_fell():
     records = history([2.9, 2.5, 2.0], [1.50, 1.49, 1.50], scale_free_mir=1.1)
     message = find_contradiction(records).message
@@ -62,7 +67,7 @@ def test_vision_need_not_be_used_in_the_first_half_nor_before_the_first_step():
     gains = [0.0] * 5
     records = history([3.0] * 5, gains, max_steps=60)
     assert [kind_of(records[: count + 1]) for count in range(5)] == [None, None, None, "unused", "unused"]
-    assert kind_of(history([3.0], [0.0])) is None
+    assert kind_of(history([3.0] * 5, gains, max_steps=None)) is None  # nobody knows how far it has come
 
 
 @pytest.mark.parametrize(

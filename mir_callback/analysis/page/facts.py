@@ -52,6 +52,7 @@ def summarize(run: RunView) -> dict[str, Any]:
     seconds = [record.seconds for record in run.measured if record.seconds is not None]
     memory = [record.peak_memory_bytes for record in run.records if record.peak_memory_bytes is not None]
     found: dict[str, Any] = {
+        "name": run.name,
         "verdict": read_verdict(newest) if newest else "",
         "reason": (newest.reason or newest.error or "") if newest else "",
         **dict.fromkeys(("best", "last"), format_value(None)),

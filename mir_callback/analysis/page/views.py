@@ -80,7 +80,7 @@ class RunView:
         """A run from disk, under its name among those of other recipes."""
         label, settings = recipe.label(run), {PLANNED: run.max_steps, "read from": str(run.source)}
         return cls(
-            label, run.records, run.losses, settings, run.problems, None if label == recipe.name else recipe.name
+            label, run.planned, run.losses, settings, run.problems, None if label == recipe.name else recipe.name
         )
 
     @cached_property
