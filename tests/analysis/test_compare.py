@@ -342,6 +342,18 @@ def test_runs_without_values_are_left_out_and_none_at_all_is_refused():
         compare([failed])
 
 
+def test_shared_seeds_that_differ_the_other_way_than_all_runs_are_named():
+    one, other = seeds("a", [3.0, 3.1, 3.05, 9.0], [1, 2, 3, 4]), seeds("b", [3.2, 3.31, 3.24, 1.0], [1, 2, 3, 5])
+    result = compare([one, other], rule=NEVER).ranking
+    assert result.pairs[0].value < 0
+    assert any("the other way" in message for message in result.messages)
+
+
+def test_equal_values_of_different_seeds_are_no_copy():
+    found = compare([seeds("a", [3.0, 3.0], [1, 2]), seeds("b", [3.2, 3.3], [1, 2])], rule=NEVER)
+    assert [len(recipe.runs) for recipe in found.recipes] == [2, 2]
+
+
 def test_a_copy_of_a_run_is_no_replicate():
     twins = Recipe("a", (make_run("a1", falling(3.0)), make_run("a2", falling(3.0))))
     found = compare([twins, make_run("b", falling(3.4))])
