@@ -19,7 +19,7 @@ _UNUSED, _ERRORS = 0.02, 2.0
 # Before this part of the planned steps it need not be used yet. Without a plan nobody knows.
 _EARLIEST = 0.5
 # A fall of MIR that vision gain has to follow, and the part of itself by which it has to rise then, at least _UNUSED.
-_FALL, _RISE = 0.25, 0.03
+_FALL, _RISE = 0.25, 0.05
 # Vision tokens have only become shorter where scale-free MIR shares less than this part of a fall.
 _SHARED = 0.1
 

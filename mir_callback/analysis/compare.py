@@ -334,8 +334,8 @@ def _judge(
         messages += _explain_tests(recipes, pairs, stds)
     means = [math.fsum(point.mir for point in found) / len(found) for found in points]
     messages += [
-        f"{recipes[pair.one].name} - {recipes[pair.other].name}: the runs of shared seeds differ the other way than the "
-        "means of all runs in the first table"
+        f"{recipes[pair.one].name} - {recipes[pair.other].name}: the runs of shared seeds differ the other way than "
+        "the means of all runs in the first table"
         for pair in pairs
         if pair.shared and pair.value * (means[pair.one] - means[pair.other]) < 0
     ]

@@ -23,7 +23,8 @@ PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
 
 
 CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank", "loss")
-SOUND, FAILED, LEAST_USE = "sound", "no sabotage, and failed", 0.02
+SOUND, FAILED, HARMLESS = "sound", "no sabotage, and failed", "shrunk, with the MIR of the run that is not"
+LEAST_USE, LEAST_EFFECT = 0.02, 0.1
 SEEDS_TO_SHOW = ("mir", "scale_free_mir", "vision_gain", "probe_loss", "loss")
 
 
@@ -209,6 +210,13 @@ def contradicted(run: Run) -> str | None:
     return None
 
 
+def _lowers_mir(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether shrinking has lowered a run's MIR: against the same recipe and seed without."""
+    twin = run["recipe"].removeprefix("shrunk").removeprefix(", ").removesuffix(" to a half").strip() or "base"
+    found = [other for other in runs if (other["recipe"], other["seed"]) == (twin, run["seed"])]
+    return not found or found[0]["stage1"]["captions_mir"] - run["stage1"]["captions_mir"] > LEAST_EFFECT
+
+
 def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
     rows = [["runs", "number", "called", "vision is not used", "not used more"]]
     scores: dict[str, list[float]] = {}
@@ -221,11 +229,13 @@ def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
         title = run["recipe"].split(",")[0].removesuffix(" to a half")
         if run["kind"] != "sabotage":
             title = SOUND if run["accuracy"] > floor + LEAST_USE else FAILED
+        elif title == "shrunk" and not _lowers_mir(run, runs):
+            title = HARMLESS
         groups.setdefault(title, []).append(contradicted(run))
     for title, said in ((title, said) for title, said in groups.items() if said):
         kinds = [said.count(kind) for kind in ("unused", "not more")]
         rows.append([title, str(len(said)), f"{sum(kinds) / len(said):.0%}", *map(str, kinds)])
-    sabotaged = [each for title, said in groups.items() if title not in (SOUND, FAILED) for each in said]
+    sabotaged = [each for title, said in groups.items() if title not in (SOUND, FAILED, HARMLESS) for each in said]
     called = {run["recipe"] for run in runs if run["kind"] != "sabotage" and contradicted(run)}
     missed = {run["recipe"] for run in runs if run["kind"] == "sabotage" and not contradicted(run)}
     return {
@@ -236,6 +246,8 @@ def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
         "missed_recipes": ", ".join(sorted(missed)) or "none",
         "floor": f"{floor:.2f}",
         "least_use": f"{LEAST_USE:g}",
+        "least_effect": f"{LEAST_EFFECT:g}",
+        "called_honest": f"{sum(map(bool, groups[SOUND] + groups[FAILED]))} of {len(groups[SOUND] + groups[FAILED])}",
     }
 
 
@@ -279,7 +291,7 @@ SENTENCE = (
     "[Where we measured it](docs/evidence.md), on {recipes} small recipes scored after a second stage, MIR orders "
     "{mir_length} of the pairs right that differ in length and {mir_data} of those that differ in data, but "
     "{mir_learning_rate} of learning rates and {mir_architecture} of architectures; vision gain orders "
-    "{vision_gain_honest} of all."
+    "{vision_gain_honest} of all, and the loss on such texts {probe_loss_honest}."
 )
 TEXT = (Path(__file__).parent / "evidence.template.md").read_text(encoding="utf-8")
 
