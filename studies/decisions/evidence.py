@@ -275,7 +275,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
         axis.set_xlabel(METRICS[name].title)
         axis.grid(alpha=0.2)
     axes[0].set_ylabel("accuracy after stage 2")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)
 
 
