@@ -26,7 +26,7 @@ from mir_callback.config import FLAG_GROUPS, MIRArguments
 from mir_callback.history import read_history
 from mir_callback.launch import FlagParser
 from tests import tiny_models
-from tests.samples import pairs, write_folders
+from tests.samples import pairs, write_folders, write_llava_json
 from tests.training.runs import make_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +174,9 @@ def prepared(tmp_path_factory):
     images, texts = write_folders(place / "DIR", 100)
     shutil.copytree(images, place / "textvqa/val")
     shutil.copytree(texts, place / "cnn/stories")
+    records, pictures = write_llava_json(place / "llava", 100)
+    shutil.copy(records, place / "held_out.json")
+    shutil.copytree(pictures, place / "images")
     for part in tiny_models.llava():
         part.save_pretrained(place / "llava-hf/llava-1.5-7b-hf")
     return place

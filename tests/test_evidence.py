@@ -16,7 +16,7 @@ RUNS = json.loads(evidence.RAW.read_text(encoding="utf-8"))
 def make_table(accuracy, **values):
     count = len(accuracy)
     names = [f"recipe {index}" for index in range(count)]
-    return Table(names, ["data"] * count, ["short"] * count, np.array(accuracy, dtype=float), values)
+    return Table(names, ["data"] * count, np.array(accuracy, dtype=float), values)
 
 
 def everyone(table, one, other):

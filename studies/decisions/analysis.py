@@ -70,7 +70,6 @@ class Table:
 
     recipes: list[str]
     kinds: list[str]
-    captions: list[str]  # recipes with the same have losses that compare
     accuracy: Array
     values: dict[str, Array]  # by metric, negated where higher is better
 
@@ -89,8 +88,7 @@ def tabulate(runs: Sequence[Run]) -> Table:
         name: np.array([[(1 if metric.lower else -1) * metric.value(run["stage1"]) for run in row] for row in rows])
         for name, metric in METRICS.items()
     }
-    first = [row[0] for row in rows]
-    return Table(list(complete), [r["kind"] for r in first], [r["captions"] for r in first], accuracy, values)
+    return Table(list(complete), [row[0]["kind"] for row in rows], accuracy, values)
 
 
 def seed_std(values: Array) -> float:
@@ -177,7 +175,7 @@ class Choice:
 def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
     """Choose the best metric, or sum of two, on a random half of the recipes, and test it on the other half."""
     rng, count = np.random.default_rng(0), len(table.recipes)
-    pairs = decided_pairs(table, lambda table, one, other: True)
+    pairs = decided_pairs(table, lambda table, one, other: "sabotage" not in (table.kinds[one], table.kinds[other]))
     better, worse = np.array(pairs).T
     ranks = {name: rankdata(table.values[name].mean(axis=1)) for name in names}
     single = {(name,): _right(ranks[name][:, None], pairs)[:, 0] for name in names}
@@ -211,7 +209,8 @@ class Stops:
     interval: tuple[float, float]  # of it, 95 %, over recipes
     worst: float  # the most that a recipe lost, mean over its seeds
     worst_recipe: str
-    saved: float  # mean share of the steps saved in these
+    saved: float  # mean share of the steps saved, over all runs
+    median_saved: float  # the median of those that stopped
     most_saved: float
 
 
@@ -235,6 +234,7 @@ def stops_of(runs: Sequence[Run]) -> Stops:
         interval=(float(low), float(high)),
         worst=float(np.mean(lost[worst])),
         worst_recipe=worst,
-        saved=float(np.mean(saved)),
+        saved=float(np.sum(saved)) / len(honest),
+        median_saved=float(np.median(saved)),
         most_saved=max(saved),
     )

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +18,44 @@ from mir_callback.record import EvalRecord
 from mir_callback.second_opinion import find_contradiction
 from studies.decisions import analysis
 from studies.decisions.analysis import METRICS, Pairs, Run, Table
+from studies.decisions.recipes import BY_NAME, SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "benchmarks" / "results" / "decisions.json"
 PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
 
 
-CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank", "loss")
-SOUND, FAILED, HARMLESS = "sound", "no sabotage, and failed", "shrunk, with the MIR of the run that is not"
+CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank")
+SOUND, FAILED, HARMLESS = "sound", "failed without sabotage", "shrunk, but MIR is as without"
 LEAST_USE, LEAST_EFFECT = 0.02, 0.1
 SEEDS_TO_SHOW = ("mir", "scale_free_mir", "vision_gain", "probe_loss", "loss")
 
 
-def _among(*kinds: str) -> Callable[[Table, int, int], bool]:
-    return lambda table, one, other: {table.kinds[one], table.kinds[other]} <= {*kinds, "base"}
+def _is_honest(table: Table, one: int, other: int) -> bool:
+    return "sabotage" not in (table.kinds[one], table.kinds[other])
+
+
+def _has_same(table: Table, one: int, other: int, *parts: str) -> bool:
+    recipes = [BY_NAME[table.recipes[index]] for index in (one, other)]
+    return all(getattr(recipes[0], part) == getattr(recipes[1], part) for part in parts)
+
+
+def _differs_in_rate(table: Table, one: int, other: int) -> bool:
+    same_model = _has_same(table, one, other, *MODEL)
+    return _is_honest(table, one, other) and same_model and not _has_same(table, one, other, "rate")
 
 
 # Columns of the table of decisions. Sabotaged recipes are in the first only.
+MODEL = ("tower", "layer", "pooled", "projector", "gain")
 PAIRS: dict[str, Callable[[Table, int, int], bool]] = {
     "all": lambda table, one, other: True,
-    "honest": lambda table, one, other: "sabotage" not in (table.kinds[one], table.kinds[other]),
-    "same captions": lambda table, one, other: (
-        PAIRS["honest"](table, one, other) and table.captions[one] == table.captions[other]
-    ),
-    "learning rate": _among("learning rate"),
-    "length": _among("length"),
-    "data": _among("data"),
-    "architecture": _among("architecture"),
-    "plain tower": lambda table, one, other: {table.kinds[one], table.kinds[other]} == {"plain tower"},
+    "honest": _is_honest,
+    "same captions": lambda *pair: _is_honest(*pair) and _has_same(*pair, "captions"),
+    "data or steps": lambda *pair: _is_honest(*pair) and _has_same(*pair, *MODEL, "rate"),
+    "learning rate": _differs_in_rate,
+    "architecture": lambda *pair: _is_honest(*pair) and not _has_same(*pair, *MODEL),
 }
+GAPS = (0.0, 0.1, 0.25, 0.5, 1.0, math.inf)  # in MIR
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -53,6 +64,7 @@ def page(runs: Sequence[Run]) -> str:
     pairs = {name: analysis.decided_pairs(table, chosen) for name, chosen in PAIRS.items()}
     figures = {
         "recipes": len(table.recipes),
+        "honest_recipes": sum(kind != "sabotage" for kind in table.kinds),
         "seeds": table.accuracy.shape[1],
         "runs": len(runs),
         "lowest": f"{table.accuracy.mean(axis=1).min():.2f}",
@@ -60,6 +72,8 @@ def page(runs: Sequence[Run]) -> str:
         "accuracy_std": f"{analysis.seed_std(table.accuracy):.3f}",
         "decisions": _decisions(table, pairs),
         "wrong": _wrong(table, pairs["honest"]),
+        "gaps": _gaps(table, pairs["honest"]),
+        **_disagreements(table, pairs["honest"]),
         "chosen": _chosen(table),
         "seed_table": _seeds(table),
         **_right(table, pairs),
@@ -74,7 +88,7 @@ def readme_sentence(runs: Sequence[Run]) -> str:
     """The result as the README has it."""
     table = analysis.tabulate(runs)
     pairs = {name: analysis.decided_pairs(table, chosen) for name, chosen in PAIRS.items()}
-    return SENTENCE.format(recipes=len(table.recipes), **_right(table, pairs))
+    return SENTENCE.format(**_right(table, pairs), **_counted(table, pairs))
 
 
 def _counted(table: Table, pairs: dict[str, Pairs]) -> dict[str, str]:
@@ -133,6 +147,44 @@ def _wrong(table: Table, pairs: Pairs, count: int = 8) -> str:
     return markdown(rows)
 
 
+def _gaps(table: Table, pairs: Pairs) -> str:
+    """How often MIR is right, by how far the two values lie apart."""
+    mir = table.values["mir"].mean(axis=1)
+    rows = [["difference in MIR", "pairs", "MIR is right"]]
+    for low, high in pairwise(GAPS):
+        found = [pair for pair in pairs if low <= abs(mir[pair[0]] - mir[pair[1]]) < high]
+        title = f"above {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        rows.append([title, str(len(found)), _percent(table, "mir", found)])
+    return markdown(rows)
+
+
+def _disagreements(table: Table, pairs: Pairs) -> dict[str, str]:
+    """How often MIR and vision gain order a pair differently, and which one is right."""
+    mir, gain, norms = (table.values[name].mean(axis=1) for name in ("mir", "vision_gain", "norm_ratio"))
+    differ = [pair for pair in pairs if (mir[pair[0]] < mir[pair[1]]) != (gain[pair[0]] < gain[pair[1]])]
+    alike = [pair for pair in pairs if pair not in differ]
+    same_as_norms = sum((mir[one] < mir[other]) == (norms[one] < norms[other]) for one, other in pairs)
+    return {
+        "disagree": str(len(differ)),
+        "disagree_gain": _percent(table, "vision_gain", differ),
+        "agree_gain": _percent(table, "vision_gain", alike),
+        "as_norms": f"{same_as_norms} of {len(pairs)}",
+        "gain_wrong": ", ".join(_often_wrong(table, pairs, gain)),
+    }
+
+
+def _often_wrong(table: Table, pairs: Pairs, values: analysis.Array) -> list[str]:
+    """The recipes that are in most of the pairs that a metric orders wrongly, until all of these are covered."""
+    wrong, found = [pair for pair in pairs if values[pair[0]] > values[pair[1]]], []
+    while wrong:
+        indices = [index for pair in wrong for index in pair]
+        worst = max(sorted(set(indices)), key=indices.count)
+        count = indices.count(worst)
+        found.append(f"*{table.recipes[worst]}* ({count})")
+        wrong = [pair for pair in wrong if worst not in pair]
+    return found
+
+
 def _chosen(table: Table) -> str:
     """What is chosen on one half of the recipes decides on the other, with and without what needs matching texts."""
     rows = [["may choose among", "best one", "most often", "best sum of two", "most often", "MIR itself"]]
@@ -186,12 +238,13 @@ def _stops(runs: Sequence[Run]) -> dict[str, str]:
     return {
         "stop_runs": str(found.runs),
         "stopped": str(found.stopped),
-        "stop_cost": f"{found.cost:+.4f}",
-        "stop_low": f"{found.interval[0]:+.4f}",
-        "stop_high": f"{found.interval[1]:+.4f}",
-        "stop_worst": f"{found.worst:+.3f}",
+        "stop_cost": f"{100 * found.cost:.2f}",
+        "stop_low": f"{100 * found.interval[0] + 0.0:.2f}".replace("-0.00", "0.00"),
+        "stop_high": f"{100 * found.interval[1]:.2f}",
+        "stop_worst": f"{100 * found.worst:.1f}",
         "stop_worst_recipe": found.worst_recipe,
         "stop_saved": f"{found.saved:.0%}",
+        "stop_median": f"{found.median_saved:.0%}",
         "stop_most": f"{found.most_saved:.0%}",
     }
 
@@ -218,37 +271,43 @@ def _lowers_mir(run: Run, runs: Sequence[Run]) -> bool:
 
 
 def _contradictions(runs: Sequence[Run]) -> dict[str, str]:
-    rows = [["runs", "number", "called", "vision is not used", "not used more"]]
     scores: dict[str, list[float]] = {}
     for run in runs:
         if run["accuracy"] is not None:
             scores.setdefault(run["recipe"], []).append(run["accuracy"])
     floor = min(float(np.mean(each)) for each in scores.values())
-    groups: dict[str, list[str | None]] = {SOUND: [], FAILED: []}
+    groups: dict[str, list[tuple[Run, str | None]]] = {SOUND: [], FAILED: []}
     for run in runs:
         title = run["recipe"].split(",")[0].removesuffix(" to a half")
         if run["kind"] != "sabotage":
             title = SOUND if run["accuracy"] > floor + LEAST_USE else FAILED
         elif title == "shrunk" and not _lowers_mir(run, runs):
             title = HARMLESS
-        groups.setdefault(title, []).append(contradicted(run))
-    for title, said in ((title, said) for title, said in groups.items() if said):
-        kinds = [said.count(kind) for kind in ("unused", "not more")]
-        rows.append([title, str(len(said)), f"{sum(kinds) / len(said):.0%}", *map(str, kinds)])
-    sabotaged = [each for title, said in groups.items() if title not in (SOUND, FAILED, HARMLESS) for each in said]
-    called = {run["recipe"] for run in runs if run["kind"] != "sabotage" and contradicted(run)}
-    missed = {run["recipe"] for run in runs if run["kind"] == "sabotage" and not contradicted(run)}
+        groups.setdefault(title, []).append((run, contradicted(run)))
+    rows = [["runs", "called", "of the seeds after the first", "vision is not used", "not used more"]]
+    for title, found in groups.items():
+        said = [kind for _, kind in found]
+        later = [kind for run, kind in found if run["seed"] != SEEDS[0]]
+        rows.append([title, _count(said), _count(later), *(str(said.count(kind)) for kind in ("unused", "not more"))])
+    unseen = [kind for title in ("all shuffled", "blank") for _, kind in groups.get(title, [])]
+    honest = [kind for title in (SOUND, FAILED) for _, kind in groups[title]]
+    failed = {run["recipe"] for run, kind in groups[FAILED] if kind}
     return {
         "contradictions": markdown(rows),
-        "caught": f"{sum(map(bool, sabotaged))} of {len(sabotaged)}",
-        "false_alarms": f"{sum(map(bool, groups[SOUND]))} of {len(groups[SOUND])}",
-        "called_recipes": ", ".join(sorted(called)) or "none",
-        "missed_recipes": ", ".join(sorted(missed)) or "none",
+        "unseen_called": _count(unseen),
+        "shrunk_called": _count([kind for title in ("shrunk", HARMLESS) for _, kind in groups.get(title, [])]),
+        "shrunk_harmless": str(len(groups.get(HARMLESS, []))),
+        "sound_called": _count([kind for _, kind in groups[SOUND]]),
+        "honest_called": _count(honest),
+        "failed_called": "; ".join(f"*{name}*" for name in sorted(failed)) or "none",
         "floor": f"{floor:.2f}",
         "least_use": f"{LEAST_USE:g}",
         "least_effect": f"{LEAST_EFFECT:g}",
-        "called_honest": f"{sum(map(bool, groups[SOUND] + groups[FAILED]))} of {len(groups[SOUND] + groups[FAILED])}",
     }
+
+
+def _count(said: Sequence[str | None]) -> str:
+    return f"{sum(map(bool, said))} of {len(said)}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -288,10 +347,9 @@ def main() -> None:
 
 
 SENTENCE = (
-    "[Where we measured it](docs/evidence.md), on {recipes} small recipes scored after a second stage, MIR orders "
-    "{mir_length} of the pairs right that differ in length and {mir_data} of those that differ in data, but "
-    "{mir_learning_rate} of learning rates and {mir_architecture} of architectures; vision gain orders "
-    "{vision_gain_honest} of all, and the loss on such texts {probe_loss_honest}."
+    "[Where we measured it](docs/evidence.md), on pairs of small recipes scored after a second stage, MIR orders "
+    "{mir_data_or_steps} right that differ in data or steps only, {mir_learning_rate} that differ in the learning rate "
+    "and {mir_architecture} in tower or projector; vision gain orders {vision_gain_honest} of all."
 )
 TEXT = (Path(__file__).parent / "evidence.template.md").read_text(encoding="utf-8")
 
