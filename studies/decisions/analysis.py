@@ -212,6 +212,8 @@ class Stops:
     saved: float  # mean share of the steps saved, over all runs
     median_saved: float  # the median of those that stopped
     most_saved: float
+    fixed_cost: float  # the same from three quarters of the steps, where that was tried
+    fixed_interval: tuple[float, float]
 
 
 def stops_of(runs: Sequence[Run]) -> Stops:
@@ -219,22 +221,39 @@ def stops_of(runs: Sequence[Run]) -> Stops:
     scored = [run for run in runs if run["accuracy"] is not None and run["seed"] in STOP_SEEDS]
     honest = [run for run in scored if run["kind"] != "sabotage"]
     stopped = [run for run in honest if run["stopped_accuracy"] is not None]
-    lost: dict[str, list[float]] = {}
-    for run in stopped:
-        lost.setdefault(run["recipe"], []).append(run["accuracy"] - run["stopped_accuracy"])
-    sums, counts = (np.array([kind(each) for each in lost.values()], dtype=float) for kind in (sum, len))
-    draws = np.random.default_rng(0).multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=BOOTSTRAPS)
-    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
+    lost = _losses(stopped, "stopped_accuracy")
+    cost, interval = _mean_loss(lost)
+    fixed_cost, fixed_interval = _mean_loss(
+        _losses([run for run in honest if run["fixed_accuracy"] is not None], "fixed_accuracy")
+    )
     saved = [1 - run["stopped_at"] / run["steps"] for run in stopped]
     worst = max(lost, key=lambda name: float(np.mean(lost[name])))
     return Stops(
         runs=len(honest),
         stopped=len(stopped),
-        cost=float(sums.sum() / counts.sum()),
-        interval=(float(low), float(high)),
+        cost=cost,
+        interval=interval,
         worst=float(np.mean(lost[worst])),
         worst_recipe=worst,
         saved=float(np.sum(saved)) / len(honest),
         median_saved=float(np.median(saved)),
         most_saved=max(saved),
+        fixed_cost=fixed_cost,
+        fixed_interval=fixed_interval,
     )
+
+
+def _losses(runs: Sequence[Run], earlier: str) -> dict[str, list[float]]:
+    """By recipe, the accuracy that each run loses by going into stage 2 earlier."""
+    lost: dict[str, list[float]] = {}
+    for run in runs:
+        lost.setdefault(run["recipe"], []).append(run["accuracy"] - run[earlier])
+    return lost
+
+
+def _mean_loss(lost: dict[str, list[float]]) -> tuple[float, tuple[float, float]]:
+    """Mean over runs, and its bootstrap interval of 95 % over recipes."""
+    sums, counts = (np.array([kind(each) for each in lost.values()], dtype=float) for kind in (sum, len))
+    draws = np.random.default_rng(0).multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=BOOTSTRAPS)
+    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), (float(low), float(high))

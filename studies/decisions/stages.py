@@ -24,6 +24,11 @@ def points(recipe: Recipe) -> list[int]:
     return sorted({round(recipe.steps * number / POINTS) for number in range(POINTS + 1)})
 
 
+def fixed_stop(recipe: Recipe) -> int:
+    """The point at three quarters of a run, which a stop rule has to be better than."""
+    return points(recipe)[3 * POINTS // 4]
+
+
 def images_of(recipe: Recipe) -> int:
     """Image tokens of a scene."""
     return SETTINGS.grid**2 // (4 if recipe.pooled else 1)

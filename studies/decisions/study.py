@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from . import stages
 from .evidence import RAW
 from .measure import FIELDS, Measure
-from .recipes import BY_NAME, RECIPES, SEEDS
+from .recipes import BY_NAME, FIXED_SEED, RECIPES, SEEDS
 from .world import World
 
 _WORLD: World
@@ -73,6 +73,8 @@ def run(name: str, seed: int, folder: Path) -> None:
     measured = _keep(own / "measure.json", key, lambda: _MEASURE(recipe, seed, weights))
     if recipe.scored and measured["stopped_at"] not in (None, recipe.steps):
         _keep(own / "tune_stopped.json", key, lambda: tune(measured["stopped_at"]))
+    if recipe.scored and recipe.kind != "sabotage" and seed == FIXED_SEED:
+        _keep(own / "tune_fixed.json", key, lambda: tune(stages.fixed_stop(recipe)))
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
@@ -106,6 +108,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
                     "accuracy": results.get("tune", {}).get("accuracy"),
                     "stopped_at": measured["stopped_at"],
                     "stopped_accuracy": results.get("tune_stopped", {}).get("accuracy"),
+                    "fixed_accuracy": results.get("tune_fixed", {}).get("accuracy"),
                     "curve": curve,
                 }
             )
