@@ -3,7 +3,8 @@
 
     .venv/bin/python -m studies.decisions.study [--processes 2] [--folder runs/decisions]
 
-It goes on where it was interrupted; a run that fails is reported at the end, and the others go on.
+It goes on where it was interrupted; a run that fails is reported at the end, and the others go on. Results are kept by
+recipe and seed: delete the folder after a change of the code.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a core each")
     options = parser.parse_args()
-    World(options.folder / "cache")  # made once, before the workers start
+    world = World(options.folder / "cache")  # made once, before the workers start
+    for kind in {recipe.tower for recipe in RECIPES}:
+        world.tower(kind)
     spawn = multiprocessing.get_context("spawn")
     failed = []
     with ProcessPoolExecutor(options.processes, spawn, _set_up, (options.folder,)) as pool:
