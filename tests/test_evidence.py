@@ -16,7 +16,7 @@ RUNS = json.loads(evidence.RAW.read_text(encoding="utf-8"))
 def make_table(accuracy, **values):
     count = len(accuracy)
     names = [f"recipe {index}" for index in range(count)]
-    return Table(names, ["data"] * count, np.array(accuracy, dtype=float), values)
+    return Table(names, ["data"] * count, [], np.array(accuracy, dtype=float), values)
 
 
 def everyone(table, one, other):
@@ -48,7 +48,11 @@ def test_a_study_that_is_half_done_gives_a_page_of_what_is_there():
     some = {run["recipe"] for run in RUNS[::2]}
     half = [run for run in RUNS if run["recipe"] in some and not (run["recipe"] == "base" and run["seed"] == 1)]
     assert "base" not in analysis.tabulate(half).recipes
-    assert "| MIR |" in evidence.page(half)
+    page = evidence.page(half)
+    assert "| MIR |" in page
+    assert "a seed is missing: base." in page
+    with pytest.raises(ValueError, match="no recipe has two seeds"):
+        evidence.page([run for run in half if run["seed"] == 0])
 
 
 @pytest.mark.parametrize(("order", "share"), [(1, 1.0), (-1, 0.0), (0, 0.5)])

@@ -70,25 +70,31 @@ class Table:
 
     recipes: list[str]
     kinds: list[str]
+    incomplete: list[str]  # recipes left out, as a seed is missing
     accuracy: Array
     values: dict[str, Array]  # by metric, negated where higher is better
 
 
 def tabulate(runs: Sequence[Run]) -> Table:
-    """The scored recipes that have every seed."""
+    """The scored recipes that have every seed; ValueError if there are none, or only one seed."""
     scored = [run for run in runs if run["accuracy"] is not None]
     seeds = sorted({run["seed"] for run in scored})
     by_name: dict[str, dict[int, Run]] = {}
     for run in scored:
         by_name.setdefault(run["recipe"], {})[run["seed"]] = run
     complete = {name: found for name, found in by_name.items() if sorted(found) == seeds}
+    if len(seeds) < 2 or not complete:
+        raise ValueError(
+            f"No figures from {len(scored)} scored runs: no recipe has two seeds or more. Finish the study: make study"
+        )
     rows = [[found[seed] for seed in seeds] for found in complete.values()]
     accuracy = np.array([[run["accuracy"] for run in row] for row in rows])
     values = {
         name: np.array([[(1 if metric.lower else -1) * metric.value(run["stage1"]) for run in row] for row in rows])
         for name, metric in METRICS.items()
     }
-    return Table(list(complete), [row[0]["kind"] for row in rows], accuracy, values)
+    incomplete = [name for name in by_name if name not in complete]
+    return Table(list(complete), [row[0]["kind"] for row in rows], incomplete, accuracy, values)
 
 
 def seed_std(values: Array) -> float:
@@ -172,10 +178,15 @@ class Choice:
     pairs: dict[tuple[str, ...], float]  # and each sum
 
 
+def is_honest(table: Table, one: int, other: int) -> bool:
+    """Whether neither of two recipes is sabotaged."""
+    return "sabotage" not in (table.kinds[one], table.kinds[other])
+
+
 def choose_on_halves(table: Table, names: Sequence[str]) -> Choice:
     """Choose the best metric, or sum of two, on a random half of the recipes, and test it on the other half."""
     rng, count = np.random.default_rng(0), len(table.recipes)
-    pairs = decided_pairs(table, lambda table, one, other: "sabotage" not in (table.kinds[one], table.kinds[other]))
+    pairs = decided_pairs(table, is_honest)
     better, worse = np.array(pairs).T
     ranks = {name: rankdata(table.values[name].mean(axis=1)) for name in names}
     single = {(name,): _right(ranks[name][:, None], pairs)[:, 0] for name in names}

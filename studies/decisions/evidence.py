@@ -17,22 +17,17 @@ import numpy as np
 from mir_callback.record import EvalRecord
 from mir_callback.second_opinion import find_contradiction
 from studies.decisions import analysis
-from studies.decisions.analysis import METRICS, Pairs, Run, Table
+from studies.decisions.analysis import METRICS, Pairs, Run, Table, is_honest
 from studies.decisions.recipes import BY_NAME, SEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ROOT / "benchmarks" / "results" / "decisions.json"
 PAGE, PICTURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence.png"
 
-
+# What is chosen among where no texts belong to the images.
 CHOICE = ("mir", "scale_free_mir", "last_layer", "mean_part", "norm_ratio", "cosine", "vision_rank")
 SOUND, FAILED, HARMLESS = "sound", "failed without sabotage", "shrunk, but MIR is as without"
 LEAST_USE, LEAST_EFFECT = 0.02, 0.1
-SEEDS_TO_SHOW = ("mir", "scale_free_mir", "vision_gain", "probe_loss", "loss")
-
-
-def _is_honest(table: Table, one: int, other: int) -> bool:
-    return "sabotage" not in (table.kinds[one], table.kinds[other])
 
 
 def _has_same(table: Table, one: int, other: int, *parts: str) -> bool:
@@ -40,20 +35,15 @@ def _has_same(table: Table, one: int, other: int, *parts: str) -> bool:
     return all(getattr(recipes[0], part) == getattr(recipes[1], part) for part in parts)
 
 
-def _differs_in_rate(table: Table, one: int, other: int) -> bool:
-    same_model = _has_same(table, one, other, *MODEL)
-    return _is_honest(table, one, other) and same_model and not _has_same(table, one, other, "rate")
-
-
 # Columns of the table of decisions. Sabotaged recipes are in the first only.
 MODEL = ("tower", "layer", "pooled", "projector", "gain")
 PAIRS: dict[str, Callable[[Table, int, int], bool]] = {
     "all": lambda table, one, other: True,
-    "honest": _is_honest,
-    "same captions": lambda *pair: _is_honest(*pair) and _has_same(*pair, "captions"),
-    "data or steps": lambda *pair: _is_honest(*pair) and _has_same(*pair, *MODEL, "rate"),
-    "learning rate": _differs_in_rate,
-    "architecture": lambda *pair: _is_honest(*pair) and not _has_same(*pair, *MODEL),
+    "honest": is_honest,
+    "same captions": lambda *pair: is_honest(*pair) and _has_same(*pair, "captions"),
+    "data or steps": lambda *pair: is_honest(*pair) and _has_same(*pair, *MODEL, "rate"),
+    "learning rate": lambda *pair: is_honest(*pair) and _has_same(*pair, *MODEL) and not _has_same(*pair, "rate"),
+    "architecture": lambda *pair: is_honest(*pair) and not _has_same(*pair, *MODEL),
 }
 GAPS = (0.0, 0.1, 0.25, 0.5, 1.0, math.inf)  # in MIR
 
@@ -64,7 +54,7 @@ def page(runs: Sequence[Run]) -> str:
     pairs = {name: analysis.decided_pairs(table, chosen) for name, chosen in PAIRS.items()}
     figures = {
         "recipes": len(table.recipes),
-        "honest_recipes": sum(kind != "sabotage" for kind in table.kinds),
+        "left_out": f"\n\nLeft out, as a seed is missing: {', '.join(table.incomplete)}." if table.incomplete else "",
         "seeds": table.accuracy.shape[1],
         "runs": len(runs),
         "lowest": f"{table.accuracy.mean(axis=1).min():.2f}",
@@ -79,7 +69,7 @@ def page(runs: Sequence[Run]) -> str:
         **_right(table, pairs),
         **_stops(runs),
         **_contradictions(runs),
-        **_counted(table, pairs),
+        **_counted(pairs),
     }
     return TEXT.format(**figures)
 
@@ -88,10 +78,10 @@ def readme_sentence(runs: Sequence[Run]) -> str:
     """The result as the README has it."""
     table = analysis.tabulate(runs)
     pairs = {name: analysis.decided_pairs(table, chosen) for name, chosen in PAIRS.items()}
-    return SENTENCE.format(**_right(table, pairs), **_counted(table, pairs))
+    return SENTENCE.format(**_right(table, pairs), **_counted(pairs))
 
 
-def _counted(table: Table, pairs: dict[str, Pairs]) -> dict[str, str]:
+def _counted(pairs: dict[str, Pairs]) -> dict[str, str]:
     return {f"pairs_{name.replace(' ', '_')}": str(len(found)) for name, found in pairs.items()}
 
 
@@ -129,10 +119,8 @@ def _wrong(table: Table, pairs: Pairs, count: int = 8) -> str:
         part.mean(axis=1) for part in (table.values["mir"], table.accuracy, -table.values["vision_gain"])
     )
     wrong = sorted((pair for pair in pairs if mir[pair[0]] > mir[pair[1]]), key=lambda p: mir[p[1]] - mir[p[0]])
-    rows, seen = (
-        [["better recipe", "MIR", "accuracy", "vision gain", "worse recipe", "MIR", "accuracy", "vision gain"]],
-        [],
-    )
+    head = ["recipe", "MIR", "accuracy", "vision gain"]
+    rows, seen = [[f"better {head[0]}", *head[1:], f"worse {head[0]}", *head[1:]]], list[int]()
     for better, worse in wrong:
         if max(seen.count(better), seen.count(worse)) > 1 or len(rows) > count:
             continue
@@ -162,12 +150,10 @@ def _disagreements(table: Table, pairs: Pairs) -> dict[str, str]:
     """How often MIR and vision gain order a pair differently, and which one is right."""
     mir, gain, norms = (table.values[name].mean(axis=1) for name in ("mir", "vision_gain", "norm_ratio"))
     differ = [pair for pair in pairs if (mir[pair[0]] < mir[pair[1]]) != (gain[pair[0]] < gain[pair[1]])]
-    alike = [pair for pair in pairs if pair not in differ]
     same_as_norms = sum((mir[one] < mir[other]) == (norms[one] < norms[other]) for one, other in pairs)
     return {
         "disagree": str(len(differ)),
         "disagree_gain": _percent(table, "vision_gain", differ),
-        "agree_gain": _percent(table, "vision_gain", alike),
         "as_norms": f"{same_as_norms} of {len(pairs)}",
         "gain_wrong": ", ".join(_often_wrong(table, pairs, gain)),
     }
@@ -208,17 +194,9 @@ def _chosen(table: Table) -> str:
 
 
 def _seeds(table: Table) -> str:
-    rows = [
-        [
-            "",
-            "SD between seeds",
-            "SD between recipes",
-            "ratio",
-            "correlation of runs with the same seed",
-            "SD of a paired difference",
-        ]
-    ]
-    for name, values in {**{n: table.values[n] for n in SEEDS_TO_SHOW}, "accuracy": table.accuracy}.items():
+    head = "SD between seeds", "SD between recipes", "ratio", "correlation of runs with the same seed"
+    rows = [["", *head, "SD of a paired difference"]]
+    for name, values in {"accuracy": table.accuracy, **table.values}.items():
         found = analysis.seeds_of(values)
         rows.append(
             [
@@ -238,18 +216,22 @@ def _stops(runs: Sequence[Run]) -> dict[str, str]:
     return {
         "stop_runs": str(found.runs),
         "stopped": str(found.stopped),
-        "stop_cost": f"{100 * found.cost:.2f}",
-        "stop_low": f"{100 * found.interval[0] + 0.0:.2f}".replace("-0.00", "0.00"),
-        "stop_high": f"{100 * found.interval[1]:.2f}",
+        "stop_cost": _points(found.cost),
+        "stop_low": _points(found.interval[0]),
+        "stop_high": _points(found.interval[1]),
         "stop_worst": f"{100 * found.worst:.1f}",
         "stop_worst_recipe": found.worst_recipe,
-        "fixed_cost": f"{100 * found.fixed_cost:.2f}",
-        "fixed_low": f"{100 * found.fixed_interval[0] + 0.0:.2f}".replace("-0.00", "0.00"),
-        "fixed_high": f"{100 * found.fixed_interval[1]:.2f}",
+        "fixed_cost": _points(found.fixed_cost),
+        "fixed_low": _points(found.fixed_interval[0]),
+        "fixed_high": _points(found.fixed_interval[1]),
         "stop_saved": f"{found.saved:.0%}",
         "stop_median": f"{found.median_saved:.0%}",
         "stop_most": f"{found.most_saved:.0%}",
     }
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 2) + 0.0:.2f}"  # no minus before a zero
 
 
 def contradicted(run: Run) -> str | None:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from . import stages
 from .evidence import RAW
 from .measure import FIELDS, Measure
-from .recipes import BY_NAME, FIXED_SEED, RECIPES, SEEDS
+from .recipes import BY_NAME, FIXED_SEED, RECIPES, SEEDS, Recipe
 from .world import World
 
 _WORLD: World
@@ -60,8 +60,7 @@ def _keep(file: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -
 def run(name: str, seed: int, folder: Path) -> None:
     """One run, as far as it is not done."""
     recipe, own = BY_NAME[name], run_folder(folder, name, seed)
-    key, weights = {**asdict(recipe), "seed": seed}, own / "weights"
-    del key["kind"], key["scored"]  # which change nothing in a run
+    key, weights = key_of(recipe, seed), own / "weights"
     _keep(own / "train.json", key, lambda: {"losses": stages.train(_WORLD, recipe, seed, weights)})
 
     def tune(step: int) -> dict[str, Any]:
@@ -78,6 +77,13 @@ def run(name: str, seed: int, folder: Path) -> None:
         _keep(own / "tune_fixed.json", key, lambda: tune(stages.fixed_stop(recipe)))
 
 
+def key_of(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What the results of a run depend on."""
+    key = {**asdict(recipe), "seed": seed}
+    del key["kind"], key["scored"]  # which change nothing in a run
+    return key
+
+
 def run_folder(folder: Path, name: str, seed: int) -> Path:
     """Where a run keeps its weights and results."""
     return folder / f"{name.replace(' ', '_')}-{seed}"
@@ -88,9 +94,9 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     found = []
     for recipe in RECIPES:
         for seed in SEEDS:
-            results = {
-                file.stem: json.loads(file.read_text()) for file in run_folder(folder, recipe.name, seed).glob("*.json")
-            }
+            files = run_folder(folder, recipe.name, seed).glob("*.json")
+            read = {file.stem: json.loads(file.read_text()) for file in files}
+            results = {name: each for name, each in read.items() if each["key"] == key_of(recipe, seed)}
             if not {"train", "measure"} <= results.keys() or (recipe.scored and "tune" not in results):
                 continue
             losses, measured = results["train"]["losses"], results["measure"]
