@@ -97,6 +97,8 @@ class Point:
     influences: np.ndarray | None  # of the probe's samples, (num_samples,) float64
     measured: bool  # False if interpolated
     step: float  # the optimizer step there, also interpolated
+    scale_free_mir: float | None = None  # interpolated likewise; None if an evaluation beside it lacks it
+    vision_gain: float | None = None
 
 
 def build_curves(axis: Axis, runs: Sequence[Run]) -> list[Curve | None]:
@@ -129,19 +131,26 @@ def interpolate(curve: Curve, x: float) -> Point:
         return after
     before = _point_at(curve.records[right - 1])
     share = (x - curve.x[right - 1]) / (curve.x[right] - curve.x[right - 1])
-    se = None if before.se is None or after.se is None else (1 - share) * before.se + share * after.se
     influences = None
     if before.influences is not None and after.influences is not None:
         if before.influences.shape == after.influences.shape:
             influences = (1 - share) * before.influences + share * after.influences
     mir, step = (1 - share) * before.mir + share * after.mir, (1 - share) * before.step + share * after.step
-    return Point(mir, se, influences, False, step)
+    se = _mix(before.se, after.se, share)
+    scale_free_mir = _mix(before.scale_free_mir, after.scale_free_mir, share)
+    gain = _mix(before.vision_gain, after.vision_gain, share)
+    return Point(mir, se, influences, False, step, scale_free_mir, gain)
+
+
+def _mix(before: float | None, after: float | None, share: float) -> float | None:
+    return None if before is None or after is None else (1 - share) * before + share * after
 
 
 def _point_at(record: EvalRecord) -> Point:
     assert record.mir is not None
     influences = None if record.influences is None else np.asarray(record.influences, dtype=float)
-    return Point(float(record.mir), record.mir_se, influences, True, record.step)
+    opinions = record.scale_free_mir, record.vision_gain
+    return Point(float(record.mir), record.mir_se, influences, True, record.step, *opinions)
 
 
 def _between(points: Series, run: Run) -> list[float | None]:

@@ -80,7 +80,7 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
         for other in found.axes
         if other is not result and other.x is not None and len(other.members) > 1 and other.doubt is None
     ]
-    titles, opinions = _second_opinions(found, result)
+    titles, opinions = _second_opinions(result)
     rows = []
     for member in _in_order(result):
         index = result.members[member]
@@ -96,29 +96,16 @@ def _make_ranking(found: Comparison, result: AxisResult, mark: str) -> TextTable
     return TextTable(title, columns, tuple(rows))
 
 
-def _second_opinions(found: Comparison, result: AxisResult) -> tuple[list[str], list[list[str]]]:
-    """Titles and, for each member, means over its runs of the companions that any run has there."""
+def _second_opinions(result: AxisResult) -> tuple[list[str], list[list[str]]]:
+    """Titles and, for each member, means over its runs of the companions that any member has there."""
     titles, columns = [], []
-    for title, field in (("scale-free MIR", "scale_free_mir"), ("vision gain", "vision_gain")):
-        column = []
-        for index, points in zip(result.members, result.points, strict=True):
-            runs = zip(found.recipes[index].runs, points, strict=True)
-            values = [value for run, point in runs if (value := _value_at(run, field, point.step)) is not None]
-            column.append(f"{math.fsum(values) / len(values):.4f}" if len(values) == len(points) else "-")
+    for title, name in (("scale-free MIR", "scale_free_mir"), ("vision gain", "vision_gain")):
+        values = [[getattr(point, name) for point in points] for points in result.points]
+        column = ["-" if None in each else f"{math.fsum(each) / len(each):.4f}" for each in values]
         if any(cell != "-" for cell in column):
             titles.append(title)
             columns.append(column)
     return titles, [list(cells) for cells in zip(*columns, strict=True)] if columns else [[] for _ in result.members]
-
-
-def _value_at(run: Run, field: str, step: float) -> float | None:
-    """A field at a step of the run, interpolated between two evaluations as MIR is; None if one of them lacks it."""
-    before = next((record for record in reversed(run.measured) if record.step <= step), run.measured[0])
-    after = next((record for record in run.measured if record.step >= step), run.measured[-1])
-    if before[field] is None or after[field] is None:
-        return None
-    share = (step - before.step) / (after.step - before.step) if after.step > before.step else 0.0
-    return float((1 - share) * before[field] + share * after[field])
 
 
 def _make_differences(found: Comparison, result: AxisResult, mark: str) -> TextTable:
