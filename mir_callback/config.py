@@ -243,7 +243,7 @@ class _Arguments:
         return ProbeSource(**{each.name: getattr(self, f"mir_{each.name}") for each in fields(ProbeSource)})
 
     def options(self) -> dict[str, Any]:
-        """The flags as keyword arguments of `attach_mir`, without those of the probe.
+        """The flags as keyword arguments of `attach_mir`, without those of the probe: the processor and all options.
 
         Raises:
             ConfigError: a flag has an invalid value.
@@ -254,7 +254,8 @@ class _Arguments:
             found[each.name] = None if "none" in flag and value == flag["none"] else value
         found["stop"] = self._stop()
         config = MIRConfig(**found)
-        return {each.name: getattr(config, each.name) for each in fields(MIRConfig)}
+        options = {each.name: getattr(config, each.name) for each in fields(MIRConfig)}
+        return {"processor": getattr(self, "mir_processor"), **options}  # noqa: B009  # the field is made below
 
     def _stop(self) -> PlateauRule | None:
         asked = getattr(self, "mir_stop")  # noqa: B009  # the field is made below
@@ -289,9 +290,19 @@ def _flag_group(title: str, *flags: tuple[str, Any, Any]) -> Any:
     return made
 
 
+_PROCESSOR_FLAG = (
+    "mir_processor",
+    str | None,
+    field(
+        default=None,
+        metadata={
+            "help": "folder or name of the model's processor (default: wherever the Trainer or the model's folder has it)"
+        },
+    ),
+)
 # The fields of MIRArguments in groups, which `--help` of the launcher shows under their titles.
 FLAG_GROUPS: list[Any] = [
-    _flag_group("the probe", *(_flag(each, "mir_") for each in fields(ProbeSource))),
+    _flag_group("the probe", *(_flag(each, "mir_") for each in fields(ProbeSource)), _PROCESSOR_FLAG),
     *(
         _flag_group(
             title,

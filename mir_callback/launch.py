@@ -14,6 +14,7 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -21,10 +22,12 @@ from transformers import HfArgumentParser
 from mir_callback.config import FLAG_GROUPS, MIRArguments
 from mir_callback.console import log
 from mir_callback.errors import ConfigError, MIRError
-from mir_callback.probe.probe import Probe
+from mir_callback.on_start.sitecustomize import start
+from mir_callback.probe.processors import load_processor
 
 PROGRAM = "python -m mir_callback.launch"
 SEPARATOR = "--"
+_PATHS = ("mir_probe", "mir_images", "mir_texts", "mir_processor")
 USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
        torchrun --nproc_per_node 8 -m mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS
        deepspeed --module mir_callback.launch FLAGS -- WHAT ITS ARGUMENTS"""
@@ -97,22 +100,25 @@ def main(words: list[str]) -> None:
 
     Exits with status 2 and one line on stderr if a flag is invalid or there is nothing to run; else as what was run.
     """
-    arguments, probe, target = read_command_line(words)
-    attached = attach_before_training(probe, arguments.options())
-    try:
-        run(target)
-    except SystemExit as ended:
-        if ended.code in (None, 0):
-            _check_trained(attached, target)
-        raise
-    except Exception as error:
-        _explain(error)
-        raise
-    _check_trained(attached, target)
+    arguments, target = read_command_line(words)
+    with TemporaryDirectory(prefix="mir-launch-") as notes:
+        start(vars(arguments), notes)
+        try:
+            run(target)
+        except Exception as error:
+            _explain(error)
+            raise
+        finally:
+            if not os.listdir(notes):
+                log.warning(
+                    "no MIR was measured: %s ended without training a transformers Trainer, in this process or in one "
+                    "that it started. A training loop of its own needs MIRMonitor, see docs/integrations.md",
+                    " ".join(target[: 2 if target[0] == "-m" else 1]),
+                )
 
 
-def read_command_line(words: list[str]) -> tuple[Any, Probe, list[str]]:
-    """The launcher's flags, the probe, and the command to run; exits on errors and after `--help`."""
+def read_command_line(words: list[str]) -> tuple[MIRArguments, list[str]]:
+    """The launcher's flags, with absolute paths, and the command to run; exits on errors and after `--help`."""
     texts = {"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "epilog": EXAMPLE}
     parser = FlagParser(FLAG_GROUPS, **texts, formatter_class=_Layout, allow_abbrev=False)
     if not words:
@@ -125,36 +131,20 @@ def read_command_line(words: list[str]) -> tuple[Any, Probe, list[str]]:
         parser.error(f"Unknown flag {' '.join(unknown)}. Put the command to run after {SEPARATOR}")
     try:
         target = find_target(words[at + 1 :])
-        arguments = MIRArguments(**vars(values))
-        # Read now, so that errors show before the script loads its model.
-        return arguments, arguments.probe_source().load(), [*target, *ranks]
+        arguments = MIRArguments(**{name: _from_anywhere(name, value) for name, value in vars(values).items()})
+        # Both are read now too, so that errors show before anything starts.
+        arguments.probe_source().load()
+        if arguments.mir_processor is not None:
+            load_processor(arguments.mir_processor)
+        return arguments, [*target, *ranks]
     except MIRError as error:
         parser.error(str(error))
 
 
-def attach_before_training(probe: Probe, options: dict[str, Any]) -> list[Any]:
-    """Make Trainer.train attach MIR first unless the Trainer has it; returns the list its callbacks are added to."""
-    from transformers import Trainer
-
-    from mir_callback.integrations.huggingface import MIRCallback, attach_mir
-
-    attached: list[Any] = []
-    trainer_class: Any = Trainer
-    original = trainer_class.train
-
-    def train(trainer: Any, *args: Any, **keywords: Any) -> Any:
-        found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MIRCallback)]
-        attached.extend(found or [attach_mir(trainer, probe, **options)])
-        return original(trainer, *args, **keywords)
-
-    trainer_class.train = train
-    return attached
-
-
-def _check_trained(attached: list[Any], target: list[str]) -> None:
-    if not attached:
-        name = " ".join(target[: 2 if target[0] == "-m" else 1])
-        log.warning("no MIR was measured: %s ended without training a transformers Trainer in this process", name)
+def _from_anywhere(flag: str, value: Any) -> Any:
+    """The value of a flag; a path made absolute, as processes that are started may have another working directory."""
+    is_path = flag in _PATHS and value is not None and os.path.exists(os.path.expanduser(value))
+    return os.path.abspath(os.path.expanduser(value)) if is_path else value
 
 
 def _explain(error: Exception) -> None:

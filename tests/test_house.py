@@ -28,7 +28,7 @@ FLOORS = [
     ["monitor"],
     ["integrations"],
     ["analysis", "checkpoints"],
-    ["cli"],
+    ["cli", "on_start"],
     ["launch", "__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,7 +11,8 @@ from transformers import Trainer
 from mir_callback import MIRArguments, Probe
 from mir_callback.history import read_history
 from mir_callback.launch import find_target, main
-from tests.distributed.launch import run_process
+from mir_callback.on_start.sitecustomize import VARIABLE
+from tests.distributed.launch import ROOT, run_process
 from tests.samples import pairs
 
 REPORT = "import sys, os; print('ran', __name__, os.path.basename(sys.argv[0]), sys.argv[1:], sys.path[0])"
@@ -49,6 +50,8 @@ def command(tmp_path, monkeypatch):
 def launch(monkeypatch, capsys):
     """Run the launcher in this process; exit code and what was printed."""
     monkeypatch.setattr(Trainer, "train", Trainer.train)
+    for name in (VARIABLE, "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -173,10 +176,68 @@ def test_a_trainer_of_the_script_is_measured_once(launch, script, probe, tmp_pat
 def test_the_exit_code_of_a_script_that_fails_is_its_own(launch, script, probe):
     script.write_text("raise SystemExit(3)")
     code, _, err = launch("--mir_probe", probe, "--", script)
-    assert (code, err) == (3, "")
+    assert code == 3
+    assert "no MIR was measured" in err
 
 
-def test_launched_as_a_module_of_its_own(script, probe):
-    done = run_process(["-m", "mir_callback.launch", "--mir_probe", probe, "--", str(script), "--lr", "1"])
-    assert done.returncode == 0
-    assert "ran __main__ train.py ['--lr', '1']" in done.stdout
+STARTS_A_TRAINING = """
+import os, subprocess, sys
+os.chdir("/")
+raise SystemExit(subprocess.call([sys.executable, *sys.argv[1:]]))
+"""
+TRAINS = """
+import os, sys, subprocess
+from transformers import TrainerCallback
+from tests.training.runs import make_trainer
+
+class StartsAnotherTraining(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        if sys.argv[2:]:
+            subprocess.run([sys.executable, __file__, sys.argv[2]], check=True)
+
+trainer = make_trainer(sys.argv[1], steps=2)
+trainer.add_callback(StartsAnotherTraining())
+trainer.train()
+print("user", sys.modules["sitecustomize"].__file__)
+"""
+
+
+@pytest.fixture
+def training(script, tmp_path):
+    """A script that starts a training in a process of its own, and its arguments for a run in a folder."""
+    script.write_text(STARTS_A_TRAINING)
+    (tmp_path / "child.py").write_text(TRAINS)
+    return [str(script), str(tmp_path / "child.py")]
+
+
+def launched(*words, **environment):
+    return run_process(["-m", "mir_callback.launch", *map(str, words)], environment=environment)
+
+
+def test_a_process_that_the_script_starts_is_measured(training, probe, tmp_path):
+    """Launched as a module, by a relative path, from a script that goes to another folder and exits by itself."""
+    flags = ["--mir_probe", os.path.relpath(probe, ROOT), "--mir_every", "1"]
+    done = launched(*flags, "--", *training, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "no MIR" not in done.stderr
+    assert [record.step for record in read_history(tmp_path / "run" / "mir_history.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_the_users_own_sitecustomize_runs_and_jobs_of_a_training_are_not_measured(training, probe, tmp_path):
+    (tmp_path / "users").mkdir()
+    own = tmp_path / "users" / "sitecustomize.py"
+    own.touch()
+    words = ["--mir_probe", probe, "--", *training, tmp_path / "run", tmp_path / "job"]
+    done = launched(*words, PYTHONPATH=f"{ROOT}:{own.parent}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "mir_history.jsonl").exists()
+    assert not (tmp_path / "job" / "mir_history.jsonl").exists()
+    assert done.stdout.count(f"user {own}") == 2
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_a_process_that_the_script_starts_is_kept(training, probe):
+    done = launched("--mir_probe", probe, "--", training[0], "-c", "raise SystemExit(7)")
+    assert done.returncode == 7
+    assert done.stderr.count("no MIR was measured") == 1

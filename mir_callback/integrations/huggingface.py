@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -55,7 +56,8 @@ class MIRCallback(TrainerCallback):
 
     Args:
         probe: the fixed samples; the same on every rank.
-        processor: the model's processor; by default the Trainer's own (`processing_class`).
+        processor: the model's processor, or a folder or name to load it from; by default the one that the Trainer keeps,
+            or that lies in the model's folder (:func:`mir_callback.probe.processors.search_processor`).
         adapter: for models that no registered adapter knows.
         **options: of :class:`MIRConfig`; ``keep_best`` needs :meth:`attach`.
 
@@ -113,7 +115,7 @@ class MIRCallback(TrainerCallback):
         if self._trainer not in (None, trainer):
             raise ConfigError("this MIRCallback is attached to another Trainer; make one for each Trainer")
         if isinstance(getattr(trainer, "model", None), nn.Module):  # else it is made when training begins
-            self._adapter_for(trainer.model, processor_of(trainer), trainer)
+            self._adapter_for(trainer.model, trainer)
         if self not in callbacks_of(trainer):
             trainer.add_callback(self)
         self._trainer = trainer
@@ -141,8 +143,8 @@ class MIRCallback(TrainerCallback):
             )
         _check_best_metric(args)
         with distributed.fail_together():
-            processor = kwargs.get("processing_class") or kwargs.get("tokenizer")
-            adapter = self._adapter_for(kwargs["model"], processor, trainer)
+            keeper = trainer or SimpleNamespace(processing_class=kwargs.get("processing_class") or kwargs.get("tokenizer"))
+            adapter = self._adapter_for(kwargs["model"], keeper)
         folder = run_folder(trainer, args)
         close_earlier(folder)  # a Trainer is in one run at a time: one before ended in an error
         self._monitor = MIRMonitor(
@@ -211,10 +213,10 @@ class MIRCallback(TrainerCallback):
             self._running().close(evaluate=not args.load_best_model_at_end)
         self._is_training = False
 
-    def _adapter_for(self, model: nn.Module, processor: Any, trainer: Any) -> Adapter:
+    def _adapter_for(self, model: nn.Module, trainer: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
-        processor, prompt = self._processor or processor, self.config.prompt
-        return find_adapter(model, processor, adapter=self._adapter, prompt=prompt, trainer=trainer)
+        prompt = self.config.prompt
+        return find_adapter(model, self._processor, adapter=self._adapter, prompt=prompt, trainer=trainer)
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:
@@ -258,7 +260,8 @@ def attach_mir(
         texts: a folder of probe texts.
         num_samples: image and text pairs drawn from the folders, 100 by default.
         seed: of the draw, 0 by default.
-        processor: the model's; by default the Trainer's own.
+        processor: the model's, or a folder or name to load it from; by default the one that the Trainer keeps, or that
+            lies in the model's folder.
         adapter: encodes the probe; by default the one registered for the model.
         **options: of :class:`MIRConfig`.
 
@@ -281,8 +284,7 @@ def attach_mir(
         callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
         prompt = MIRConfig.from_options(options).prompt
         if isinstance(getattr(trainer, "model", None), nn.Module):
-            found = processor or processor_of(trainer)
-            find_adapter(trainer.model, found, adapter=adapter, prompt=prompt, trainer=trainer)
+            find_adapter(trainer.model, processor, adapter=adapter, prompt=prompt, trainer=trainer)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         samples = source.load()
     return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)
@@ -300,11 +302,6 @@ def callbacks_of(trainer: Any) -> list[Any]:
         )
     callbacks: list[Any] = handler.callbacks
     return callbacks
-
-
-def processor_of(trainer: Any) -> Any:
-    """The Trainer's processor: `processing_class`, before transformers 4.46 `tokenizer`."""
-    return getattr(trainer, "processing_class", None) or getattr(trainer, "tokenizer", None)
 
 
 def run_folder(trainer: Any, args: TrainingArguments) -> str:

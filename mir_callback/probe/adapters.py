@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
 from mir_callback.probe.probe import Sample
+from mir_callback.probe.processors import REMEDY, handles_images, kept_by, load_processor, search_processor
 from mir_callback.probe.prompt import (
     CHAT,
     EXAMPLE,
@@ -168,11 +170,13 @@ def find_adapter(
 
     Args:
         model: the model, bare or wrapped.
-        processor: its processor, or what its family needs instead (a tokenizer, or None).
+        processor: its processor, or a folder or name to load it from, or what its family needs instead (a tokenizer);
+            None to look for it, see :func:`mir_callback.probe.processors.search_processor`.
         adapter: the user's own, which is returned as it is.
         prompt: what to put around image and text, see :class:`mir_callback.config.MIRConfig`; None for the family's
             default.
-        trainer: the Trainer, from which a factory may read how the run encodes its data.
+        trainer: the Trainer, which may keep the processor, and from which a factory may read how the run encodes its
+            data.
 
     Raises:
         ConfigError: not a model, a processor that cannot handle images, a prompt that the family does not have,
@@ -196,22 +200,27 @@ def find_adapter(
             importlib.import_module("llava_integration")  # registers its factories
         except ImportError as error:
             missing = f"; llava_integration could not be imported: {error}"
+    if isinstance(processor, (str, os.PathLike)):
+        processor = load_processor(processor)
+    kept = kept_by(trainer) if processor is None else processor
     factories = [*_registered, *_load_entry_points(), *_fallbacks]
     for factory in factories:
-        found = factory(model, processor, prompt=prompt, trainer=trainer)
+        found = factory(model, kept, prompt=prompt, trainer=trainer)
         if found is not None:
             return found
-    if not ours and not _fits_transformers(unwrap(model), processor):
+    if not ours and not _fits_transformers(unwrap(model)):
         asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "none"
         raise UnsupportedModelError(
             f"There is no adapter for {kind.__module__}.{kind.__name__}: it is not one of transformers' models, and no "
             f"registered factory knows it (asked: {asked}{missing}). Write an adapter "
             "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
+    vision_token_ids(unwrap(model))  # first: a text-only model has no processor that could be missing
+    processor = search_processor(model, trainer) if processor is None else processor
     return HuggingFaceAdapter(model, processor, prompt=prompt)
 
 
-def _fits_transformers(model: Any, processor: Any) -> bool:
+def _fits_transformers(model: Any) -> bool:
     """Whether a third party's model is built like transformers' own, so that the adapter for those will do.
 
     Models that place image features in their inputs themselves, as LLaVA's code bases do, are not.
@@ -222,8 +231,7 @@ def _fits_transformers(model: Any, processor: Any) -> bool:
         return False
     try:
         vision_token_ids(model)
-        require_processor(processor)
-    except (ConfigError, UnsupportedModelError):
+    except UnsupportedModelError:
         return False
     return True
 
@@ -420,14 +428,10 @@ class HuggingFaceAdapter:
 
 def require_processor(processor: Any) -> Any:
     """The tokenizer of a processor; ConfigError if it does not handle both images and text."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+    if not handles_images(processor):
         lacking = f"{type(processor).__name__} is not a processor of images and text (image_processor and tokenizer)"
-        raise ConfigError(
-            f"{'No processor given' if processor is None else lacking}. Pass "
-            "processor=AutoProcessor.from_pretrained(...), or give the Trainer processing_class=processor."
-        )
-    return tokenizer
+        raise ConfigError(f"{'No processor given' if processor is None else lacking}. {REMEDY}")
+    return processor.tokenizer
 
 
 def image_placeholder(processor: Any, tokenizer: Any, config: Any) -> str:
