@@ -13,6 +13,12 @@ LLAVA_PY := $(LLAVA_VENV)/bin/python
 LLAVA_PIP := $(LLAVA_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-llava.txt
 LLAVA_STAMP := $(LLAVA_VENV)/.installed
 LLAVA_RUNS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info < (3, 13) else "")' 2>/dev/null)
+# So does LLaMA-Factory, on Python 3.11 or newer.
+FACTORY_VENV := .venv-llamafactory
+FACTORY_PY := $(FACTORY_VENV)/bin/python
+FACTORY_PIP := $(FACTORY_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-llamafactory.txt
+FACTORY_STAMP := $(FACTORY_VENV)/.installed
+FACTORY_RUNS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 SOURCES := $(wildcard mir_callback llava_integration)
 
 export TOKENIZERS_PARALLELISM := false
@@ -22,7 +28,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu study docs dist clean distclean preflight \
-  llava-left-out browser-left-out
+  llava-left-out factory-left-out browser-left-out
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=/path/to/python3.10-or-newer]'
@@ -47,6 +53,14 @@ LLAVA_READY := llava-left-out
 LLAVA_LEFT_OUT := --ignore tests/llava
 endif
 
+ifeq ($(FACTORY_RUNS),yes)
+FACTORY_READY := $(FACTORY_STAMP)
+FACTORY_LEFT_OUT :=
+else
+FACTORY_READY := factory-left-out
+FACTORY_LEFT_OUT := --ignore tests/llamafactory
+endif
+
 # One from a snap sees neither the tests' folders nor our pipes.
 ifneq ($(filter-out /snap/%,$(shell command -v chromium) $(shell command -v google-chrome)),)
 BROWSER_READY :=
@@ -59,8 +73,8 @@ endif
 test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
 	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
 
-test-all: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then all tests, the slow ones too
-	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
+test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) ## the checks, then all tests, the slow ones too
+	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT)
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
@@ -70,6 +84,9 @@ test-faults: $(EXTENSION) ## break things in real runs: killed ranks, full disks
 
 llava-left-out:
 	@echo 'NOTE: the tests with the original LLaVA are left out: its transformers 4.37.2 needs Python 3.12 or older'
+
+factory-left-out:
+	@echo 'NOTE: the tests with LLaMA-Factory are left out: it needs Python 3.11 or newer'
 
 browser-left-out:
 	@echo 'NOTE: the tests that open a page in a browser are left out: no Chromium was found; on Debian: apt install chromium'
@@ -122,7 +139,7 @@ clean: ## remove caches and build products; .venv/ and runs/ stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv/ and runs/
-	rm -rf $(VENV) $(LLAVA_VENV) runs
+	rm -rf $(VENV) $(LLAVA_VENV) $(FACTORY_VENV) runs
 
 # The tests are the same everywhere, with a GPU or without.
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
@@ -167,6 +184,18 @@ $(LLAVA_STAMP): constraints-llava.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(LLAVA_PIP) --no-build-isolation deepspeed
 	@$(LLAVA_PIP) transformers accelerate tokenizers sentencepiece einops pillow matplotlib scipy tqdm psutil requests
 	@$(LLAVA_PIP) --no-deps llava-torch
+	@touch $@
+
+# LLaMA-Factory imports TorchAudio for data that no test has, and its compiled part, for CUDA, fails beside a PyTorch for CPU.
+$(FACTORY_STAMP): constraints-llamafactory.txt
+	@$(MAKE) --no-print-directory preflight
+	@test -x $(FACTORY_PY) || { echo 'creating $(FACTORY_VENV)'; $(PYTHON) -m venv $(FACTORY_VENV); }
+	@echo 'installing LLaMA-Factory and what its training needs, for its tests'
+	@$(FACTORY_PIP) 'pip>=22.3' torch
+	@$(FACTORY_PIP) transformers accelerate peft datasets av einops fastapi fire omegaconf pillow pydantic pyyaml sentencepiece \
+	  sse-starlette tiktoken tyro uvicorn matplotlib scipy jinja2 filelock rich psutil tqdm
+	@$(FACTORY_PIP) --no-deps llamafactory trl torchaudio
+	@rm -f $(FACTORY_VENV)/lib/python*/site-packages/torchaudio/lib/*.so
 	@touch $@
 
 preflight:
