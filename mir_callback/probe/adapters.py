@@ -208,7 +208,7 @@ def find_adapter(
         found = factory(model, kept, prompt=prompt, trainer=trainer)
         if found is not None:
             return found
-    if not ours and not _fits_transformers(unwrap(model)):
+    if not ours and not _fits_transformers(unwrap(model), processor, trainer):
         asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "none"
         raise UnsupportedModelError(
             f"There is no adapter for {kind.__module__}.{kind.__name__}: it is not one of transformers' models, and no "
@@ -220,7 +220,7 @@ def find_adapter(
     return HuggingFaceAdapter(model, processor, prompt=prompt)
 
 
-def _fits_transformers(model: Any) -> bool:
+def _fits_transformers(model: Any, processor: Any, trainer: Any) -> bool:
     """Whether a third party's model is built like transformers' own, so that the adapter for those will do.
 
     Models that place image features in their inputs themselves, as LLaVA's code bases do, are not.
@@ -231,7 +231,8 @@ def _fits_transformers(model: Any) -> bool:
         return False
     try:
         vision_token_ids(model)
-    except UnsupportedModelError:
+        require_processor(search_processor(model, trainer) if processor is None else processor)
+    except (ConfigError, UnsupportedModelError):
         return False
     return True
 

@@ -72,8 +72,8 @@ def install(tmp_path, monkeypatch):
 
 def test_a_registered_factory_is_asked_with_all_that_is_known():
     register_adapter(factory_of("a", Theirs))
-    found = find_adapter(Theirs(), "tokenizer", prompt="v1", trainer="trainer")
-    assert found.name == "a tokenizer v1 trainer"
+    found = find_adapter(Theirs(), 7, prompt="v1", trainer="trainer")
+    assert found.name == "a 7 v1 trainer"
 
 
 def test_the_factory_registered_last_is_asked_first_and_a_fallback_last(monkeypatch):

@@ -214,19 +214,6 @@ def test_a_failing_first_evaluation_ends_the_run_before_a_step(tmp_path, probe):
     assert trainer.state.global_step == 0
 
 
-def test_processor_is_taken_from_the_trainer_or_given(tmp_path, probe):
-    trainer = make_trainer(tmp_path / "a", steps=1)
-    processor, trainer.callback_handler.processing_class = trainer.processing_class, None
-    MIRCallback(probe).attach(trainer)
-    with pytest.raises(ConfigError, match="No processor given"):
-        trainer.train()
-    trainer = make_trainer(tmp_path / "b", steps=1)
-    trainer.callback_handler.processing_class = processor.tokenizer  # as some code bases pass it
-    callback = MIRCallback(probe, processor=processor).attach(trainer)
-    trainer.train()
-    assert len(callback.history) == 2
-
-
 def test_resumed_run_continues_its_history(tmp_path, probe):
     whole = make_trainer(tmp_path / "whole", steps=6, save_strategy="steps", save_steps=3)
     first = MIRCallback(probe, every=2).attach(whole)
