@@ -55,8 +55,29 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "TRL's `SFTTrainer`",
             "tested",
-            "the same line, `examples/trl_sft.py`",
-            ("loops/test_scripts.py::test_rows_and_weights_of_trl_are_those_of_a_run_without_mir",),
+            "the same line, `examples/trl_sft.py`; `trl sft` through the launcher",
+            (
+                "loops/test_scripts.py::test_rows_and_weights_of_trl_are_those_of_a_run_without_mir",
+                "loops/test_commands.py::test_trl_is_measured",
+            ),
+        ),
+        Support(
+            "TRL's `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer`",
+            "tested",
+            "the same line",
+            ("loops/test_trl.py::test_whole_rows_and_weights_are_those_of_a_run_without_mir",),
+        ),
+        Support(
+            "LLaMA-Factory",
+            "tested",
+            "launcher before `llamafactory-cli train`, on one process and two",
+            ("llamafactory/test_command_line.py::test_losses_and_weights_are_those_of_a_run_without_mir",),
+        ),
+        Support(
+            "`torchrun`, `accelerate launch`, `deepspeed`",
+            "tested",
+            "launcher before them",
+            ("loops/test_commands.py::test_two_processes_of_a_command_are_measured_as_one_run",),
         ),
         Support(
             "Lightning",
@@ -212,7 +233,11 @@ def page() -> str:
     parts.append(
         f"## Options of PlateauRule\n\n`stop=PlateauRule(...)`\n\n{_options(fields(PlateauRule), 'mir_stop_')}\n"
     )
-    parts.append(f"## The probe of `attach_mir` and the launcher\n\n{_options(fields(ProbeSource), 'mir_')}\n")
+    processor = next(each for each in fields(MIRArguments) if each.name == "mir_processor").metadata["help"]
+    parts.append(
+        f"## The probe of `attach_mir` and the launcher\n\n{_options(fields(ProbeSource), 'mir_')}\n\n"
+        f"Beside it `processor`, `--mir_processor`: {processor}.\n"
+    )
     rows = [
         (f"`{name}`", str(each.type).removesuffix(" | None"), each.metadata["unit"], each.metadata["help"])
         for name, each in FIELDS.items()

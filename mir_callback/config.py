@@ -296,7 +296,7 @@ _PROCESSOR_FLAG = (
     field(
         default=None,
         metadata={
-            "help": "folder or name of the model's processor (default: wherever the Trainer or the model's folder has it)"
+            "help": "folder or name of the model's processor (default: the Trainer's, or that in the model's folder)"
         },
     ),
 )

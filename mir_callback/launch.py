@@ -34,11 +34,13 @@ USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
 DESCRIPTION = """Run unmodified training code with MIR attached to its Trainer.
 
 Before the -- are the flags below, after it is what to run with its own arguments: a Python script, -m and a module,
-or a console command written in Python. It runs in this process, as Python would run it."""
+or a console command written in Python. It runs in this process, as Python would run it, and may start others:
+MIR is attached in those that train."""
 EXAMPLE = f"""examples:
   {PROGRAM} --mir_images textvqa/val --mir_texts cnn/stories --mir_every 50 -- \\
       llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ...
-  {PROGRAM} --mir_probe probe.zip -- llamafactory-cli train pretrain.yaml"""
+  {PROGRAM} --mir_probe probe.zip -- llamafactory-cli train pretrain.yaml
+  {PROGRAM} --mir_probe probe.zip -- accelerate launch --num_processes 8 train.py ..."""
 
 
 class FlagParser(HfArgumentParser):
@@ -117,7 +119,7 @@ def main(words: list[str]) -> None:
                 )
 
 
-def read_command_line(words: list[str]) -> tuple[MIRArguments, list[str]]:
+def read_command_line(words: list[str]) -> tuple[Any, list[str]]:
     """The launcher's flags, with absolute paths, and the command to run; exits on errors and after `--help`."""
     texts = {"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "epilog": EXAMPLE}
     parser = FlagParser(FLAG_GROUPS, **texts, formatter_class=_Layout, allow_abbrev=False)

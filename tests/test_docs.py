@@ -40,7 +40,7 @@ RUN_BY = {
     "make test": "make test",
     "make test-faults": "make test-faults",
     "pip install": "make install",
-    "python -m mir_callback.launch": "tests/test_launch.py::test_launched_as_a_module_of_its_own",
+    "python -m mir_callback.launch": "tests/test_launch.py::test_a_process_that_the_script_starts_is_measured",
     "deepspeed --module mir_callback.launch": "tests/llava/test_original.py::test_the_published_recipe_runs_as_written",
     "path/to/mir-callback/examples/llava_v1_5/pretrain.sh": (
         "tests/llava/test_original.py::test_the_published_recipe_runs_as_written"

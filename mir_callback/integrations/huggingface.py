@@ -56,8 +56,8 @@ class MIRCallback(TrainerCallback):
 
     Args:
         probe: the fixed samples; the same on every rank.
-        processor: the model's processor, or a folder or name to load it from; by default the one that the Trainer keeps,
-            or that lies in the model's folder (:func:`mir_callback.probe.processors.search_processor`).
+        processor: the model's processor, or a folder or name to load it from; by default the one that the Trainer
+            keeps, or that lies in the model's folder (:func:`mir_callback.probe.processors.search_processor`).
         adapter: for models that no registered adapter knows.
         **options: of :class:`MIRConfig`; ``keep_best`` needs :meth:`attach`.
 
@@ -115,7 +115,7 @@ class MIRCallback(TrainerCallback):
         if self._trainer not in (None, trainer):
             raise ConfigError("this MIRCallback is attached to another Trainer; make one for each Trainer")
         if isinstance(getattr(trainer, "model", None), nn.Module):  # else it is made when training begins
-            self._adapter_for(trainer.model, trainer)
+            self._adapter_for(trainer.model, trainer, trainer)
         if self not in callbacks_of(trainer):
             trainer.add_callback(self)
         self._trainer = trainer
@@ -143,8 +143,9 @@ class MIRCallback(TrainerCallback):
             )
         _check_best_metric(args)
         with distributed.fail_together():
-            keeper = trainer or SimpleNamespace(processing_class=kwargs.get("processing_class") or kwargs.get("tokenizer"))
-            adapter = self._adapter_for(kwargs["model"], keeper)
+            processor = kwargs.get("processing_class") or kwargs.get("tokenizer")
+            keeper = SimpleNamespace(processing_class=processor) if trainer is None else trainer
+            adapter = self._adapter_for(kwargs["model"], trainer, keeper)
         folder = run_folder(trainer, args)
         close_earlier(folder)  # a Trainer is in one run at a time: one before ended in an error
         self._monitor = MIRMonitor(
@@ -213,10 +214,10 @@ class MIRCallback(TrainerCallback):
             self._running().close(evaluate=not args.load_best_model_at_end)
         self._is_training = False
 
-    def _adapter_for(self, model: nn.Module, trainer: Any) -> Adapter:
+    def _adapter_for(self, model: nn.Module, trainer: Any, keeper: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
-        prompt = self.config.prompt
-        return find_adapter(model, self._processor, adapter=self._adapter, prompt=prompt, trainer=trainer)
+        options = {"adapter": self._adapter, "prompt": self.config.prompt, "trainer": trainer, "keeper": keeper}
+        return find_adapter(model, self._processor, **options)
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:

@@ -165,6 +165,7 @@ def find_adapter(
     adapter: Adapter | None = None,
     prompt: str | None = None,
     trainer: Any = None,
+    keeper: Any = None,
 ) -> Adapter:
     """The adapter of a model: from the first factory that knows the model, else the one for transformers' models.
 
@@ -175,8 +176,8 @@ def find_adapter(
         adapter: the user's own, which is returned as it is.
         prompt: what to put around image and text, see :class:`mir_callback.config.MIRConfig`; None for the family's
             default.
-        trainer: the Trainer, which may keep the processor, and from which a factory may read how the run encodes its
-            data.
+        trainer: the Trainer, from which a factory may read how the run encodes its data.
+        keeper: where to look for the processor, if not in the Trainer.
 
     Raises:
         ConfigError: not a model, a processor that cannot handle images, a prompt that the family does not have,
@@ -202,13 +203,14 @@ def find_adapter(
             missing = f"; llava_integration could not be imported: {error}"
     if isinstance(processor, (str, os.PathLike)):
         processor = load_processor(processor)
-    kept = kept_by(trainer) if processor is None else processor
+    keeper = trainer if keeper is None else keeper
+    kept = kept_by(keeper) if processor is None else processor
     factories = [*_registered, *_load_entry_points(), *_fallbacks]
     for factory in factories:
         found = factory(model, kept, prompt=prompt, trainer=trainer)
         if found is not None:
             return found
-    if not ours and not _fits_transformers(unwrap(model), processor, trainer):
+    if not ours and not _fits_transformers(unwrap(model), processor, keeper):
         asked = ", ".join(sorted({getattr(each, "__module__", repr(each)) for each in factories})) or "none"
         raise UnsupportedModelError(
             f"There is no adapter for {kind.__module__}.{kind.__name__}: it is not one of transformers' models, and no "
@@ -216,11 +218,11 @@ def find_adapter(
             "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
     vision_token_ids(unwrap(model))  # first: a text-only model has no processor that could be missing
-    processor = search_processor(model, trainer) if processor is None else processor
+    processor = search_processor(model, keeper) if processor is None else processor
     return HuggingFaceAdapter(model, processor, prompt=prompt)
 
 
-def _fits_transformers(model: Any, processor: Any, trainer: Any) -> bool:
+def _fits_transformers(model: Any, processor: Any, keeper: Any) -> bool:
     """Whether a third party's model is built like transformers' own, so that the adapter for those will do.
 
     Models that place image features in their inputs themselves, as LLaVA's code bases do, are not.
@@ -231,7 +233,7 @@ def _fits_transformers(model: Any, processor: Any, trainer: Any) -> bool:
         return False
     try:
         vision_token_ids(model)
-        require_processor(search_processor(model, trainer) if processor is None else processor)
+        require_processor(search_processor(model, keeper) if processor is None else processor)
     except (ConfigError, UnsupportedModelError):
         return False
     return True
