@@ -295,9 +295,7 @@ _PROCESSOR_FLAG = (
     str | None,
     field(
         default=None,
-        metadata={
-            "help": "folder or name of the model's processor (default: the Trainer's, or that in the model's folder)"
-        },
+        metadata={"help": "folder or name of the model's processor (default: the Trainer's or the model's)"},
     ),
 )
 # The fields of MIRArguments in groups, which `--help` of the launcher shows under their titles.
