@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an unmodified training script or console command with MIR attached to its Trainer.
+"""Run an unmodified training script or command with MIR attached to the Trainer that trains in it.
 
 `python -m mir_callback.launch --help` shows how.
 """
@@ -11,6 +11,8 @@ import importlib
 import os
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -34,8 +36,8 @@ USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
 DESCRIPTION = """Run unmodified training code with MIR attached to its Trainer.
 
 Before the -- are the flags below, after it is what to run with its own arguments: a Python script, -m and a module,
-or a console command written in Python. It runs in this process, as Python would run it, and may start others:
-MIR is attached in those that train."""
+or a command. What is written in Python runs in this process, as Python would run it. MIR is attached in the
+processes that train, this one or those that are started."""
 EXAMPLE = f"""examples:
   {PROGRAM} --mir_images textvqa/val --mir_texts cnn/stories --mir_every 50 -- \\
       llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ...
@@ -65,7 +67,7 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
 
 
 def find_target(words: list[str]) -> list[str]:
-    """The command line after the separator; a console command is replaced by its file. ConfigError if not Python."""
+    """The command line after the separator; a command is replaced by its file. ConfigError if there is none."""
     if not words or words == ["-m"]:
         raise ConfigError(f"Nothing to run after {SEPARATOR}: name a {'module' if words else 'script'}.")
     if words[0] == "-m":
@@ -73,28 +75,43 @@ def find_target(words: list[str]) -> list[str]:
     file = words[0] if os.path.isfile(words[0]) else shutil.which(words[0])
     if file is None:
         raise ConfigError(f"{words[0]} (after {SEPARATOR}) is neither a file nor a command on the PATH.")
+    if not is_python(file) and not os.access(file, os.X_OK):
+        raise ConfigError(f"{file} is neither a Python script nor executable. Is it a shell script? Then: bash {file}")
+    return [file, *words[1:]]
+
+
+def is_python(file: str) -> bool:
+    """Whether a file is a Python script, or a console command written in Python."""
     # The first line of an installed command names its Python, or the second if the path is long.
     with open(file, "rb") as opened:
         first, second = opened.readline(1000), opened.readline(1000)
     named = second if second.startswith(b"'''exec'") else first
-    if not file.endswith(".py") and not (first.startswith(b"#!") and b"python" in named):
-        raise ConfigError(
-            f"{file} is not a Python script. If it starts one, put `{PROGRAM} ... {SEPARATOR}` in front of that one "
-            "inside of it."
-        )
-    return [file, *words[1:]]
+    return file.endswith(".py") or (first.startswith(b"#!") and b"python" in named)
 
 
 def run(target: list[str]) -> None:
-    """Run a script, or a module after -m, in this process as Python would."""
+    """Run a script, or a module after -m, in this process as Python would; any other command as a process."""
     if target[0] == "-m":
         sys.argv = target[1:]
         sys.path.insert(0, os.getcwd())
         runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+    elif not is_python(target[0]):
+        raise SystemExit(run_process(target))
     else:
         sys.argv = target
         sys.path.insert(0, str(Path(target[0]).resolve().parent))
         runpy.run_path(target[0], run_name="__main__")
+
+
+def run_process(target: list[str]) -> int:
+    """Run a command; its exit code as a shell has it. SIGTERM, by which cluster managers end a job, goes on to it."""
+    with subprocess.Popen(target) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return code if code >= 0 else 128 - code
 
 
 def main(words: list[str]) -> None:
@@ -103,7 +120,7 @@ def main(words: list[str]) -> None:
     Exits with status 2 and one line on stderr if a flag is invalid or there is nothing to run; else as what was run.
     """
     arguments, target = read_command_line(words)
-    with TemporaryDirectory(prefix="mir-launch-") as notes:
+    with TemporaryDirectory(prefix="mir-launch-", ignore_cleanup_errors=True) as notes:
         start(vars(arguments), notes)
         try:
             run(target)
@@ -111,7 +128,7 @@ def main(words: list[str]) -> None:
             _explain(error)
             raise
         finally:
-            if not os.listdir(notes):
+            if os.path.isdir(notes) and not os.listdir(notes):  # after weeks something may have cleaned up
                 log.warning(
                     "no MIR was measured: %s ended without training a transformers Trainer, in this process or in one "
                     "that it started. A training loop of its own needs MIRMonitor, see docs/integrations.md",

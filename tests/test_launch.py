@@ -2,7 +2,9 @@
 """The launcher: what it takes, what it says, and that it runs things as Python would."""
 
 import os
+import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -117,12 +119,11 @@ def test_what_is_wrong_with_a_flag_is_said_in_one_line_before_the_script_starts(
         ([], "--: name a script"),
         (["-m"], "--: name a module"),
         (["nowhere.py"], r"nowhere\.py"),
-        (["sh", "-c", "train"], "sh is not a Python script"),
-        (["train-it"], "train-it is not a Python script"),
+        (["{probe}"], "neither a Python script nor executable"),
     ],
 )
-def test_error_when_there_is_no_python_to_run(launch, command, probe, words, message):
-    command("#!/bin/bash", "python train.py")
+def test_error_when_there_is_nothing_to_run(launch, probe, words, message):
+    words = [word.format(probe=probe) for word in words]
     code, _, err = launch("--mir_probe", probe, "--", *words)
     assert code == 2
     assert err.startswith("error: ")
@@ -241,3 +242,33 @@ def test_the_exit_code_of_a_process_that_the_script_starts_is_kept(training, pro
     done = launched("--mir_probe", probe, "--", training[0], "-c", "raise SystemExit(7)")
     assert done.returncode == 7
     assert done.stderr.count("no MIR was measured") == 1
+
+
+@pytest.mark.parametrize(("ends", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
+def test_any_command_runs_and_its_exit_code_is_kept(launch, command, probe, tmp_path, ends, code):
+    path = command("#!/bin/sh", f"echo $1 > {tmp_path / 'ran'}\n{ends}")
+    found, _, err = launch("--mir_probe", probe, "--", "train-it", "a.yaml")
+    assert found == code
+    assert (tmp_path / "ran").read_text() == "a.yaml\n"
+    assert f"no MIR was measured: {path} ended" in err
+
+
+@pytest.mark.slow
+def test_a_shell_script_that_trains_is_measured_and_ends_with_the_launcher(training, probe, tmp_path):
+    """As cluster managers end a job: by a signal to the process that they have started."""
+    script = tmp_path / "train.sh"
+    script.write_text(f"exec {sys.executable} $1 $2\n")
+    words = ["--mir_probe", probe, "--", "bash", script, training[1], tmp_path / "run"]
+    done = launched(*words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "mir_history.jsonl").exists()
+    script.write_text(f"echo $$ > {tmp_path / 'pid'}\nexec sleep 60\n")
+    launcher = [sys.executable, "-m", "mir_callback.launch", *map(str, words)]
+    with subprocess.Popen(launcher, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(20) == 143
+        assert "no MIR was measured" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
