@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -174,6 +175,24 @@ def is_shared(error: Exception) -> bool:
     a single process.
     """
     return world_size() == 1 or isinstance(error, MIRError) or getattr(error, _SHARED, False)
+
+
+def require_everywhere(what: str, remedy: str, *, seconds: float = 600.0) -> None:
+    """Return once every rank has called this, or raise ConfigError on those that have after ``seconds``.
+
+    For what some ranks may never come to: a collective would wait for them until the process group's own timeout, or
+    meet another one of theirs. ``what`` is different for each call.
+    """
+    if world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(what, 1) == world_size():
+        store.set(f"{what}: all", "")
+    try:
+        store.wait([f"{what}: all"], timedelta(seconds=seconds))
+    except RuntimeError as error:  # of stores: a timeout; the class has changed
+        came = store.add(what, 0)
+        raise ConfigError(f"{what} on {came} of {world_size()} ranks after {seconds:g} s. {remedy}") from error
 
 
 def require_same(**options: object) -> None:

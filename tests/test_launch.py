@@ -49,7 +49,7 @@ def command(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def launch(monkeypatch, capsys):
+def launch(monkeypatch, capfd):
     """Run the launcher in this process; exit code and what was printed."""
     monkeypatch.setattr(Trainer, "train", Trainer.train)
     for name in (VARIABLE, "PYTHONPATH"):
@@ -63,7 +63,7 @@ def launch(monkeypatch, capsys):
             main([str(word) for word in words])
         except SystemExit as ended:
             code = ended.code
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return run
 
@@ -215,6 +215,22 @@ def launched(*words, **environment):
     return run_process(["-m", "mir_callback.launch", *map(str, words)], environment=environment)
 
 
+STARTS_ANY = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "import sys; print(sys.meta_path[0], sys.path, list(sys.modules))"], check=True)
+"""
+
+
+def test_a_process_that_trains_nothing_gets_a_finder_and_nothing_else(launch, script, probe):
+    script.write_text(STARTS_ANY)
+    code, found, _ = launch("--mir_probe", probe, "--", script)
+    assert code is None
+    assert "sitecustomize._Finder" in found
+    assert "on_start" not in found
+    assert not any(f"'{name}'" in found for name in ("torch", "transformers", "mir_callback"))
+
+
+@pytest.mark.slow
 def test_a_process_that_the_script_starts_is_measured(training, probe, tmp_path):
     """Launched as a module, by a relative path, from a script that goes to another folder and exits by itself."""
     flags = ["--mir_probe", os.path.relpath(probe, ROOT), "--mir_every", "1"]
@@ -245,11 +261,10 @@ def test_the_exit_code_of_a_process_that_the_script_starts_is_kept(training, pro
 
 
 @pytest.mark.parametrize(("ends", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
-def test_any_command_runs_and_its_exit_code_is_kept(launch, command, probe, tmp_path, ends, code):
-    path = command("#!/bin/sh", f"echo $1 > {tmp_path / 'ran'}\n{ends}")
-    found, _, err = launch("--mir_probe", probe, "--", "train-it", "a.yaml")
-    assert found == code
-    assert (tmp_path / "ran").read_text() == "a.yaml\n"
+def test_any_command_runs_and_its_exit_code_is_kept(launch, command, probe, ends, code):
+    path = command("#!/bin/sh", f"echo ran $1\n{ends}")
+    found, out, err = launch("--mir_probe", probe, "--", "train-it", "a.yaml")
+    assert (found, out) == (code, "ran a.yaml\n")
     assert f"no MIR was measured: {path} ended" in err
 
 

@@ -25,6 +25,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(os.path.dirname(FOLDER))
 _OURS = ("mir_callback", "llava_integration")
 _TRAINER = "transformers.trainer"
+_LAUNCHER = "python -m mir_callback.launch"
 
 
 def start(arguments: Mapping[str, Any], notes: str | Path) -> None:
@@ -69,18 +70,18 @@ def _change(trainer_class: Any) -> None:
     """Make `train` attach MIR first, in each process to whatever it trains, but not to what is trained meanwhile."""
     if hasattr(trainer_class.train, "_mir_launched"):
         return
-    original, known, is_training = trainer_class.train, "", False
+    original, known, is_training, count = trainer_class.train, "", False, 0
 
     @functools.wraps(original)
     def train(trainer: Any, *args: Any, **keywords: Any) -> Any:
-        nonlocal known, is_training
+        nonlocal known, is_training, count
         # Taken out, so that jobs which the run starts from here on (evaluations, workers) are not taken for the run.
         known = os.environ.pop(VARIABLE, known)
         if not known or is_training:
             return original(trainer, *args, **keywords)
-        is_training = True
+        is_training, count = True, count + 1
         try:
-            _attach(trainer, known)
+            _attach(trainer, known, count)
             return original(trainer, *args, **keywords)
         finally:
             is_training = False
@@ -89,13 +90,16 @@ def _change(trainer_class: Any) -> None:
     trainer_class.train = train
 
 
-def _attach(trainer: Any, words: str) -> None:
+def _attach(trainer: Any, words: str, count: int) -> None:
     launched = json.loads(words)
     with suppress(OSError):  # on another node than the launcher's there is no such folder
         (Path(launched["notes"]) / str(os.getpid())).touch()
+    from mir_callback import distributed
     from mir_callback.config import MIRArguments
     from mir_callback.integrations.huggingface import MIRCallback, attach_mir, callbacks_of
 
+    remedy = f"Start {_LAUNCHER} on every node, and leave PYTHONPATH and {VARIABLE} as it sets them."
+    distributed.require_everywhere(f"MIR was attached to training {count}", remedy)
     arguments = MIRArguments(**launched["arguments"])
     if not any(isinstance(each, MIRCallback) for each in callbacks_of(trainer)):
         attach_mir(trainer, **vars(arguments.probe_source()), **arguments.options())

@@ -30,6 +30,11 @@ def test_a_reporter_that_fails_on_one_rank_holds_up_nobody(run):
     assert [step for step, _ in first["losses"]] == list(range(1, 41))
 
 
+def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said(tmp_path):
+    said = run_ranks("tests.distributed.everywhere_worker", tmp_path)
+    assert said == ["second on 1 of 2 ranks after 0.5 s. Come.", ""]
+
+
 def test_a_dry_run_ends_on_every_rank_and_leaves_nothing(run):
     folder, ranks = run
     for rank in ranks:
