@@ -74,6 +74,12 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("llamafactory/test_command_line.py::test_losses_and_weights_are_those_of_a_run_without_mir",),
         ),
         Support(
+            "ms-swift",
+            "by hand",
+            "launcher before `swift sft`, on one process and two",
+            by_hand="Commands of ms-swift and LLaMA-Factory",
+        ),
+        Support(
             "`torchrun`, `accelerate launch`, `deepspeed`",
             "tested",
             "launcher before them",

@@ -211,7 +211,7 @@ def test_error_before_any_forward_when_something_does_not_fit(probe):
     model, processor = tiny_models.llava()
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(ConfigError, match="No processor given"):
+    with pytest.raises(ConfigError, match="Found no processor"):
         evaluate_mir(model, probe)
     with pytest.raises(ConfigError, match="root .*'sqrtm'"):
         evaluate_mir(model, probe, processor=processor, root="sqrtm")

@@ -487,7 +487,7 @@ def test_best_model_is_refused_where_it_cannot_be_saved(tmp_path, monitored):
         ({"batchsize": 5}, "'batchsize'.*batch_size"),
         ({"every": 0}, "every.* 0"),
         ({"probe": "folder"}, "probe='folder'"),
-        ({"processor": None}, "No processor given"),
+        ({"processor": None}, "Found no processor"),
     ],
 )
 def test_error_names_what_is_wrong_before_anything_is_written(tmp_path, probe, options, message):

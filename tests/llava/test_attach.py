@@ -69,5 +69,5 @@ def test_errors_name_what_is_wrong_before_training(tmp_path, folders):
         with pytest.raises(ConfigError, match=message):
             attach_mir(trainer, **given)
     trainer.processing_class = None
-    with pytest.raises(ConfigError, match="No processor given"):
+    with pytest.raises(ConfigError, match="Found no processor"):
         attach_mir(trainer, **folders, num_samples=5)
