@@ -11,6 +11,7 @@ import pytest
 from transformers import Trainer
 
 from mir_callback import MIRArguments, Probe
+from mir_callback.errors import UnsupportedModelError
 from mir_callback.history import read_history
 from mir_callback.launch import find_target, main
 from mir_callback.on_start.sitecustomize import VARIABLE
@@ -172,6 +173,37 @@ def test_a_trainer_of_the_script_is_measured_once(launch, script, probe, tmp_pat
     assert "without training" not in err
     steps = [record.step for record in read_history(tmp_path / "run" / "mir_history.jsonl")]
     assert steps == ([0, 2] if own else [0, 1, 2])
+
+
+TRAINS_ALL = """
+import sys
+from transformers import LlamaForCausalLM
+from tests.training.runs import make_trainer
+
+for name in sys.argv[1:]:
+    trainer = make_trainer(name, steps=1)
+    if name.endswith("text"):
+        trainer.model = LlamaForCausalLM(trainer.model.config.text_config)
+        ids = trainer.model.dummy_inputs["input_ids"]
+        trainer.data_collator = lambda items: {"input_ids": ids, "labels": ids}
+    trainer.train()
+"""
+
+
+def test_each_training_of_a_script_is_measured_but_a_later_one_of_a_text_model(launch, script, probe, tmp_path):
+    script.write_text(TRAINS_ALL)
+    folders = [tmp_path / name for name in ("one", "two", "text")]
+    code, _, err = launch("--mir_probe", probe, "--", script, *folders)
+    assert code is None
+    assert [(each / "mir_history.jsonl").exists() for each in folders] == [True, True, False]
+    assert "no MIR in training 3" in err
+
+
+def test_a_text_model_ends_a_script_that_trains_it_first(launch, script, probe, tmp_path):
+    script.write_text(TRAINS_ALL)
+    with pytest.raises(UnsupportedModelError, match="no vision tokens"):
+        launch("--mir_probe", probe, "--", script, tmp_path / "text", tmp_path / "one")
+    assert not (tmp_path / "one").exists()
 
 
 def test_the_exit_code_of_a_script_that_fails_is_its_own(launch, script, probe):

@@ -96,13 +96,21 @@ def _attach(trainer: Any, words: str, count: int) -> None:
         (Path(launched["notes"]) / str(os.getpid())).touch()
     from mir_callback import distributed
     from mir_callback.config import MIRArguments
+    from mir_callback.console import log
+    from mir_callback.errors import UnsupportedModelError
     from mir_callback.integrations.huggingface import MIRCallback, attach_mir, callbacks_of
 
     remedy = f"Start {_LAUNCHER} on every node, and leave PYTHONPATH and {VARIABLE} as it sets them."
     distributed.require_everywhere(f"MIR was attached to training {count}", remedy)
     arguments = MIRArguments(**launched["arguments"])
-    if not any(isinstance(each, MIRCallback) for each in callbacks_of(trainer)):
+    if any(isinstance(each, MIRCallback) for each in callbacks_of(trainer)):
+        return
+    try:
         attach_mir(trainer, **vars(arguments.probe_source()), **arguments.options())
+    except UnsupportedModelError as error:
+        if count == 1:
+            raise
+        log.warning("no MIR in training %d of this process: %s", count, error)  # the first one was what it is for
 
 
 def _import_the_users() -> None:

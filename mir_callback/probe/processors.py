@@ -54,12 +54,12 @@ def load_processor(name: str | os.PathLike[str], *, local_only: bool = False) ->
 
 
 def kept_by(trainer: Any) -> Any:
-    """The first processor of images and text that a Trainer keeps, else its tokenizer, or None.
+    """The first processor of images and text that a Trainer keeps, else its `processing_class`, or None.
 
     Looks at `processing_class` (before transformers 4.46 `tokenizer`), then at `processor` of the data collator, of the
     callbacks, of the training data and of the model.
     """
-    kept = [each for _, each in _places(trainer) if each is not None]
+    kept = [each for _, each in _places(trainer)]
     return next((each for each in kept if handles_images(each)), kept[0] if kept else None)
 
 
