@@ -33,8 +33,8 @@ from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
-from mir_callback.model.decoder import find_decoder, unwrap
-from mir_callback.probe.adapters import Adapter, find_adapter
+from mir_callback.model.decoder import unwrap
+from mir_callback.probe.adapters import Adapter, decoder_of, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
 from mir_callback.probe.probe import Probe
 from mir_callback.record import DESCRIBED_FIELDS, shorten
@@ -208,7 +208,7 @@ class Evaluator:
                     "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
                     "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
                 )
-            decoder = find_decoder(model)
+            decoder = decoder_of(model, adapter)
             encoded = encode_probe(
                 probe,
                 adapter,

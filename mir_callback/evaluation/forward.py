@@ -18,9 +18,9 @@ from mir_callback.errors import ForwardError, MIRError, ProbeError
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
 from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
-from mir_callback.model.decoder import find_decoder, unwrap
+from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state, release_leftovers
-from mir_callback.probe.adapters import Adapter
+from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
 from mir_callback.watchdog import enter_phase
 
@@ -97,7 +97,7 @@ def forward_probe(
     outcome = _Outcome()
     try:
         enter_phase("finding the decoder layers")
-        decoder = find_decoder(model)
+        decoder = decoder_of(model, adapter)
         release_leftovers(model, model, optimizer)  # before free memory is measured
         text_losses = [TextLoss() for _ in range(config.num_losses)] if first == 0 else []
         runs = [(batches, ""), (with_other_images, " with other images")][: max(1, len(text_losses))]

@@ -56,7 +56,7 @@ class ExpectedRows:
         """Bytes of one layer on the device and in host memory; (0, 0) before a forward if only that shows them."""
         if self.counts is None:
             return 0, 0
-        dtype = self.dtype or _embedding_dtype(decoder.model)
+        dtype = self.dtype or _embedding_dtype(decoder)
         sizes = [rows_bytes(count, decoder.hidden_size, dtype) for count in self.counts]
         # Each part is rounded up to a power of two, so to less than twice its size.
         pinned = sum(map(pinned_bytes, sizes)) if self.exact else 2 * sum(sizes)
@@ -317,10 +317,9 @@ def _how_many(budget: float, need: float, most: int) -> int:
     return most if need * most <= budget else int(budget // need)
 
 
-def _embedding_dtype(model: nn.Module) -> torch.dtype:
+def _embedding_dtype(decoder: Decoder) -> torch.dtype:
     """The dtype of the embeddings, which hidden states usually have; the first forward shows a wider one."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(decoder.embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
-    return next(p for p in model.parameters() if p.is_floating_point()).dtype
+    return next(p for p in decoder.model.parameters() if p.is_floating_point()).dtype

@@ -75,9 +75,8 @@ class HiddenStateCapture:
         ]
         for handle in handles:
             self._hooks.callback(handle.remove)
-        embedding = getattr(model, "get_input_embeddings", _nothing)()
-        if isinstance(embedding, nn.Module):
-            self._hooks.callback(embedding.register_forward_hook(self._embedding_hook).remove)
+        if self._decoder.embedding is not None:
+            self._hooks.callback(self._decoder.embedding.register_forward_hook(self._embedding_hook).remove)
         head = getattr(model, "get_output_embeddings", _nothing)()
         if self._text_loss is not None:
             if not isinstance(head, nn.Module):

@@ -4,6 +4,8 @@
 No path is hard-coded: families put the decoder under `model.language_model`, `model.text_model`,
 `language_model.model` and others. The rule: call `get_decoder()` until it returns the module itself, then take the
 ModuleList, preferably named `layers`, with as many members as the text configuration has hidden layers.
+
+A model that is not transformers' says where they are with :func:`decoder_at`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class Decoder:
 
     model: nn.Module  # the unwrapped top-level model
     path: str  # name of the layer list in `model`, for messages
-    layers: nn.ModuleList  # the decoder layers, in order
+    layers: nn.ModuleList | tuple[nn.Module, ...]  # the decoder layers, in order
     siblings: tuple[nn.Module, ...]  # the other children of the layer list's parent, the final norm among them
+    embedding: nn.Module | None  # of the tokens, by whose output vision positions without image features are known
     hidden_size: int  # width d of the hidden states
 
 
@@ -85,7 +88,37 @@ def find_decoder(model: nn.Module) -> Decoder:
     owner = root.get_submodule(name.rpartition(".")[0])
     siblings = tuple(child for child in owner.children() if child is not layers)
     path = next((name for name, module in top.named_modules() if module is layers), "layers")
-    return Decoder(top, path, layers, siblings, int(config.hidden_size))
+    embedding = getattr(top, "get_input_embeddings", lambda: None)()
+    embedding = embedding if isinstance(embedding, nn.Module) else None
+    return Decoder(top, path, layers, siblings, embedding, int(config.hidden_size))
+
+
+def decoder_at(model: nn.Module, layers: str, *, embedding: str, hidden_size: int) -> Decoder:
+    """The decoder of a model of any kind, from the names of its modules. Ranks: pure.
+
+    Args:
+        model: the model, bare or wrapped.
+        layers: name of the ModuleList, ModuleDict or Sequential of its decoder layers, e.g. "decoder.blocks". Each takes
+            hidden states (B, S, d) first and returns them, alone or first in a tuple; the final norm is beside them.
+        embedding: name of the token embedding.
+        hidden_size: d.
+
+    Raises:
+        UnsupportedModelError: the model has no such module.
+    """
+    top = unwrap(model)
+    found = {name: module for name, module in top.named_modules() if name in (layers, embedding)}
+    for name in (layers, embedding):
+        if name not in found:
+            raise UnsupportedModelError(f"{type(top).__name__} has no module {name!r}, which its adapter names.")
+    if not isinstance(found[layers], nn.ModuleList | nn.ModuleDict | nn.Sequential) or not len(found[layers]):
+        raise UnsupportedModelError(
+            f"{layers!r} of {type(top).__name__}, which its adapter names, is a {type(found[layers]).__name__} and not a "
+            "ModuleList, ModuleDict or Sequential of decoder layers."
+        )
+    owner = top.get_submodule(layers.rpartition(".")[0])
+    siblings = tuple(child for child in owner.children() if child is not found[layers])
+    return Decoder(top, layers, tuple(found[layers].children()), siblings, found[embedding], hidden_size)
 
 
 def _decoder_root(top: nn.Module) -> nn.Module:

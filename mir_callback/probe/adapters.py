@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
-from mir_callback.model.decoder import text_config, unwrap
+from mir_callback.model.decoder import Decoder, find_decoder, text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
 from mir_callback.probe.probe import Sample
 from mir_callback.probe.processors import REMEDY, handles_images, kept_by, load_processor, search_processor
@@ -125,6 +125,20 @@ class Adapter(Protocol):
         Ranks: every rank enters it.
         """
         ...
+
+
+@runtime_checkable
+class NamesDecoder(Protocol):
+    """An adapter for models without a transformers configuration, in which :func:`find_decoder` finds nothing."""
+
+    def decoder(self, model: nn.Module) -> Decoder:
+        """The decoder layers of an unwrapped model: :func:`mir_callback.model.decoder.decoder_at`. Ranks: any."""
+        ...
+
+
+def decoder_of(model: nn.Module, adapter: Adapter) -> Decoder:
+    """The decoder of a model: the one that its adapter names, else as :func:`find_decoder` finds it. Ranks: pure."""
+    return adapter.decoder(unwrap(model)) if isinstance(adapter, NamesDecoder) else find_decoder(model)
 
 
 # See :func:`register_adapter`.
