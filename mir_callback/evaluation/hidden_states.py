@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mir_callback import distributed
 from mir_callback.errors import ConfigError

@@ -98,8 +98,9 @@ def decoder_at(model: nn.Module, layers: str, *, embedding: str, hidden_size: in
 
     Args:
         model: the model, bare or wrapped.
-        layers: name of the ModuleList, ModuleDict or Sequential of its decoder layers, e.g. "decoder.blocks". Each takes
-            hidden states (B, S, d) first and returns them, alone or first in a tuple; the final norm is beside them.
+        layers: name of the ModuleList, ModuleDict or Sequential of its decoder layers, e.g. "decoder.blocks". Each
+            takes hidden states (B, S, d) first and returns them, alone or first in a tuple; the final norm is beside
+            them.
         embedding: name of the token embedding.
         hidden_size: d.
 
@@ -113,8 +114,8 @@ def decoder_at(model: nn.Module, layers: str, *, embedding: str, hidden_size: in
             raise UnsupportedModelError(f"{type(top).__name__} has no module {name!r}, which its adapter names.")
     if not isinstance(found[layers], nn.ModuleList | nn.ModuleDict | nn.Sequential) or not len(found[layers]):
         raise UnsupportedModelError(
-            f"{layers!r} of {type(top).__name__}, which its adapter names, is a {type(found[layers]).__name__} and not a "
-            "ModuleList, ModuleDict or Sequential of decoder layers."
+            f"{layers!r} of {type(top).__name__}, which its adapter names, is a {type(found[layers]).__name__}; name "
+            "the ModuleList, ModuleDict or Sequential of the decoder layers."
         )
     owner = top.get_submodule(layers.rpartition(".")[0])
     siblings = tuple(child for child in owner.children() if child is not found[layers])

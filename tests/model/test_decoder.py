@@ -59,7 +59,9 @@ class OwnAdapter:
     def encode(self, samples, max_text_tokens):
         rows = [torch.tensor([IMAGE] * 4 + list(sample.text.encode()[:max_text_tokens])) for sample in samples]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        pixels = [torch.tensor(list(sample.open_image().resize((2, 2)).tobytes())).view(4, 3) / 255 for sample in samples]
+        pixels = [
+            torch.tensor(list(sample.open_image().resize((2, 2)).tobytes())).view(4, 3) / 255 for sample in samples
+        ]
         inputs = {"tokens": tokens, "pixels": torch.stack(pixels) if self.with_pixels else None}
         return AdaptedBatch(inputs, modality_masks(tokens, tokens, (IMAGE,)), rows)
 
