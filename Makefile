@@ -12,6 +12,10 @@ LLAVA_VENV := .venv-llava
 LLAVA_PY := $(LLAVA_VENV)/bin/python
 LLAVA_PIP := $(LLAVA_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-llava.txt
 LLAVA_STAMP := $(LLAVA_VENV)/.installed
+# Trackers that only `make test-all` needs; they lie over .venv, whose packages they see.
+TRACKERS_VENV := .venv-trackers
+TRACKERS_PY := $(TRACKERS_VENV)/bin/python
+TRACKERS_STAMP := $(TRACKERS_VENV)/.installed
 LLAVA_RUNS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info < (3, 13) else "")' 2>/dev/null)
 # So does LLaMA-Factory, on Python 3.11 or newer.
 FACTORY_VENV := .venv-llamafactory
@@ -71,10 +75,11 @@ BROWSER_LEFT_OUT := and not browser
 endif
 
 test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
-	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
+	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults and not trackers $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
 
-test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) ## the checks, then all tests, the slow ones too
-	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT)
+test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) $(TRACKERS_STAMP) ## the checks, then all tests, the slow ones too
+	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults and not trackers $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT)
+	$(TESTING) $(TRACKERS_PY) -m pytest -m trackers tests/training/test_trackers.py
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
@@ -139,7 +144,7 @@ clean: ## remove caches and build products; .venv/ and runs/ stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv/ and runs/
-	rm -rf $(VENV) $(LLAVA_VENV) $(FACTORY_VENV) runs
+	rm -rf $(VENV) $(LLAVA_VENV) $(FACTORY_VENV) $(TRACKERS_VENV) runs
 
 # The tests are the same everywhere, with a GPU or without.
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
@@ -196,6 +201,15 @@ $(FACTORY_STAMP): constraints-llamafactory.txt
 	  sse-starlette tiktoken tyro uvicorn matplotlib scipy jinja2 filelock rich psutil tqdm
 	@$(FACTORY_PIP) --no-deps llamafactory trl torchaudio
 	@rm -f $(FACTORY_VENV)/lib/python*/site-packages/torchaudio/lib/*.so
+	@touch $@
+
+$(TRACKERS_STAMP): constraints-trackers.txt $(STAMP)
+	@test -x $(TRACKERS_PY) || { echo 'creating $(TRACKERS_VENV)'; $(PYTHON) -m venv $(TRACKERS_VENV); }
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$($(TRACKERS_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	@echo 'installing MLflow, Trackio and SwanLab, for their tests'
+	@$(TRACKERS_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-trackers.txt \
+	  mlflow-skinny trackio swanlab
 	@touch $@
 
 preflight:

@@ -328,6 +328,8 @@ def _definition_writers(reporters: list[Any]) -> Iterator[tuple[str, Callable[[d
             yield "MLflow", partial(_write_parameters, sys.modules["mlflow"])
         elif _is_kind(reporter, "TrackioCallback") and "trackio" in sys.modules:
             yield "Trackio", partial(_write_config, sys.modules["trackio"])
+        elif _is_kind(reporter, "SwanLabCallback") and "swanlab" in sys.modules:
+            yield "SwanLab", lambda definition: sys.modules["swanlab"].config.update({"mir": definition})
 
 
 def _write_text(writer: Any, definition: dict[str, Any]) -> None:

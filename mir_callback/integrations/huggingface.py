@@ -19,14 +19,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mir_callback import distributed
 from mir_callback.best_model import FOLDER_NAME, WeightSaver
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import log
 from mir_callback.errors import ConfigError
-from mir_callback.history import close_earlier
-from mir_callback.loggers import Loggers
+from mir_callback.history import FILE_NAME, close_earlier
+from mir_callback.loggers import Loggers, active_wandb_run
 from mir_callback.monitor import MIRMonitor
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe, ProbeSource
@@ -139,7 +140,9 @@ class MIRCallback(TrainerCallback):
             )
         elif not _has_tracker(trainer):
             log.info(
-                "the Trainer reports to no tracker (report_to): values go to the history file and the console only"
+                'the Trainer reports to no tracker (report_to="none"): values go to %s and the console. To see them in '
+                'wandb beside the loss, pass report_to="wandb", or --report_to wandb',
+                Path(run_folder(trainer, args)) / FILE_NAME,
             )
         _check_best_metric(args)
         with distributed.fail_together():
@@ -338,9 +341,9 @@ def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
 
 
 def _has_tracker(trainer: Any) -> bool:
-    """Whether a callback takes what is logged anywhere but to the console."""
-    kinds = [type(each) for each in callbacks_of(trainer) if not isinstance(each, _PRINTERS)]
-    return any(kind.on_log is not TrainerCallback.on_log for kind in kinds)
+    """Whether a tracker gets what is logged; other callbacks may do anything with it."""
+    trackers = tuple(INTEGRATION_TO_CALLBACK.values())
+    return active_wandb_run() is not None or any(isinstance(each, trackers) for each in callbacks_of(trainer))
 
 
 def _without_layers(on_log: Callable[..., Any]) -> Callable[..., Any]:

@@ -107,6 +107,8 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(tmp_path, probe, capsys
     assert not (tmp_path / "mir_history.jsonl").exists()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[mir]")]
     assert "reports to no tracker" in said[0]
+    assert str(tmp_path / "mir_history.jsonl") in said[0]
+    assert 'report_to="wandb"' in said[0]
     assert "NOTE: the probe has" in said[1]
     said = said[2:]
     assert said[0].startswith("[mir] dry run: MIR ")

@@ -47,42 +47,6 @@ def test_tensorboard_has_every_value_at_its_step_and_the_definition_once(tmp_pat
     assert probe.fingerprint.encode() in definition.tensor_proto.string_val[0]
 
 
-def test_mlflow_has_every_value_at_its_step_and_the_definition(tmp_path, probe, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mir")
-    trainer = make_trainer(tmp_path / "run", steps=2, report_to=["mlflow"])
-    callback = MIRCallback(probe, every=1).attach(trainer)
-    trainer.train()
-    client = mlflow.MlflowClient(str(tmp_path / "mlruns"))
-    (run,) = client.search_runs([client.get_experiment_by_name("mir").experiment_id])
-    expected = values_of(callback)
-    read = {
-        (name, metric.step): metric.value
-        for name in {name for name, _ in expected}
-        for metric in client.get_metric_history(run.info.run_id, name)
-    }
-    assert read == pytest.approx(expected)
-    assert run.data.params["mir.probe_fingerprint"] == probe.fingerprint
-    assert run.data.params["mir.every"] == "EverySteps(steps=1)"
-
-
-def test_trackio_has_every_value_at_its_step_and_the_definition(tmp_path, probe, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    trainer = make_trainer(tmp_path / "run", steps=2, report_to=["trackio"], project="mir", run_name="one")
-    callback = MIRCallback(probe, every=1).attach(trainer)
-    trainer.train()
-    rows = [row for row in SQLiteStorage.get_logs("mir", "one") if "train/mir" in row]
-    assert [(row["train/global_step"], row["train/mir"]) for row in rows] == [
-        (record.step, record.mir) for record in callback.history
-    ]
-    assert SQLiteStorage.get_run_config("mir", "one")["mir"]["probe_fingerprint"] == probe.fingerprint
-
-
 class Refusing(TrainerCallback):
     """A reporter that cannot log MIR."""
 
