@@ -36,9 +36,11 @@ class Support:
 
     name: str
     status: Status
-    note: str
+    note: str  # how to attach, or what it means
     tests: tuple[str, ...] = ()  # a file below tests/, with ::name of a test in it
     by_hand: str = ""  # heading of benchmarks/notes/integrations.md
+    ran: str = ""  # versions and modes
+    limits: str = ""
 
 
 SUPPORT: dict[str, tuple[Support, ...]] = {
@@ -46,11 +48,12 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "Hugging Face `Trainer`",
             "tested",
-            "`attach_mir(trainer, probe)`; also a script that stays as it is, through the launcher",
+            "`attach_mir(trainer, probe)` before `trainer.train()`; a script that stays as it is, through the launcher",
             (
                 "training/test_no_trace.py::test_training_is_the_same_to_the_last_bit",
                 "test_launch.py::test_a_trainer_of_the_script_is_measured_once",
             ),
+            ran="transformers 5.23.0: 1 process, DDP, ZeRO",
         ),
         Support(
             "TRL's `SFTTrainer`",
@@ -88,26 +91,31 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "Lightning",
             "tested",
-            "`MIRLightningCallback(probe)`",
+            "`Trainer(callbacks=[MIRLightningCallback(probe)])` of `mir_callback.integrations.lightning`: "
+            "[example](../examples/lightning_module.py)",
             ("loops/test_loops.py::test_training_is_the_same_to_the_last_bit", "loops/test_lightning.py"),
+            ran="2.6.6: 1 process, DDP",
+            limits="not with `FSDPStrategy`; with several models in the module `model=` names one",
         ),
         Support(
             "Accelerate",
             "tested",
-            "`MIRMonitor`, `examples/accelerate_loop.py`",
+            "`MIRMonitor(..., log=accelerator)`: [example](../examples/accelerate_loop.py)",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
                 "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
             ),
+            ran="1.15.0: 1 process, DDP; TensorBoard",
         ),
         Support(
             "plain PyTorch loop",
             "tested",
-            "`MIRMonitor`, `examples/plain_loop.py`",
+            "`MIRMonitor(..., log=writer)`: [example](../examples/plain_loop.py)",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
                 "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
             ),
+            ran="torch 2.13.0: 1 process, DDP",
         ),
         Support(
             "LLaVA's `train.py`",
@@ -127,6 +135,68 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "launcher, or `attach_mir`",
             ("llava/test_tinyllava.py::test_training_is_bit_identical_with_the_line_added",),
             by_hand="TinyLLaVA Factory",
+        ),
+        Support(
+            "nanoVLM",
+            "by hand",
+            "[ten lines and an adapter](../examples/nanovlm/README.md)",
+            by_hand="nanoVLM",
+            ran="commit 4e0c096, transformers 4.57.6: 1 process, wandb",
+            limits="no `vision_gain`, no `probe_loss`; DDP (NCCL only there) and `compile` not tried",
+        ),
+        Support(
+            "ms-swift",
+            "by hand",
+            "`--external_plugins mir_plugin.py --callbacks mir`: [plug-in](#ms-swift)",
+            ("loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",),
+            by_hand="ms-swift",
+            ran="4.6.0, transformers 5.16.1: `swift sft` on LLaVA and Qwen2.5-VL, 1 process, DDP",
+            limits="packing, sequence parallelism, ZeRO, FSDP2, LoRA not tried",
+        ),
+        Support(
+            "axolotl",
+            "by hand",
+            "`plugins:` and `mir:` in the YAML file: [plug-in](#axolotl)",
+            ("loops/test_plugins.py::test_axolotl_measures_with_the_options_of_its_yaml",),
+            by_hand="axolotl",
+            ran="0.19.0, transformers 5.16.1: `axolotl train` on LLaVA, 1 process",
+            limits="several processes, context parallelism, LoRA not tried",
+        ),
+        Support(
+            "Qwen-VL's `qwen-vl-finetune`",
+            "not tested",
+            "`attach_mir(trainer, probe, processor=processor)` before its `trainer.train()`",
+            limits="its Trainer has the tokenizer only; leave `data_flatten` and packing off, with which its "
+            "attention reads the mask in a way of its own",
+        ),
+        Support(
+            "unsloth",
+            "not tested",
+            "`attach_mir(trainer, probe, processor=processor)`",
+            limits="it says that forwards before the first training step can spoil its cache: `also_on='end'`",
+        ),
+        Support(
+            "lmms-engine",
+            "not tested",
+            "its Trainer of Hugging Face: `attach_mir(trainer, probe)`; its FSDP2 loop: `MIRMonitor`",
+        ),
+        Support(
+            "InternVL, Eagle, VILA",
+            "not tested",
+            "`attach_mir(trainer, probe, adapter=...)` before `trainer.train()`",
+            limits="model classes of their own: [write an adapter](#a-model-of-your-own)",
+        ),
+        Support(
+            "torchtitan, VeOmni, XTuner V1, Molmo2, prismatic",
+            "not tested",
+            "`MIRMonitor(..., adapter=...)` where the optimizer steps: [lines](#a-loop-and-a-model-of-your-own)",
+            limits="an adapter each; data-parallel ranks only",
+        ),
+        Support(
+            "Megatron-SWIFT, Megatron-Bridge, LLaVA-OneVision-1.5, NeMo AutoModel",
+            "not supported",
+            "export a checkpoint to transformers and [evaluate it](evaluating.md)",
+            limits="layers and samples are spread over ranks in ways that MIR does not follow",
         ),
     ),
     "Models": (
@@ -256,20 +326,25 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _cell_of_tests(entry: Support) -> str:
+def _shown_by(entry: Support) -> str:
     cells = [f"`tests/{test}`" for test in entry.tests]
     if entry.by_hand:
         anchor = entry.by_hand.lower().replace(" ", "-")
         cells.append(f"[note](../benchmarks/notes/integrations.md#{anchor})")
-    return ", ".join(cells)
+    return "; ".join(filter(None, (entry.ran, ", ".join(cells))))
 
 
 def support_in_full() -> str:
-    """One table a group of SUPPORT, each row with its tests."""
+    """One table a group of SUPPORT: of each row how to attach, its limits, what was run and the tests."""
     parts = []
     for group, entries in SUPPORT.items():
-        rows = [(each.name, each.status, each.note, _cell_of_tests(each)) for each in entries]
-        parts.append(f"### {group}\n\n{_table(('what', 'status', 'how', 'test'), rows)}\n")
+        is_limited = any(each.limits for each in entries)
+        head = ("what", "status", "how", *(["limits"] if is_limited else []), "what was run")
+        rows = [
+            (each.name, each.status, each.note, *([each.limits] if is_limited else []), _shown_by(each))
+            for each in entries
+        ]
+        parts.append(f"### {group}\n\n{_table(head, rows)}\n")
     return "\n".join(parts)
 
 

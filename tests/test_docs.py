@@ -32,7 +32,7 @@ from tests.training.runs import make_trainer
 ROOT = Path(__file__).parents[1]
 PAGES = [path for pattern in ("README.md", "docs/*.md", "examples/**/*.md") for path in sorted(ROOT.glob(pattern))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("benchmarks/**/*.md"))]
-PROGRAMS = (".", "accelerate", "cd", "deepspeed", "export", "git", "make", "mir", "pip", "python", "torchrun", "wandb")
+PROGRAMS = tuple(". accelerate cd deepspeed export git make mir pip python swift torchrun wandb".split())
 
 # Beginnings of what is not run here: the test, or the target of make, that runs it instead.
 RUN_BY = {
@@ -59,6 +59,8 @@ RUN_BY = {
     "python examples/compare_captions.py": (
         "tests/test_examples.py::test_captions_are_compared_with_the_noise_of_their_seeds"
     ),
+    "# mir_plugin.py": "tests/loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",
+    "swift sft": "tests/loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",
     "wandb sweep": (
         "tests/test_examples.py::test_program_of_the_wandb_sweep_logs_its_metric_when_started_as_the_agent_does"
     ),

@@ -91,8 +91,8 @@ def test_swift_gets_an_error_when_its_plugin_is_read(monkeypatch):
     put_module(monkeypatch, "swift.callbacks", callbacks_map={})
     from mir_callback.integrations.swift import register_mir
 
-    with pytest.raises(ConfigError, match="'evry'"):
-        register_mir("probe.zip", evry=50)
+    with pytest.raises(ConfigError, match="'interval'"):
+        register_mir("probe.zip", interval=50)
 
 
 @pytest.fixture
