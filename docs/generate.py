@@ -118,6 +118,17 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ran="torch 2.13.0: 1 process, DDP",
         ),
         Support(
+            "a Trainer class of your own, FSDP2",
+            "tested",
+            "`MIRMonitor` in `__init__`, `step` in the loop: [example](../examples/titan_loop.py), built like torchtitan's",
+            (
+                "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
+                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+            ),
+            ran="torch 2.13.0: 1 process, FSDP2 on two CPU ranks",
+            limits="`keep_best` of sharded weights needs `save_weights=`",
+        ),
+        Support(
             "LLaVA's `train.py`",
             "tested",
             "launcher, or `attach_mir`",
@@ -269,7 +280,11 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("gpu/test_gpu.py::test_training_is_the_same_to_the_last_bit",),
         ),
         Support("several GPUs, several nodes", "not tested", "the code is that of several CPU ranks"),
-        Support("FSDP, FSDP2", "not tested", "watch memory and compare a value with `mir eval` before you rely on it"),
+        Support(
+            "FSDP, FSDP2",
+            "not tested",
+            "but for one loop above; watch memory and compare a value with `mir eval` before you rely on it",
+        ),
         Support(
             "Lightning's `FSDPStrategy`",
             "refused",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from lightning.pytorch.callbacks import Callback
@@ -26,9 +27,12 @@ from tests.training.digest import digest
 WATCHERS: dict[str, Any] = {
     "plain_loop": MIRMonitor,
     "accelerate_loop": MIRMonitor,
+    "titan_loop": MIRMonitor,
     "lightning_module": MIRLightningCallback,
 }
 EXAMPLES = list(WATCHERS)
+SHARDED = ("titan_loop",)  # on two ranks; there they keep no best model
+SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in SHARDED else name for name in EXAMPLES]
 EVERY, ACCUMULATION = 2, 2
 STEPS = 5
 # Options of the watcher that are not the example's own, and its command line. None: nobody watches.
@@ -57,6 +61,11 @@ def example(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that FSDP2 has sharded, put together; any other itself."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def run(name: str, folder: Path, options: dict[str, Any] | None, *arguments: str) -> dict[str, Any]:
     """Run an example in this process; what it left, and the value of the weights at its end.
 
@@ -76,7 +85,7 @@ def run(name: str, folder: Path, options: dict[str, Any] | None, *arguments: str
     streams = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     found = {
         "losses": losses[ACCUMULATION - 1 :: ACCUMULATION] if name == "lightning_module" else losses,
-        "weights": digest(model.state_dict()),
+        "weights": digest({name: whole(weight) for name, weight in model.state_dict().items()}),
         "flags": [each.training for each in model.modules()],
         "random": [hashlib.sha256(repr(stream).encode()).hexdigest() for stream in streams],
         "history": [],
@@ -91,8 +100,10 @@ def run(name: str, folder: Path, options: dict[str, Any] | None, *arguments: str
 def main(folder: str) -> None:
     """Every example in every way, in one process group, which Accelerate would end with its first."""
     Accelerator.end_training = lambda accelerator: [tracker.finish() for tracker in accelerator.trackers]
+    script = {name: SCRIPT if name not in SHARDED else {**SCRIPT, "watched": ({},)} for name in EXAMPLES}
     found = {
-        name: {what: run(name, Path(folder) / name / what, *how) for what, how in SCRIPT.items()} for name in EXAMPLES
+        name: {what: run(name, Path(folder) / name / what, *how) for what, how in ways.items()}
+        for name, ways in script.items()
     }
     rank = torch.distributed.get_rank()
     model, processor = example("plain_loop").make_model()

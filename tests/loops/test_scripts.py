@@ -7,11 +7,11 @@ import pytest
 
 from mir_callback.history import read_history
 from tests.distributed.launch import run_process
-from tests.loops.running import EXAMPLES, example
+from tests.loops.running import SOME_SLOW, example
 from tests.training.digest import digest
 
 
-@pytest.mark.parametrize("name", ["stock_trainer", "trl_sft", *EXAMPLES])
+@pytest.mark.parametrize("name", ["stock_trainer", "trl_sft", *SOME_SLOW])
 def test_script_leaves_a_history_and_says_where_it_is(tmp_path, name):
     done = run_process([f"examples/{name}.py", "--output", str(tmp_path), "--steps", "4"])
     assert done.returncode == 0, done.stderr[-6000:]
