@@ -120,7 +120,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "a Trainer class of your own, FSDP2",
             "tested",
-            "`MIRMonitor` in `__init__`, `step` in the loop: [example](../examples/titan_loop.py), built like torchtitan's",
+            "`MIRMonitor` in `__init__`, `step` in the loop: [example](../examples/titan_loop.py), like torchtitan's",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
                 "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",

@@ -9,6 +9,7 @@ import pytest
 import schedulefree
 import torch
 import wandb
+from accelerate import Accelerator
 
 from mir_callback import MIRConfig, MIRMonitor, PlateauRule, Probe, Verdict, evaluate_mir
 from mir_callback.errors import ConfigError, HistoryError, NumericsError
@@ -383,27 +384,20 @@ def test_wandb_has_a_row_for_each_evaluation_where_the_loop_logs_nothing(monitor
     assert ours == [(record.step, record.mir) for record in monitor.history]
 
 
-class WandBTracker:
-    """As Accelerate's, by its name."""
-
-
-class WithWandb(Tracker):
-    """As an Accelerator that logs to wandb itself."""
-
-    trackers = (WandBTracker(),)
-
-    def log(self, values, step):
-        super().log(values, step)
-        wandb.run.log(values, step=step)
-
-
-def test_wandb_gets_values_once_where_the_loop_logs_to_it(monitored, wandb_folder):
-    run = wandb.init()
-    monitor = monitored(log=WithWandb())
-    monitor.step(2)
-    run.finish()
+def test_wandb_of_accelerate_has_mir_in_the_row_of_the_loss(tmp_path, monitored, wandb_folder):
+    accelerator = Accelerator(cpu=True, log_with="wandb", project_dir=tmp_path)
+    accelerator.init_trackers("mir")
+    monitor = monitored(log=accelerator)
+    for step in range(1, 5):
+        accelerator.log({"loss": step / 10}, step=step)
+        monitor.step(step)
+    wandb.finish()
     rows = wandb_file.rows(wandb_folder)
-    assert [row["mir"] for row in rows if "mir" in row] == [record.mir for record in monitor.history]
+    assert [row["loss"] for row in rows if "loss" in row] == [0.1, 0.2, 0.3, 0.4]
+    assert {row["_step"]: row["mir"] for row in rows if "mir" in row} == {
+        record.step: record.mir for record in monitor.history
+    }
+    assert [row["loss"] for row in rows if "mir" in row and "loss" in row] == [0.2, 0.4]
     assert not any("train/mir" in row for row in rows)
 
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from mir_callback import MIRConfig, Probe, evaluate_mir
@@ -15,6 +17,7 @@ from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.integrations.lightning import MIRLightningCallback, find_model
 from tests import tiny_models
 from tests.samples import pairs
+from tests.training import wandb_file
 from tests.training.runs import Pairs, collator
 
 
@@ -144,6 +147,26 @@ def test_what_cannot_be_watched_is_refused_before_the_first_forward(tmp_path, pr
         MIRLightningCallback(probe).on_train_start(SimpleNamespace(strategy=FSDPStrategy()), Module())
     with pytest.raises(ConfigError, match="'batchsize'"):
         MIRLightningCallback(probe, batchsize=3)
+
+
+def test_wandb_of_lightning_has_mir_over_its_own_steps_and_the_charts(tmp_path, probe, monkeypatch):
+    class Noted(Module):
+        def training_step(self, batch, batch_idx):
+            found = super().training_step(batch, batch_idx)
+            self.log("loss", found["loss"])
+            return found
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    callback, logger = MIRLightningCallback(probe, every=2), WandbLogger(offline=True, save_dir=tmp_path)
+    fit(tmp_path / "run", callback, module=Noted(), logger=logger, max_steps=5, log_every_n_steps=1)
+    wandb.finish()
+    wandb.teardown()
+    rows = wandb_file.rows(tmp_path)
+    ours = {row["trainer/global_step"]: row["mir"] for row in rows if "mir" in row}
+    assert ours == {record.step: record.mir for record in callback.history}
+    assert [row["trainer/global_step"] for row in rows if "loss" in row] == [0, 1, 2, 3, 4]  # Lightning counts from 0
+    assert not any("train/mir" in row for row in rows)
+    assert all("mir/layers_over_steps/values" in row for row in rows if "mir" in row)
 
 
 def test_options_are_shown_in_the_signature(probe):
