@@ -161,8 +161,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`--external_plugins mir_plugin.py --callbacks mir`: [plug-in](#ms-swift)",
             ("loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",),
             by_hand="ms-swift",
-            ran="4.6.0, transformers 5.16.1: `swift sft` on LLaVA and Qwen2.5-VL, 1 process, DDP",
-            limits="packing, sequence parallelism, ZeRO, FSDP2, LoRA not tried",
+            ran="4.6.0, transformers 5.16.1: `swift sft` on LLaVA (also LoRA) and Qwen2.5-VL, 1 process, DDP",
+            limits="packing, sequence parallelism, ZeRO, FSDP2 not tried; Megatron-SWIFT below",
         ),
         Support(
             "axolotl",
@@ -170,8 +170,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`plugins:` and `mir:` in the YAML file: [plug-in](#axolotl)",
             ("loops/test_plugins.py::test_axolotl_measures_with_the_options_of_its_yaml",),
             by_hand="axolotl",
-            ran="0.19.0, transformers 5.16.1: `axolotl train` on LLaVA, 1 process",
-            limits="several processes, context parallelism, LoRA not tried",
+            ran="0.19.0, transformers 5.16.1: `axolotl train` on LLaVA (also LoRA), 1 process",
+            limits="several processes (which need GPUs there) and context parallelism not tried",
         ),
         Support(
             "Qwen-VL's `qwen-vl-finetune`",
