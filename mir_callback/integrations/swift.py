@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MIR in ms-swift: a plug-in for `swift pt` and `swift sft`."""
+"""MIR in ms-swift: a plug-in for `swift sft`."""
 
 from __future__ import annotations
 
