@@ -77,12 +77,6 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("llamafactory/test_command_line.py::test_losses_and_weights_are_those_of_a_run_without_mir",),
         ),
         Support(
-            "ms-swift",
-            "by hand",
-            "launcher before `swift sft`, on one process and two",
-            by_hand="Commands of ms-swift and LLaMA-Factory",
-        ),
-        Support(
             "`torchrun`, `accelerate launch`, `deepspeed`",
             "tested",
             "launcher before them",
@@ -158,7 +152,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "ms-swift",
             "by hand",
-            "`--external_plugins mir_plugin.py --callbacks mir`: [plug-in](#ms-swift)",
+            "launcher before `swift sft`; or `--external_plugins mir_plugin.py --callbacks mir`: [plug-in](#ms-swift)",
             ("loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",),
             by_hand="ms-swift",
             ran="4.6.0, transformers 5.16.1: `swift sft` on LLaVA (also LoRA) and Qwen2.5-VL, 1 process, DDP",

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
@@ -29,7 +30,7 @@ from mir_callback.errors import ConfigError
 from mir_callback.history import FILE_NAME, close_earlier
 from mir_callback.loggers import Loggers, active_wandb_run
 from mir_callback.monitor import MIRMonitor
-from mir_callback.probe.adapters import Adapter, find_adapter
+from mir_callback.probe.adapters import Adapter, LiveMasks, find_adapter
 from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.record import EvalRecord
 
@@ -220,7 +221,7 @@ class MIRCallback(TrainerCallback):
     def _adapter_for(self, model: nn.Module, trainer: Any, keeper: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
         options = {"adapter": self._adapter, "prompt": self.config.prompt, "trainer": trainer, "keeper": keeper}
-        return find_adapter(model, self._processor, **options)
+        return _without_template_hook(find_adapter(model, self._processor, **options), trainer)
 
     def _running(self) -> MIRMonitor:
         if self._monitor is None:
@@ -338,6 +339,25 @@ def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
     """The adapter's own saver for this Trainer if it has one, else the Trainer's."""
     offered = adapter.weight_saver(trainer) if isinstance(adapter, OffersSaver) else None
     return offered or TrainerSaver(trainer)
+
+
+def _without_template_hook(adapter: Adapter, trainer: Any) -> Adapter:
+    """The adapter; under ms-swift its forwards are as in swift's own generation, without the hook of its template.
+
+    In training that hook replaces `input_ids` by embeddings. Swift's own batches bring their positions along; a probe's
+    would get those of text, where Qwen-VL's are two-dimensional over an image.
+    """
+    context, live_masks = getattr(getattr(trainer, "template", None), "generate_context", None), adapter.live_masks
+    if context is None:
+        return adapter
+
+    @contextmanager
+    def without_hook(model: nn.Module) -> Iterator[LiveMasks | None]:
+        with context(), live_masks(model) as live:
+            yield live
+
+    adapter.live_masks = without_hook  # type: ignore[method-assign]
+    return adapter
 
 
 def _has_tracker(trainer: Any) -> bool:

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
 from mir_callback.integrations.huggingface import MIRCallback
-from mir_callback.probe.adapters import Adapter, LiveMasks
 from mir_callback.probe.probe import Probe, ProbeSource
 
 
@@ -71,20 +67,3 @@ class MIRSwiftCallback(MIRCallback):
         handler = self._made_for.callback_handler
         handler.callbacks = [*(each for each in handler.callbacks if each is not self), self]  # who iterates, goes on
         self.attach(self._made_for)
-
-    def _adapter_for(self, model: nn.Module, processor: Any, trainer: Any) -> Adapter:
-        """The family's adapter, whose forwards swift leaves as they are in generation.
-
-        In training a hook of swift's template replaces `input_ids` by embeddings. Its own batches bring their positions
-        along; others would get those of text (Qwen-VL's are two-dimensional over an image).
-        """
-        adapter, template = super()._adapter_for(model, processor, trainer), self._made_for.template
-        live_masks = adapter.live_masks
-
-        @contextmanager
-        def without_hook(model: nn.Module) -> Iterator[LiveMasks | None]:
-            with template.generate_context(), live_masks(model) as live:
-                yield live
-
-        adapter.live_masks = without_hook  # type: ignore[method-assign]
-        return adapter
