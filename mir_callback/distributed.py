@@ -2,7 +2,7 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe` and `is_shared`.
+`describe`, `is_shared` and `ranks_of`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,29 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is rank 0, which writes files and prints."""
     return rank() == 0
+
+
+def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """The ranks of a process group, of all ranks' numbering."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as each rank of its mesh would have it alone; itself, unless it is a DTensor.
+
+    Ranks: collective over the DTensor's mesh.
+    """
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def replicated_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that ranks have alike, as a DTensor on the mesh of ``other`` if that is one."""
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

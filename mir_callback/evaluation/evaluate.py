@@ -28,12 +28,13 @@ from mir_callback.evaluation.forward import OutOfMemory, forward_probe
 from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
-from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows, in_probe_order
+from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
 from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import unwrap
+from mir_callback.model.parallelism import find_share
 from mir_callback.probe.adapters import Adapter, decoder_of, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
 from mir_callback.probe.probe import Probe
@@ -208,14 +209,11 @@ class Evaluator:
                     "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
                     "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
                 )
+        share = find_share(model)
+        with distributed.fail_together():
             decoder = decoder_of(model, adapter)
             encoded = encode_probe(
-                probe,
-                adapter,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                batch_size=config.batch_size,
-                other_images=config.vision_gain,
+                probe, adapter, share=share, batch_size=config.batch_size, other_images=config.vision_gain
             )
             if config.num_losses and any(batch.text_ids is None for batch in encoded.batches):
                 option = "vision_gain" if config.vision_gain else "probe_loss"
@@ -274,7 +272,7 @@ class Evaluator:
                 passes += 1
                 on_host = on_host or passed.on_host
                 losses = passed.losses or losses
-                samples = samples or SampleRows.gather(passed.sample_rows)
+                samples = samples or SampleRows.gather(passed.sample_rows, self._encoded.shard.kept)
                 errors = config.standard_error and config.root == "exact" and samples.num_samples > 1
                 for group in passed.groups():
                     with torch.autocast(device.type, enabled=False):  # the training loop's is meant for forwards
@@ -285,7 +283,7 @@ class Evaluator:
         own_losses = [each.tolist() for each in losses]
         everyone = distributed.gather_objects((time.perf_counter() - started, peak.sample(), own_losses))
         text_losses = [
-            in_probe_order([torch.tensor(part, dtype=torch.float64).reshape(-1, 2) for part in of_ranks])
+            samples.in_probe_order([torch.tensor(part, dtype=torch.float64).reshape(-1, 2) for part in of_ranks])
             for of_ranks in zip(*(found for _, _, found in everyone), strict=True)
         ]
         per_layer = [result.distance for result in results]

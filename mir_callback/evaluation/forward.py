@@ -20,6 +20,7 @@ from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state, release_leftovers
+from mir_callback.model.parallelism import whole_sequences
 from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
 from mir_callback.watchdog import enter_phase
@@ -109,7 +110,8 @@ def forward_probe(
             store.append(layer, state, positions)
 
         capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None)
-        with evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer), capture:
+        live = evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer)
+        with live[0], live[1], whole_sequences(model), capture:
             for number, (part, which) in enumerate(runs):
                 if number:
                     capture.only_loss(text_losses[number])

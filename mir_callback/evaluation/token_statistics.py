@@ -33,16 +33,20 @@ VISION, TEXT = 0, 1  # indices of modalities, e.g. columns of SampleRows.counts
 class SampleRows:
     """The number of rows of each sample, hence the sample of each row. The same on every rank.
 
-    Sample i belongs to rank i mod world_size; a rank's rows are in the order of its samples.
+    Each sample belongs to one rank; a rank's rows are in the order of its samples.
     """
 
     counts: list[Tensor]  # for each rank (n_r, 2) int64 on the CPU, number of vision and text rows of its samples
+    indices: list[Tensor]  # for each rank (n_r,) int64 on the CPU, places of its samples in the probe
 
     @classmethod
-    def gather(cls, own: Tensor) -> SampleRows:
-        """From this rank's counts (n_r, 2). Ranks: collective."""
-        everyone = distributed.gather_objects(own.tolist())
-        return cls([torch.tensor(part, dtype=torch.int64).reshape(-1, 2) for part in everyone])
+    def gather(cls, counts: Tensor, indices: Sequence[int]) -> SampleRows:
+        """From the counts (n_r, 2) and places of this rank's samples. Ranks: collective."""
+        everyone = distributed.gather_objects((counts.tolist(), list(indices)))
+        return cls(
+            [torch.tensor(part, dtype=torch.int64).reshape(-1, 2) for part, _ in everyone],
+            [torch.tensor(part, dtype=torch.int64) for _, part in everyone],
+        )
 
     @property
     def num_samples(self) -> int:
@@ -51,26 +55,21 @@ class SampleRows:
 
     def totals(self, modality: int) -> Tensor:
         """Number of rows of each sample, (num_samples,) int64, in the order of the probe."""
-        return in_probe_order([part[:, modality] for part in self.counts])
+        return self.in_probe_order([part[:, modality] for part in self.counts])
 
     def of_rank(self, rank: int, modality: int) -> Tensor:
         """Sample of each of a rank's rows, (n,) int64."""
-        return torch.repeat_interleave(self._samples_of(rank), self.counts[rank][:, modality])
+        return torch.repeat_interleave(self.indices[rank], self.counts[rank][:, modality])
 
     def of_all_ranks(self, modality: int) -> Tensor:
         """Sample of each row of all ranks, in rank order, (N,) int64."""
         return torch.cat([self.of_rank(rank, modality) for rank in range(len(self.counts))])
 
-    def _samples_of(self, rank: int) -> Tensor:
-        return torch.arange(len(self.counts[rank])) * len(self.counts) + rank
-
-
-def in_probe_order(parts: Sequence[Tensor]) -> Tensor:
-    """Values of every rank's samples, (n_r, ...) each, as those of all samples, (n, ...). Ranks: pure."""
-    found = parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:])
-    for rank, part in enumerate(parts):
-        found[rank :: len(parts)] = part
-    return found
+    def in_probe_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Values of every rank's samples, (n_r, ...) each, as those of all samples, (n, ...). Ranks: pure."""
+        found = parts[0].new_zeros(self.num_samples, *parts[0].shape[1:])
+        found[torch.cat(self.indices)] = torch.cat(list(parts))
+        return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mir_callback import distributed
 from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.decoder import Decoder
 from mir_callback.model.modality import ModalityMasks
@@ -141,7 +142,7 @@ class HiddenStateCapture:
             if seen is None:
                 return
             seen.calls.append(index)
-            state = output[0] if isinstance(output, tuple) else output
+            state = distributed.whole(output[0] if isinstance(output, tuple) else output)
             if index == self._last:
                 seen.last_output = state
             elif self._keep_rows and seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
@@ -157,7 +158,7 @@ class HiddenStateCapture:
             return
         if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
             if args[0].shape == last.shape == output.shape:
-                self._forward.after_norm = output
+                self._forward.after_norm = distributed.whole(output)
 
     def _first_layer_hook(self, _module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         seen = self._forward
@@ -169,9 +170,10 @@ class HiddenStateCapture:
         # Once per batch: on a GPU, nonzero waits for all queued work.
         seen.positions = tuple(mask.flatten().nonzero()[:, 0] for mask in (seen.masks.vision, seen.masks.text))
         if self._text_loss is not None:
-            self._text_loss.expect(seen.masks.text, seen.text_ids)
+            self._text_loss.expect(masks.text, seen.text_ids)
         state = args[0] if args else kwargs.get("hidden_states")
         if seen.first_input is None and isinstance(state, Tensor):
+            state = distributed.whole(state)
             seen.first_input = state if self._verified else state.clone()
 
     def _head_hook(self, _head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -181,7 +183,7 @@ class HiddenStateCapture:
     def _embedding_hook(self, _module: nn.Module, _args: Any, output: Any) -> None:
         seen = self._forward
         if seen is not None and seen.embeddings is None and isinstance(output, Tensor) and not self._verified:
-            seen.embeddings = output.clone()
+            seen.embeddings = distributed.whole(output).clone()
 
     def _check_calls(self, seen: _Forward) -> None:
         """Refuse a model whose forward is not one pass of (batch, sequence, d) through the layers."""
@@ -230,9 +232,10 @@ class TextLoss:
         self._shape: tuple[int, ...] = ()
 
     def expect(self, text: Tensor, text_ids: Sequence[Tensor]) -> None:
-        """Set the targets of the next logits, from text positions (B, S) bool of the kept samples.
+        """Set the targets of the next logits, from text positions (B, S) bool of all samples.
 
-        A sample may have more token ids than positions: the model may have cut its text.
+        Of all, as ranks that share them keep different ones and must call the output embeddings alike. A sample may
+        have more token ids than positions: the model may have cut its text.
         """
         before, targets = [], []
         self._shape = tuple(text.shape)
@@ -256,11 +259,12 @@ class TextLoss:
                 f"probe_loss does not support this model: its output embeddings get hidden states of "
                 f"{tuple(hidden.shape[:-1])} positions, not of all {self._shape}. Set probe_loss=False."
             )
-        return (hidden.flatten(0, 1).index_select(0, self._before)[None], *args[1:])
+        chosen = distributed.whole(hidden).flatten(0, 1).index_select(0, self._before)[None]
+        return (distributed.replicated_like(chosen, hidden), *args[1:])
 
     def add(self, outputs: Any, keep: Tensor) -> None:
         """Add the losses of a model's outputs, with logits (1, n, vocabulary), for the samples of ``keep``, (B,)."""
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        logits = distributed.whole(outputs["logits"] if isinstance(outputs, dict) else outputs[0])
         if tuple(logits.shape[:-1]) != (1, len(self._targets)):
             raise UnsupportedModelError(
                 f"probe_loss does not support this model: its logits are of {tuple(logits.shape[:-1])} positions, not "

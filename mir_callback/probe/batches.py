@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mir_callback.errors import ProbeError
 from mir_callback.model.modality import ModalityMasks
+from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import Adapter, cut_text
 from mir_callback.probe.probe import Probe, Sample
 
@@ -51,10 +52,15 @@ class ProbeBatch:
 class RankShard:
     """The part of a probe that one rank forwards."""
 
-    samples: Sequence[tuple[int, bool]]  # (index, keep), see share_of_rank
+    samples: Sequence[tuple[int, bool]]  # (index, keep), see samples_of
     batch_size: int
     batches: tuple[ProbeBatch, ...]  # of these samples in this order, equally many on every rank
     token_ids: tuple[Tensor, ...]  # the real token ids of each of these samples
+
+    @property
+    def kept(self) -> list[int]:
+        """Places in the probe of the samples whose rows this rank keeps."""
+        return [index for index, keep in self.samples if keep]
 
     @property
     def row_counts(self) -> tuple[int, int] | None:
@@ -99,14 +105,15 @@ class EncodedProbe:
         return _fingerprint(self.pixel_digests)
 
 
-def share_of_rank(num_samples: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
+def samples_of(share: SampleShare, num_samples: int) -> list[tuple[int, bool]]:
     """The samples that a rank encodes: (sample index, keep), equally many on every rank.
 
-    Sample i belongs to rank i mod world_size. A rank that has fewer repeats sample 0, with keep False.
+    Sample i belongs to part i mod parts. A part that has fewer repeats sample 0, with keep False. Only the leader of
+    its ranks keeps any.
     """
-    length = -(-num_samples // world_size)
-    mine = list(range(rank, num_samples, world_size))
-    return [(index, True) for index in mine] + [(0, False)] * (length - len(mine))
+    length = -(-num_samples // share.parts)
+    mine = list(range(share.part, num_samples, share.parts))
+    return [(index, share.leads) for index in mine] + [(0, False)] * (length - len(mine))
 
 
 def encode_shards(
@@ -174,15 +181,15 @@ def exchange_images(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def encode_probe(
-    probe: Probe, adapter: Adapter, *, rank: int, world_size: int, batch_size: int, other_images: bool = False
+    probe: Probe, adapter: Adapter, *, share: SampleShare, batch_size: int, other_images: bool = False
 ) -> EncodedProbe:
     """Encode one rank's part of a probe, in equally many batches on every rank; see :func:`encode_shards`.
 
     ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: any; no
     communication.
     """
-    share = share_of_rank(len(probe), rank, world_size)
-    shard, others = encode_shards(probe, adapter, share, batch_size, other_images=other_images)
+    samples = samples_of(share, len(probe))
+    shard, others = encode_shards(probe, adapter, samples, batch_size, other_images=other_images)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
     pixels = [(index, probe.samples[index]) for index, _ in kept if index < _PIXEL_SAMPLES]
     return EncodedProbe(
@@ -233,7 +240,7 @@ class TokenCounts:
 
 def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
     """Tokens of every sample in an evaluation, with an adapter that knows its masks before the forward."""
-    encoded = encode_probe(probe, adapter, rank=0, world_size=1, batch_size=1)
+    encoded = encode_probe(probe, adapter, share=SampleShare(), batch_size=1)
     masks = [batch.masks for batch in encoded.batches if batch.masks is not None]
     vision, text = ([int(getattr(mask, name).sum()) for mask in masks] for name in ("vision", "text"))
     return TokenCounts(vision, text, encoded.tokens_fingerprint)

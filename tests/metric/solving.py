@@ -15,7 +15,7 @@ from mir_callback.evaluation.token_statistics import SampleRows, clean_rows
 def evaluate_rows(vision, text):
     """MIR and the fields of a report on its error; ``vision`` and ``text`` have the rows (n_i, d) of each sample."""
     counts = torch.tensor([[len(images), len(words)] for images, words in zip(vision, text, strict=True)])
-    samples = SampleRows([counts])
+    samples = SampleRows([counts], [torch.arange(len(counts))])
     layers = clean_rows([(torch.cat(list(vision)), torch.cat(list(text)))], samples, 0, errors=True)
     peak = PeakMemory(torch.device("cpu"))
     results = solve_layers(layers, samples, 0, "exact", True, tqdm(disable=True), peak)

@@ -12,6 +12,7 @@ from mir_callback.errors import UnsupportedModelError
 from mir_callback.evaluation.hidden_states import HiddenStateStore
 from mir_callback.model.capture import HiddenStateCapture
 from mir_callback.model.decoder import find_decoder
+from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import encode_probe
 from tests import tiny_models
@@ -23,7 +24,7 @@ FAMILIES = [tiny_models.llava, tiny_models.qwen2_5_vl, tiny_models.idefics3, tin
 def batches(model, processor, count=5, batch_size=2):
     adapter = HuggingFaceAdapter(model, processor)
     probe = Probe.from_pairs(pairs(count))
-    return encode_probe(probe, adapter, rank=0, world_size=1, batch_size=batch_size).batches
+    return encode_probe(probe, adapter, share=SampleShare(), batch_size=batch_size).batches
 
 
 def captured(model, batches):

@@ -8,20 +8,22 @@ from hypothesis import strategies as st
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import HuggingFaceAdapter, cut_text, image_placeholder
-from mir_callback.probe.batches import encode_probe, share_of_rank
+from mir_callback.probe.batches import encode_probe, samples_of
 from tests import tiny_models
 from tests.samples import SENTENCE, pairs
 
 
-def encode(model, processor, probe, rank=0, world_size=1, batch_size=4):
+def encode(model, processor, probe, part=0, parts=1, batch_size=4):
     adapter = HuggingFaceAdapter(model, processor)
-    return encode_probe(probe, adapter, rank=rank, world_size=world_size, batch_size=batch_size)
+    return encode_probe(probe, adapter, share=SampleShare(part, parts), batch_size=batch_size)
 
 
-@given(st.integers(1, 200), st.integers(1, 17))
-def test_shares_cover_every_sample_once_and_are_equally_long(num_samples, world_size):
-    shares = [share_of_rank(num_samples, rank, world_size) for rank in range(world_size)]
+@given(st.integers(1, 200), st.integers(1, 17), st.integers(1, 4))
+def test_shares_cover_every_sample_once_and_are_equally_long(num_samples, parts, peers):
+    ranks = [SampleShare(part, parts, leads=peer == 0) for part in range(parts) for peer in range(peers)]
+    shares = [samples_of(share, num_samples) for share in ranks]
     kept = sorted(index for share in shares for index, keep in share if keep)
     assert kept == list(range(num_samples))
     assert len({len(share) for share in shares}) == 1
