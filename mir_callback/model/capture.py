@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mir_callback import distributed
 from mir_callback.errors import UnsupportedModelError
-from mir_callback.model.decoder import Decoder
+from mir_callback.model.decoder import Decoder, text_config
 from mir_callback.model.modality import ModalityMasks
 
 _CHUNK_TOKENS = 512  # whose logits are converted to float32 at a time
@@ -133,7 +133,7 @@ class HiddenStateCapture:
             counts = torch.stack([seen.masks.vision.sum(dim=1), seen.masks.text.sum(dim=1)], dim=1)
             self.sample_rows.append(counts[keep].cpu())
         if self._text_loss is not None:
-            self._text_loss.add(outputs, keep)
+            self._text_loss.add(outputs, keep, getattr(text_config(self._decoder.model), "vocab_size", 0))
         self._forward = None
 
     def _layer_hook(self, index: int) -> Any:
@@ -262,13 +262,19 @@ class TextLoss:
         chosen = distributed.whole(hidden).flatten(0, 1).index_select(0, self._before)[None]
         return (distributed.replicated_like(chosen, hidden), *args[1:])
 
-    def add(self, outputs: Any, keep: Tensor) -> None:
+    def add(self, outputs: Any, keep: Tensor, vocabulary: int) -> None:
         """Add the losses of a model's outputs, with logits (1, n, vocabulary), for the samples of ``keep``, (B,)."""
         logits = distributed.whole(outputs["logits"] if isinstance(outputs, dict) else outputs[0])
         if tuple(logits.shape[:-1]) != (1, len(self._targets)):
             raise UnsupportedModelError(
                 f"probe_loss does not support this model: its logits are of {tuple(logits.shape[:-1])} positions, not "
                 f"of the {len(self._targets)} asked for. Set probe_loss=False."
+            )
+        if logits.shape[-1] < vocabulary:
+            raise UnsupportedModelError(
+                f"probe_loss does not support this model: its logits are of {logits.shape[-1]} of {vocabulary} tokens, "
+                "as tensor parallelism leaves them on each rank. Let the output embeddings gather them "
+                "(output_layouts=Replicate()), or set probe_loss=False."
             )
         sums = torch.zeros(len(self._counts), dtype=torch.float64, device=logits.device)
         samples = torch.repeat_interleave(self._counts)

@@ -54,8 +54,7 @@ def find_share(model: nn.Module) -> SampleShare:
     which ranks share samples. Ranks: collective.
     """
     with distributed.fail_together():
-        _refuse_pipelines(model)
-        _whole_attention(model)
+        refuse_unmeasurable(model)
         own = find_groups(model)
     return assign_share(distributed.gather_objects(own), distributed.rank())
 
@@ -115,7 +114,9 @@ def find_groups(model: nn.Module) -> RankGroups:
             together.add(("tp", _ranks_along(mesh, names.index("tp") if "tp" in names else 0)))
     megatron = _megatron()
     if megatron is not None:
-        together.add(("Megatron's tensor parallelism", distributed.ranks_of(megatron.get_tensor_model_parallel_group())))
+        together.add(
+            ("Megatron's tensor parallelism", distributed.ranks_of(megatron.get_tensor_model_parallel_group()))
+        )
     return RankGroups(frozenset(each for each in together if len(each[1]) > 1), frozenset(data))
 
 
@@ -131,30 +132,36 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
             "leave it before the monitor is called"
         )
     with ExitStack() as restored:
-        functions, whole = _whole_attention(model)
+        functions, whole = _whole_attention()
         for name, function in whole.items():
             restored.callback(functions.__setitem__, name, functions[name])
             functions[name] = function
-        # Accelerate drops attention masks for context parallelism, which padded sequences need.
         for module in model.modules():
-            hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if _is_of_accelerate(hook)}
-            if hooks:
-                restored.callback(_put_hooks_back, module, list(module._forward_pre_hooks.items()))
-                for key in hooks:
+            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                restored.callback(_put_back, hooks, dict(hooks))  # DeepSpeed's check of the first batch removes itself
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if _is_of_accelerate(hook):  # it drops attention masks, which padded sequences need
                     del module._forward_pre_hooks[key]
         yield
 
 
-def _put_hooks_back(module: nn.Module, hooks: list[tuple[int, Any]]) -> None:
-    module._forward_pre_hooks.clear()
-    module._forward_pre_hooks.update(hooks)
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    if list(hooks) != list(before):
+        hooks.clear()
+        hooks.update(before)
 
 
-def _refuse_pipelines(model: nn.Module) -> None:
-    """Refuse a model whose layers or experts are on other ranks in a way that a forward of each rank can't reach."""
+def refuse_unmeasurable(model: nn.Module) -> None:
+    """UnsupportedModelError, by name, for decoder layers, experts or parts of sequences that only other ranks have.
+
+    Ranks: any; no communication.
+    """
+    _whole_attention()
     for module in model.modules():
         kind, package = type(module), type(module).__module__.partition(".")[0]
-        if package == "deepspeed" and any(base.__name__ in ("PipelineModule", "PipelineEngine") for base in kind.__mro__):
+        if package == "deepspeed" and any(
+            base.__name__ in ("PipelineModule", "PipelineEngine") for base in kind.__mro__
+        ):
             raise _elsewhere(f"a {kind.__name__}")
         if getattr(module, "_pp_stage", None) is not None:
             stage: Any = module._pp_stage
@@ -194,7 +201,7 @@ def _split_by(what: str) -> UnsupportedModelError:
     )
 
 
-def _whole_attention(model: nn.Module) -> tuple[Any, dict[str, Callable[..., Any]]]:
+def _whole_attention() -> tuple[Any, dict[str, Callable[..., Any]]]:
     """transformers' table of attention functions and, for those that split sequences, what they have replaced."""
     functions: Any = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
     whole: dict[str, Callable[..., Any]] = {}

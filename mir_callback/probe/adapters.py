@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import Decoder, find_decoder, text_config, unwrap
 from mir_callback.model.modality import ModalityMasks, modality_masks, vision_token_ids
+from mir_callback.model.parallelism import refuse_unmeasurable
 from mir_callback.probe.probe import Sample
 from mir_callback.probe.processors import REMEDY, handles_images, kept_by, load_processor, search_processor
 from mir_callback.probe.prompt import (
@@ -196,13 +197,15 @@ def find_adapter(
     Raises:
         ConfigError: not a model, a processor that cannot handle images, a prompt that the family does not have,
             or a prompt beside an adapter.
-        UnsupportedModelError: no factory knows the model, it has no vision tokens, or its family's adapter refuses it.
+        UnsupportedModelError: no factory knows the model, it has no vision tokens, its family's adapter refuses it, or
+            it is spread over ranks in a way that can't be measured.
 
     Ranks: any; no communication.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
     check_prompt(prompt)
+    refuse_unmeasurable(model)
     if adapter is not None:
         if prompt is not None:
             raise ConfigError(

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models split over ranks: the value is that of one process, or the run is refused by name on every rank."""
+
+import pytest
+
+from tests import tiny_models
+from tests.distributed.launch import run_ranks
+from tests.distributed.mesh_worker import BAD, COUNTS, GOOD, value
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"mesh{request.param}")
+    return run_ranks("tests.distributed.mesh_worker", folder, processes=request.param, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return [value(*tiny_models.llava(), count) for count in COUNTS]
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_value_is_that_of_one_process(ranks, alone, case):
+    for reports in zip(alone, *(rank["good"][case] for rank in ranks), strict=True):
+        expected = reports[0]
+        for report in reports[1:]:
+            assert report["world_size"] == len(ranks)
+            for field in ("mir", "scale_free_mir", "probe_loss", "vision_gain"):
+                known = expected[field]
+                assert report[field] == (None if known is None else pytest.approx(known, abs=1e-6)), field
+            for field in ("mir_se", "influences"):
+                known = expected[field]
+                assert report[field] == (None if known is None else pytest.approx(known, rel=1e-3, abs=1e-5)), field
+            for field in ("num_samples", "num_vision_tokens", "num_text_tokens", "tokens_fingerprint"):
+                assert report[field] == expected[field], field
+
+
+EXPECTED = {
+    "part_of_vocabulary": "UnsupportedModelError: probe_loss",
+    "halves_apart": "UnsupportedModelError: MIR can't tell which ranks share samples",
+    "split_on_rank_0": "UnsupportedModelError: rank 0 shares its model with ranks [0, 1",
+    "last_stage": "UnsupportedModelError: LlamaModel in LlavaForConditionalGeneration has no ModuleList of 3",
+    "deepspeed_pipeline": "UnsupportedModelError: MIR can't be measured under pipeline parallelism",
+    "unknown_split": "UnsupportedModelError: MIR can't be measured while __main__.unknown_split",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_measured_is_refused_on_every_rank(ranks, case):
+    for rank in ranks:
+        if (case, len(ranks)) == ("halves_apart", 2):
+            assert "secret 2 x dp 1" in rank["bad"][case]
+        assert rank["bad"][case].startswith(EXPECTED[case]), rank["bad"][case]
+        assert rank["bad"][case].endswith("(after a forward)") == (case == "part_of_vocabulary")
