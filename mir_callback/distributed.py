@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def replicated_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that ranks have alike, as a DTensor on the mesh of ``other`` if that is one."""
-    if not hasattr(other, "full_tensor"):
+    if not hasattr(other, "device_mesh"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(tensor, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
+    mesh: Any = other.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def assign_share(everyone: Sequence[RankGroups], rank: int) -> SampleShare:
     data = {group for groups in everyone for group in groups.data}
     apart = _connect([*model, *(ranks for _, ranks in data)], len(everyone))
     if data and len(set(apart)) > 1:
-        parts = [[each for each, first in enumerate(apart) if first == leader] for leader in sorted(set(apart))]
+        pieces = [[each for each, first in enumerate(apart) if first == leader] for leader in sorted(set(apart))]
         raise UnsupportedModelError(
-            f"MIR can't tell which ranks share samples: ranks {' and '.join(map(str, parts))} exchange neither weights "
+            f"MIR can't tell which ranks share samples: ranks {' and '.join(map(str, pieces))} exchange neither weights "
             f"nor gradients with one another, as far as the model's wrapper shows ({_names(data)}). {_INSTEAD}"
         )
     leaders = _connect(model, len(everyone))
@@ -88,7 +88,8 @@ def find_groups(model: nn.Module) -> RankGroups:
     together: set[tuple[str, tuple[int, ...]]] = set()
     data: set[tuple[str, tuple[int, ...]]] = set()
     gathered = _gathered_weights(model)
-    for module in model.modules():
+    every: list[Any] = list(model.modules())
+    for module in every:
         kind, package = type(module).__name__, type(module).__module__.partition(".")[0]
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel") and package == "torch":
             for group in (module.process_group, getattr(module, "_inter_node_pg", None)):
@@ -159,17 +160,15 @@ def refuse_unmeasurable(model: nn.Module) -> None:
     _whole_attention()
     for module in model.modules():
         kind, package = type(module), type(module).__module__.partition(".")[0]
-        if package == "deepspeed" and any(
-            base.__name__ in ("PipelineModule", "PipelineEngine") for base in kind.__mro__
-        ):
+        if {"PipelineModule", "PipelineEngine"} & {each.__name__ for each in kind.__mro__}:
             raise _elsewhere(f"a {kind.__name__}")
         if getattr(module, "_pp_stage", None) is not None:
             stage: Any = module._pp_stage
             raise _elsewhere(f"stage {stage.pp_rank + 1} of {stage.pp_size}")
         if package == "deepspeed" and (getattr(module, "ep_size", None) or 1) > 1:
             raise UnsupportedModelError(
-                f"MIR can't be measured with DeepSpeed's expert parallelism: {kind.__name__} sends tokens to experts on "
-                f"{module.ep_size} ranks and drops some by what else is in the batch. {_INSTEAD}"
+                f"MIR can't be measured with DeepSpeed's expert parallelism: {kind.__name__} sends tokens to experts "
+                f"on {module.ep_size} ranks and drops some by what else is in the batch. {_INSTEAD}"
             )
         if package == "deepspeed" and kind.__name__ == "DistributedAttention":
             raise _split_by(f"{kind.__module__}.{kind.__name__}")
@@ -202,7 +201,7 @@ def _split_by(what: str) -> UnsupportedModelError:
 
 
 def _whole_attention() -> tuple[Any, dict[str, Callable[..., Any]]]:
-    """transformers' table of attention functions and, for those that split sequences, what they have replaced."""
+    """The attention functions of transformers and, for those that split sequences, what they have replaced."""
     functions: Any = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
     whole: dict[str, Callable[..., Any]] = {}
     for name in list(functions.keys()) if isinstance(functions, Mapping) else ():
@@ -241,7 +240,8 @@ def _is_of_accelerate(hook: Any) -> bool:
 def _gathered_weights(model: nn.Module) -> dict[tuple[int, str], list[tuple[Any, list[Any]]]]:
     """For weights that FSDP2 gathers before use, by module and name: its meshes, and the groups it works on."""
     found: dict[tuple[int, str], list[tuple[Any, list[Any]]]] = {}
-    for module in model.modules():
+    every: list[Any] = list(model.modules())
+    for module in every:
         state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
         several = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if several is None else several:

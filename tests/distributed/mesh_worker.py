@@ -34,7 +34,7 @@ def value(model: Any, processor: Any, count: int) -> dict[str, Any]:
 
 
 def split_layers(model: Any, mesh: DeviceMesh) -> Any:
-    """torch's tensor parallelism on the decoder layers, as a user writes it."""
+    """Tensor parallelism of torch on the decoder layers, as a user writes it."""
     plan: dict[str, Any] = {
         **dict.fromkeys(
             [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"], ColwiseParallel()
@@ -47,13 +47,13 @@ def split_layers(model: Any, mesh: DeviceMesh) -> Any:
 
 
 def by_transformers(model: Any, folder: str) -> Any:
-    """transformers' tensor parallelism, over FSDP2 on more than two ranks."""
+    """Tensor parallelism of transformers, over FSDP2 on more than two ranks."""
     config = DistributedConfig(tp_size=2, fsdp_size=dist.get_world_size() // 2)
     return LlavaForConditionalGeneration.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
 
 
 def by_torch(model: Any, folder: str) -> Any:
-    """torch's tensor parallelism; the output embeddings return a DTensor of part of the vocabulary."""
+    """Tensor parallelism of torch; the output embeddings return a DTensor of part of the vocabulary."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicas", "rows"))["rows"]
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
     return split_layers(model, mesh)
