@@ -75,8 +75,8 @@ def assign_share(everyone: Sequence[RankGroups], rank: int) -> SampleShare:
     if data and len(set(apart)) > 1:
         pieces = [[each for each, first in enumerate(apart) if first == leader] for leader in sorted(set(apart))]
         raise UnsupportedModelError(
-            f"MIR can't tell which ranks share samples: ranks {' and '.join(map(str, pieces))} exchange neither weights "
-            f"nor gradients with one another, as far as the model's wrapper shows ({_names(data)}). {_INSTEAD}"
+            f"MIR can't tell which ranks share samples: ranks {' and '.join(map(str, pieces))} exchange neither "
+            f"weights nor gradients with one another, as far as the model's wrapper shows ({_names(data)}). {_INSTEAD}"
         )
     leaders = _connect(model, len(everyone))
     parts = sorted(set(leaders))

@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from accelerate.big_modeling import _attach_context_parallel_hooks
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +30,24 @@ from tests.distributed.launch import write_rank
 from tests.samples import pairs
 
 COUNTS = (7, 1)  # samples: more than ranks, and fewer
+
+
+def mixture() -> tuple[Any, Any]:
+    """LLaVA with a mixture of experts."""
+    model, processor = tiny_models.llava()
+    sizes = {name: getattr(model.config.text_config, name) for name in ("vocab_size", "hidden_size", "pad_token_id")}
+    text = Qwen3MoeConfig(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model.config.text_config = text
+    return LlavaForConditionalGeneration(model.config), processor
 
 
 def value(model: Any, processor: Any, count: int) -> dict[str, Any]:
@@ -73,8 +96,54 @@ def by_fsdp(model: Any, folder: str) -> Any:
     return fully_shard(model)
 
 
+def by_experts(model: Any, folder: str) -> Any:
+    """Expert parallelism of transformers over all ranks, beside tensor parallelism."""
+    world = dist.get_world_size()
+    config = DistributedConfig(tp_size=2, fsdp_size=world // 2, ep_size=world)
+    return LlavaForConditionalGeneration.from_pretrained(
+        f"{folder} moe", distributed_config=config, dtype=torch.float32
+    )
+
+
+def by_deepspeed(model: Any, folder: str) -> Any:
+    """Tensor parallelism of DeepSpeed's engine."""
+    return initialize(model, {"tensor_parallel": {"autotp_size": 2}})
+
+
+def by_ulysses(model: Any, folder: str) -> Any:
+    """Sequences that DeepSpeed's Ulysses splits over ranks in training, as accelerate sets it up."""
+    groups = UlyssesSPAttentionHF.register_with_transformers(
+        model, core_attn_implementation="sdpa", sequence_parallel_size=2, micro_batch_size=2
+    )
+    return initialize(model, {"sequence_parallel_size": 2}, mpu=groups)
+
+
+def by_context_parallelism(model: Any, folder: str) -> Any:
+    """Accelerate's hooks for context parallelism, which drop the attention masks."""
+    _attach_context_parallel_hooks(model)
+    return model
+
+
+def initialize(model: Any, config: dict[str, Any], **options: Any) -> Any:
+    """A DeepSpeed engine."""
+    config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    config |= {"zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **options)[0]
+
+
 GOOD: dict[str, Callable[[Any, str], Any]] = {
-    each.__name__: each for each in (by_transformers, by_torch, by_torch_and_fsdp, by_fsdp)
+    each.__name__: each
+    for each in (
+        by_transformers,
+        by_torch,
+        by_torch_and_fsdp,
+        by_fsdp,
+        by_experts,
+        by_deepspeed,
+        by_context_parallelism,
+        by_ulysses,
+    )
 }
 
 
@@ -104,8 +173,6 @@ def last_stage(model: Any) -> Any:
 
 def deepspeed_pipeline(model: Any) -> Any:
     """DeepSpeed's own pipeline."""
-    from deepspeed.pipe import PipelineModule
-
     layers = [nn.Linear(4, 4) for _ in range(dist.get_world_size())]
     return PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=nn.MSELoss())
 
@@ -126,15 +193,15 @@ BAD: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def outcome(case: Callable[[Any], Any]) -> str:
+def outcome(case: Callable[[Any], Any], step: Any = contextlib.nullcontext) -> str:
     """The error a case ended with, and whether the model was called before it."""
     model, processor = tiny_models.llava()
     called = []
     model.model.vision_tower.register_forward_pre_hook(lambda *_: called.append(True))
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    split = case(model)
     try:
-        value(split, processor, 4)
+        with step():
+            value(case(model), processor, 4)
     except Exception as error:
         return f"{type(error).__name__}: {error}{' (after a forward)' if called else ''}"
     finally:
@@ -144,19 +211,24 @@ def outcome(case: Callable[[Any], Any]) -> str:
 
 def main(folder: str) -> None:
     """Run every case; after a bad one the ranks must still be in step for the next."""
-    import deepspeed
-
     deepspeed.init_distributed("gloo")
-    model, processor = tiny_models.llava()
-    saved = str(Path(folder) / "model")
+    saved = f"{folder}/model"
     if dist.get_rank() == 0:
-        model.save_pretrained(saved)
+        tiny_models.llava()[0].save_pretrained(saved)
+        mixture()[0].save_pretrained(f"{saved} moe")
     dist.barrier()
     bad = {name: outcome(case) for name, case in BAD.items()}
-    good = {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    bad["inside_context_parallel"] = outcome(lambda model: model, lambda: context_parallel(mesh))
+    good, attention = {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
     for name, split in GOOD.items():
-        on_ranks = split(tiny_models.llava()[0], saved)
+        model, processor = tiny_models.llava()
+        processor.tokenizer.padding_side = "left"  # then a mask that is lost shows in the value
+        on_ranks = split(model, saved)
+        hooks = [list(module._forward_pre_hooks) for module in on_ranks.modules()]
         good[name] = [value(on_ranks, processor, count) for count in COUNTS]
+        assert [list(module._forward_pre_hooks) for module in on_ranks.modules()] == hooks
+        assert (ALL_ATTENTION_FUNCTIONS["sdpa"] is attention) == (split is not by_ulysses)
     write_rank(folder, dist.get_rank(), {"good": good, "bad": bad})
 
 
