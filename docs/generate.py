@@ -286,9 +286,29 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("loops/test_lightning.py::test_what_cannot_be_watched_is_refused_before_the_first_forward",),
         ),
         Support(
-            "tensor, context, sequence and pipeline parallelism",
-            "not supported",
-            "**not detected**: each rank is taken for a data-parallel one, so a run may hang or give a wrong value",
+            "tensor and expert parallelism: torch, transformers, DeepSpeed AutoTP",
+            "tested",
+            "found from the model: its ranks forward the same samples, one of them keeps the rows; with FSDP2 on up to "
+            "four CPU ranks",
+            ("distributed/test_mesh.py::test_value_is_that_of_one_process",),
+        ),
+        Support(
+            "DeepSpeed Ulysses",
+            "tested",
+            "each rank forwards whole sequences with the attention that Ulysses has replaced; memory as without it",
+            ("distributed/test_mesh.py::test_value_is_that_of_one_process",),
+        ),
+        Support(
+            "context parallelism of torch and accelerate",
+            "not tested",
+            "whole sequences, evaluated outside `context_parallel`; its training step needs GPUs",
+            ("distributed/test_mesh.py::test_value_is_that_of_one_process",),
+        ),
+        Support(
+            "pipeline parallelism, DeepSpeed's experts, other sequence parallelism",
+            "refused",
+            "by name, on every rank; `mir eval` measures the checkpoints",
+            ("distributed/test_mesh.py::test_what_cannot_be_measured_is_refused_on_every_rank",),
         ),
     ),
 }

@@ -77,7 +77,7 @@ class DryRunDone(SystemExit):
 
 
 class MIRMonitor:
-    """Evaluate MIR in a training loop of any kind: plain PyTorch, Accelerate, your own; data-parallel ranks.
+    """Evaluate MIR in a training loop of any kind: plain PyTorch, Accelerate, your own.
 
     Construction checks everything, opens `<output_dir>/mir_history.jsonl` and evaluates before the first step. Training
     does not change: losses and weights are the same to the last bit.

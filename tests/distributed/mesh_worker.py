@@ -219,7 +219,8 @@ def main(folder: str) -> None:
     dist.barrier()
     bad = {name: outcome(case) for name, case in BAD.items()}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    bad["inside_context_parallel"] = outcome(lambda model: model, lambda: context_parallel(mesh))
+    batch = {"buffers": [torch.zeros(1, 8 * dist.get_world_size())], "buffer_seq_dims": [1]}
+    bad["inside_context_parallel"] = outcome(lambda model: model, lambda: context_parallel(mesh, **batch))
     good, attention = {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
     for name, split in GOOD.items():
         model, processor = tiny_models.llava()
