@@ -31,6 +31,7 @@ from mir_callback.history import FILE_NAME, History
 from mir_callback.loggers import Loggers
 from mir_callback.lr_schedule import find_drops, learning_rate_of, next_drop, next_epoch
 from mir_callback.model.isolation import evaluation_weights
+from mir_callback.model.parallelism import find_groups
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
@@ -511,6 +512,7 @@ def _default_saver(model: nn.Module) -> Callable[[Path], None]:
         top = top.module
     is_sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
     is_sharded = is_sharded or any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules())
+    is_sharded = is_sharded or bool(find_groups(model).model)
     if is_sharded or not hasattr(top, "save_pretrained"):
         why = "its weights are sharded" if is_sharded else f"{type(top).__name__} has no save_pretrained"
         raise ConfigError(
