@@ -4,9 +4,11 @@
 import functools
 
 import pytest
+import torch
 
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
+from tests.distributed.mesh_train_worker import NUM_SAMPLES, SETUPS
 from tests.distributed.mesh_worker import COUNTS, GOOD, mixture, value
 
 
@@ -56,3 +58,23 @@ def test_what_cannot_be_measured_is_refused_on_every_rank(ranks, case):
             assert "secret 2 x dp 1" in rank["bad"][case]
         assert rank["bad"][case].startswith(EXPECTED[case]), rank["bad"][case]
         assert rank["bad"][case].endswith("(after a forward)") == (case == "part_of_vocabulary")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS)
+def test_training_is_the_same_to_the_last_bit(tmp_path, setup):
+    worker = "tests.distributed.mesh_train_worker"
+    plain, watched = (run_ranks(worker, tmp_path / each, setup, each) for each in ("off", "on"))
+    for without, with_mir in zip(plain, watched, strict=True):
+        for field in ("losses", "weights", "rng"):
+            assert without[field] == with_mir[field], field
+    history = watched[0]["history"]
+    assert [record["step"] for record in history] == [0, 2, 4]
+    assert [rank["history"] for rank in watched] == [history, history]
+    model, processor = tiny_models.llava()
+    assert history[0]["mir"] == pytest.approx(value(model, processor, NUM_SAMPLES)["mir"], abs=1e-6)
+    if setup in ("transformers", "ulysses 1"):  # else the weights are in parts
+        model.load_state_dict(torch.load(tmp_path / "on" / "weights.pt"), strict=False)
+        trained = value(model, processor, NUM_SAMPLES)
+        assert history[-1]["mir"] == pytest.approx(trained["mir"], abs=1e-6)
+        assert history[-1]["vision_gain"] == pytest.approx(trained["vision_gain"], abs=1e-6)
