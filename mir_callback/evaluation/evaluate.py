@@ -209,11 +209,11 @@ class Evaluator:
                     "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
                     "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
                 )
-        share = find_share(model)
+        self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
             encoded = encode_probe(
-                probe, adapter, share=share, batch_size=config.batch_size, other_images=config.vision_gain
+                probe, adapter, share=self._share, batch_size=config.batch_size, other_images=config.vision_gain
             )
             if config.num_losses and any(batch.text_ids is None for batch in encoded.batches):
                 option = "vision_gain" if config.vision_gain else "probe_loss"
@@ -252,6 +252,14 @@ class Evaluator:
     def evaluate(self, model: nn.Module, *, optimizer: Any = None, progress: bool = True) -> MIRReport:
         """Evaluate the current weights; arguments and errors as of :func:`evaluate_mir`. Ranks: collective."""
         started, config, device = time.perf_counter(), self._config, find_device(model)
+        share = find_share(model)
+        with distributed.fail_together():
+            if share != self._share:
+                raise ConfigError(
+                    f"The model was split over ranks after the probe was encoded for it: this rank's part of the "
+                    f"samples was {self._share.part + 1} of {self._share.parts} and is {share.part + 1} of "
+                    f"{share.parts}. Split it first (parallelize_module, deepspeed.initialize), then make the monitor."
+                )
         peak = PeakMemory(device)
         results: list[LayerResult] = []
         passes, on_host = 0, False

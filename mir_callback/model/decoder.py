@@ -81,7 +81,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     if not found:
         raise UnsupportedModelError(
             f"{type(root).__name__} in {type(top).__name__} has no ModuleList of {wanted} decoder layers. MIR needs a "
-            "decoder-only language model with all its layers in one ModuleList."
+            "decoder-only language model with all its layers in one ModuleList; a stage of a pipeline has only some."
         )
     # `layers` first, then nearest the top.
     name, layers = min(found, key=lambda item: (item[0].split(".")[-1] != "layers", item[0].count("."), item[0]))

@@ -25,6 +25,10 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.config import MIRConfig
+from mir_callback.errors import ConfigError
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.probe.adapters import find_adapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.samples import pairs
@@ -219,6 +223,14 @@ def main(folder: str) -> None:
     dist.barrier()
     bad = {name: outcome(case) for name, case in BAD.items()}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, processor = tiny_models.llava()
+    adapter = find_adapter(model, processor)
+    evaluator = Evaluator(model, Probe.from_pairs(pairs(4)), adapter, MIRConfig())
+    split_layers(model, mesh)
+    try:
+        evaluator.evaluate(model)
+    except ConfigError as error:
+        bad["split_afterwards"] = f"ConfigError: {error}"
     batch = {"buffers": [torch.zeros(1, 8 * dist.get_world_size())], "buffer_seq_dims": [1]}
     bad["inside_context_parallel"] = outcome(lambda model: model, lambda: context_parallel(mesh, **batch))
     good, attention = {}, ALL_ATTENTION_FUNCTIONS["sdpa"]
