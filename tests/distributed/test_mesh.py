@@ -9,13 +9,14 @@ import torch
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
 from tests.distributed.mesh_train_worker import NUM_SAMPLES, SETUPS
-from tests.distributed.mesh_worker import COUNTS, GOOD, mixture, value
+from tests.distributed.mesh_worker import COUNTS, FEW, GOOD, mixture, value
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=["2", "4 few", pytest.param("4", marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"mesh{request.param}")
-    return run_ranks("tests.distributed.mesh_worker", folder, processes=request.param, timeout=180)
+    processes, *which = request.param.split()
+    folder = tmp_path_factory.mktemp("mesh")
+    return run_ranks("tests.distributed.mesh_worker", folder, *which, processes=int(processes), timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +24,26 @@ def alone():
     return functools.cache(lambda build: [value(*build(), count) for count in COUNTS])
 
 
-@pytest.mark.parametrize("case", GOOD)
-def test_value_is_that_of_one_process(ranks, alone, case):
-    expected = alone(mixture if case == "by_experts" else tiny_models.llava)
-    for reports in zip(expected, *(rank["good"][case] for rank in ranks), strict=True):
-        expected = reports[0]
-        for report in reports[1:]:
-            assert report["world_size"] == len(ranks)
-            for field in ("mir", "scale_free_mir", "probe_loss", "vision_gain"):
-                known = expected[field]
-                assert report[field] == (None if known is None else pytest.approx(known, abs=1e-6)), field
-            for field in ("mir_se", "influences"):
-                known = expected[field]
-                assert report[field] == (None if known is None else pytest.approx(known, rel=1e-3, abs=1e-5)), field
-            for field in ("num_samples", "num_vision_tokens", "num_text_tokens", "tokens_fingerprint"):
-                assert report[field] == expected[field], field
+def test_value_is_that_of_one_process(ranks, alone):
+    cases = ranks[0]["good"]
+    assert cases.keys() in (GOOD.keys(), GOOD.keys() & FEW)
+    for case in cases:
+        known = alone(mixture if case == "by_experts" else tiny_models.llava)
+        for expected, *reports in zip(known, *(rank["good"][case] for rank in ranks), strict=True):
+            for report in reports:
+                compare(report, expected, case)
+                assert report["world_size"] == len(ranks)
+
+
+def compare(report, expected, case):
+    for field in ("mir", "scale_free_mir", "probe_loss", "vision_gain"):
+        near = None if expected[field] is None else pytest.approx(expected[field], abs=1e-6)
+        assert report[field] == near, (case, field)
+    for field in ("mir_se", "influences"):  # from float32 products
+        near = None if expected[field] is None else pytest.approx(expected[field], rel=1e-3, abs=1e-5)
+        assert report[field] == near, (case, field)
+    for field in ("num_samples", "num_vision_tokens", "num_text_tokens", "tokens_fingerprint"):
+        assert report[field] == expected[field], (case, field)
 
 
 EXPECTED = {
@@ -46,21 +52,19 @@ EXPECTED = {
     "split_on_rank_0": "UnsupportedModelError: rank 0 shares its model with ranks [0, 1",
     "last_stage": "UnsupportedModelError: LlamaModel in LlavaForConditionalGeneration has no ModuleList of 3",
     "deepspeed_pipeline": "UnsupportedModelError: MIR can't be measured under pipeline parallelism",
-    "split_afterwards": "ConfigError: ",
+    "split_afterwards": "ConfigError: The model was split over ranks",
     "inside_context_parallel": "ConfigError: MIR can't be evaluated inside context_parallel",
     "unknown_split": "UnsupportedModelError: MIR can't be measured while __main__.unknown_split",
 }
 
 
-@pytest.mark.parametrize("case", EXPECTED)
-def test_what_cannot_be_measured_is_refused_on_every_rank(ranks, case):
+def test_what_cannot_be_measured_is_refused_on_every_rank(ranks):
     for rank in ranks:
-        if case == "halves_apart":
-            assert f"secret 2 x dp {len(ranks) // 2}" in rank["bad"][case]
-        if case == "split_afterwards":
-            assert f"of {len(ranks)} and is 1 of 1" in rank["bad"][case]
-        assert rank["bad"][case].startswith(EXPECTED[case]), rank["bad"][case]
-        assert rank["bad"][case].endswith("(after a forward)") == (case == "part_of_vocabulary")
+        assert rank["bad"].keys() in (EXPECTED.keys(), EXPECTED.keys() & FEW)
+        for case, message in rank["bad"].items():
+            assert message.startswith(EXPECTED[case]), message
+            assert message.endswith("(after a forward)") == (case == "part_of_vocabulary"), case
+        assert f"secret 2 x dp {len(ranks) // 2}" in rank["bad"]["halves_apart"]
 
 
 @pytest.mark.slow
