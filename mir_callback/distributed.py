@@ -2,7 +2,8 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe`, `is_shared` and `ranks_of`.
+`describe`, `is_shared`, `ranks_of` and
+`replicated_like`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ def whole(tensor: Tensor) -> Tensor:
     """
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
+
+
+def finish(outputs: Any) -> None:
+    """Wait for the tensors in a model's outputs that are still being gathered; nobody may ever read them."""
+    for value in outputs.values() if isinstance(outputs, dict) else outputs:
+        if isinstance(value, Tensor) and hasattr(value, "trigger_wait"):
+            value.trigger_wait()
 
 
 def replicated_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ class HiddenStateCapture:
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
         self._forward = seen
         outputs = model(**inputs, **_lean_outputs(self._decoder.model, all_logits=self._text_loss is not None))
+        distributed.finish(outputs)
         self._check_calls(seen)
         final = seen.last_output if seen.after_norm is None else seen.after_norm
         assert final is not None
