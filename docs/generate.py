@@ -290,13 +290,19 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "tested",
             "found from the model: its ranks forward the same samples, one of them keeps the rows; with FSDP2 on up to "
             "four CPU ranks",
-            ("distributed/test_mesh.py::test_value_is_that_of_one_process",),
+            (
+                "distributed/test_mesh.py::test_value_is_that_of_one_process",
+                "distributed/test_mesh.py::test_training_is_the_same_to_the_last_bit",
+            ),
         ),
         Support(
             "DeepSpeed Ulysses",
             "tested",
             "each rank forwards whole sequences with the attention that Ulysses has replaced; memory as without it",
-            ("distributed/test_mesh.py::test_value_is_that_of_one_process",),
+            (
+                "distributed/test_mesh.py::test_value_is_that_of_one_process",
+                "distributed/test_mesh.py::test_training_is_the_same_to_the_last_bit",
+            ),
         ),
         Support(
             "context parallelism of torch and accelerate",

@@ -2,8 +2,7 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe`, `is_shared`, `ranks_of` and
-`replicated_like`.
+`describe`, `is_shared`, `ranks_of`, `replicated_like` and `finish`.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def finish(outputs: Any) -> None:
     """Wait for the tensors in a model's outputs that are still being gathered; nobody may ever read them."""
-    for value in outputs.values() if isinstance(outputs, dict) else outputs:
+    for value in outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else ():
         if isinstance(value, Tensor) and hasattr(value, "trigger_wait"):
             value.trigger_wait()
 
