@@ -19,8 +19,9 @@ from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore
 from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import unwrap
-from mir_callback.model.isolation import evaluation_weights, preserve_training_state, release_leftovers
+from mir_callback.model.isolation import evaluation_weights, preserve_training_state
 from mir_callback.model.parallelism import whole_sequences
+from mir_callback.model.sharding import release_leftovers
 from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
 from mir_callback.watchdog import enter_phase

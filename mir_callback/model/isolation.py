@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restore the training state after an evaluation: modes, buffers, random states, ZeRO-3 and schedule-free weights."""
+"""Restore the training state after an evaluation: modes, buffers, random states, sharded and schedule-free weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mir_callback.model.sharding import is_partitioned, preserve_fsdp, release_gathered_weights
+
 _KINDS = (Tensor, int, float, type(None))
 
 
@@ -22,7 +24,7 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     Restored are: the train/eval flag of every single module (a frozen tower that is kept in evaluation mode stays so);
     tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers that a forward
     replaces (RoPE that depends on the length); the random states of Python, NumPy, torch and the accelerator; the
-    dtype of partitioned ZeRO-3 weights. Weights that ZeRO-3 has gathered, or is gathering, are released.
+    dtype of partitioned ZeRO-3 weights. Weights that ZeRO-3 or FSDP has gathered, or is gathering, are released.
 
     `no_grad` and not `inference_mode`, because weights that ZeRO-3 gathers under the latter cannot be used in the next
     backward pass.
@@ -36,13 +38,13 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     """
     flags = [(module, module.training) for module in model.modules()]
     kept = [(module, *_kept_values(module)) for module in model.modules()]
-    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if _is_partitioned(parameter)]
+    shown = [(parameter, parameter.dtype) for parameter in model.parameters() if is_partitioned(parameter)]
     states = _random_states()
     try:
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
         for module, _ in flags:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), preserve_fsdp(model):
             yield
     finally:
         for module, training in flags:
@@ -53,42 +55,10 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         # Casting a model casts only the empty tensors of partitioned weights, and gathering them brings the dtype of
         # the partitions back. LLaVA casts its vision tower, and later casts images to the dtype of the tower.
         for parameter, dtype in shown:
-            if _is_partitioned(parameter) and parameter.dtype != dtype:
+            if is_partitioned(parameter) and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         for state, restore in states:
             restore(state)
-
-
-def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
-    """Before a forward, release ZeRO-3 weights that another forward-only pass, such as Trainer.evaluate, left gathered.
-
-    After a training step only small weights are gathered, which DeepSpeed does on purpose; then nothing is done.
-    Ranks: every rank.
-    """
-    for parameter in model.parameters():
-        gathered = getattr(parameter, "ds_status", None) is not None and not _is_partitioned(parameter)
-        if gathered and not getattr(parameter, "ds_persist", False):
-            release_gathered_weights(*zero_owners)
-            return
-
-
-def release_gathered_weights(*zero_owners: Any) -> None:
-    """Partition ZeRO-3 weights again that a forward-only pass left gathered.
-
-    Without a backward pass up to `stage3_max_live_parameters` stay gathered, and some are being prefetched. Does
-    nothing without DeepSpeed and for stages 0 to 2. Ranks: every rank that took part in the forward.
-    """
-    for owner in zero_owners:
-        for candidate in (owner, getattr(owner, "optimizer", None)):  # an engine, its optimizer, a wrapper around it
-            release = getattr(candidate, "empty_partition_cache", None)
-            if release is not None:
-                release()
-                return
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has partitioned this weight, which is then an empty tensor."""
-    return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
 
 def _kept_values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:

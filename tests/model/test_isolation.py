@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mir_callback import Probe, evaluate_mir
-from mir_callback.model.isolation import preserve_training_state, release_gathered_weights
+from mir_callback.model.isolation import preserve_training_state
+from mir_callback.model.sharding import release_gathered_weights
 from tests import tiny_models
 from tests.samples import pairs
 
