@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mir_callback.model.sharding import is_partitioned, preserve_fsdp, release_gathered_weights
+from mir_callback.model.sharding import is_partitioned, preserve_fsdp, preserve_zero3
 
 _KINDS = (Tensor, int, float, type(None))
 
@@ -44,14 +44,13 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
         for module, _ in flags:
             module.training = False
-        with torch.no_grad(), preserve_fsdp(model):
+        with torch.no_grad(), preserve_fsdp(model), preserve_zero3(*zero_owners):
             yield
     finally:
         for module, training in flags:
             module.training = training
         for module, attributes, buffers in kept:
             _restore_values(module, attributes, buffers)
-        release_gathered_weights(*zero_owners)
         # Casting a model casts only the empty tensors of partitioned weights, and gathering them brings the dtype of
         # the partitions back. LLaVA casts its vision tower, and later casts images to the dtype of the tower.
         for parameter, dtype in shown:

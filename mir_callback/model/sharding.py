@@ -9,6 +9,12 @@ from typing import Any
 
 from torch import nn
 
+# What DeepSpeed's coordinator of ZeRO-3 weights notes of a forward and its backward pass.
+_TRACE = [
+    f"_PartitionedParameterCoordinator__{name}"
+    for name in ("trace_mode", "submodule_order", "param_order", "step_id", "step_id_module_fetched_for")
+]
+
 
 def release_leftovers(model: nn.Module, *zero_owners: Any) -> None:
     """Before a forward, release weights that another forward-only pass, such as Trainer.evaluate, left gathered.
@@ -30,12 +36,47 @@ def release_gathered_weights(*zero_owners: Any) -> None:
     Without a backward pass up to `stage3_max_live_parameters` stay gathered, and some are being prefetched. Does
     nothing without DeepSpeed and for stages 0 to 2. Ranks: every rank that took part in the forward.
     """
-    for owner in zero_owners:
-        for candidate in (owner, getattr(owner, "optimizer", None)):  # an engine, its optimizer, a wrapper around it
-            release = getattr(candidate, "empty_partition_cache", None)
-            if release is not None:
-                release()
-                return
+    owner = _find(zero_owners, "empty_partition_cache")
+    if owner is not None:
+        owner.empty_partition_cache()
+
+
+@contextmanager
+def preserve_zero3(*zero_owners: Any) -> Iterator[None]:
+    """On exit ZeRO-3 weights are partitioned, and the order in which training uses them is the one that was recorded.
+
+    DeepSpeed prefetches in that order. Forwards that use weights in another one, as a loss of the trainer's own does,
+    would replace it, and the next training forward would find weights gathered that it gathers itself.
+
+    Args:
+        *zero_owners: as of `preserve_training_state`.
+
+    Ranks: every rank that took part in the forwards.
+    """
+    owner = _find(zero_owners, "parameter_offload")
+    coordinator = getattr(getattr(owner, "parameter_offload", None), "param_coordinator", None)
+    kept = {} if coordinator is None else vars(coordinator)
+    recorded = {name: _copied(kept[name]) for name in _TRACE if name in kept}
+    try:
+        yield
+    finally:
+        release_gathered_weights(*zero_owners)
+        kept.update(recorded)
+
+
+def _find(zero_owners: tuple[Any, ...], name: str) -> Any:
+    """The first with this attribute: an engine, its optimizer, or what a wrapper is around; None if none has it."""
+    inner = (candidate for owner in zero_owners for candidate in (owner, getattr(owner, "optimizer", None)))
+    return next((each for each in inner if getattr(each, name, None) is not None), None)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of what DeepSpeed notes of a trace: numbers, sequences, and a mapping of queues."""
+    if isinstance(value, dict):
+        copied = value.copy()
+        copied.update({key: queue.copy() for key, queue in value.items()})
+        return copied
+    return value.copy() if isinstance(value, list) else value
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
