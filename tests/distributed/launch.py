@@ -17,6 +17,8 @@ from mir_callback.record import EvalRecord, as_records
 ROOT = Path(__file__).parents[2]
 # By every environment that has ranks, before they are forked.
 IMPORTED = ("deepspeed", "transformers.trainer", "transformers.models.llava.modeling_llava")
+# By ours too: Lightning, TRL, PEFT, Accelerate.
+IMPORTED_HERE = ("tests.matrix.clients",)
 
 
 def run_process(
@@ -83,7 +85,8 @@ def run_ranks(
 @functools.cache
 def _fork_server(python: str | Path) -> Any:
     """The process that forks this session's ranks; it ends with its stdin, which is ours."""
-    command = [str(python), "-m", "tests.distributed.fork_server", *IMPORTED]
+    imported = (*IMPORTED, *IMPORTED_HERE) if python == sys.executable else IMPORTED
+    command = [str(python), "-m", "tests.distributed.fork_server", *imported]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=_surroundings(python), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 

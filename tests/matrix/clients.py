@@ -39,14 +39,18 @@ from tests import tiny_models
 from tests.samples import pairs
 from tests.training.runs import Pairs, collator
 
-STEPS, ACCUMULATION, BATCH, RATE = 3, 2, 2, 3e-3
+STEPS, ACCUMULATION, BATCH, RATE = 2, 2, 2, 3e-3
 PROBE = Probe.from_pairs(pairs(7))  # odd: the last rank comes out one short and repeats a sample
-WATCH = {"every": 1, "batch_size": 2}
 LAYERS_NAMED = ("LlamaDecoderLayer", "CLIPEncoderLayer")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
 )
+
+
+def watching(setup: str) -> dict[str, Any]:
+    """Options of MIR. One sample a forward where padding moves the last digits of hidden states."""
+    return {"every": 1, "batch_size": 1 if "bfloat16" in setup else 2}
 
 
 @dataclass
@@ -89,14 +93,14 @@ def fsdp_config(setup: str) -> dict[str, Any]:
     """As users write it for the Trainer."""
     if not setup.startswith("fsdp"):
         return {}
-    version = {"version": 1} if setup.startswith("fsdp1") else {"version": 2, "reshard_after_forward": True}
+    version = {"version": 1, "sync_module_states": False} if setup.startswith("fsdp1") else {"version": 2}
     return {"fsdp": True, "fsdp_config": {**version, "transformer_layer_cls_to_wrap": list(LAYERS_NAMED)}}
 
 
 def tell_accelerate_of_a_mesh() -> None:
     """Accelerate shards on accelerators only; FSDP itself works on the CPU too."""
     if PartialState().distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 
 
 def shard(model: Any, setup: str) -> Any:
@@ -247,7 +251,11 @@ def accelerate(setup: str, folder: Path, watch: dict[str, Any] | None) -> Run:
         tell_accelerate_of_a_mesh()
         names = {"transformer_cls_names_to_wrap": list(LAYERS_NAMED), "auto_wrap_policy": "transformer_based_wrap"}
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=1 if setup.startswith("fsdp1") else 2, cpu_ram_efficient_loading=False, **names
+            fsdp_version=1 if setup.startswith("fsdp1") else 2,
+            cpu_ram_efficient_loading=False,
+            sync_module_states=False,
+            use_orig_params=True,
+            **names,
         )
     tracker = Tracker()
     accelerator = Accelerator(**options, gradient_accumulation_steps=ACCUMULATION, log_with=[tracker])

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mir_callback import MIRMonitor
 from tests.distributed.launch import write_rank
-from tests.matrix import clients
-from tests.matrix.clients import CLIENTS, WATCH, Run, forget
+from tests.matrix.clients import CLIENTS, Run, forget, watching
 
 # Of the clock, not of the run.
 TIMES = ("runtime", "per_second", "seconds", "memory", "elapsed")
@@ -138,10 +138,12 @@ def main(folder: str, setup: str, names: str) -> None:
     found: dict[str, Any] = {}
     for client in names.split(","):
         found[client] = {}
-        for what, watch in (("plain", None), ("watched", WATCH)):
+        for what, watch in (("plain", None), ("watched", watching(setup))):
+            started = time.process_time()
             place = Path(folder) / client / what
             place.mkdir(parents=True, exist_ok=True)
             found[client][what] = run(client, setup, place, watch)
+            found[client][what]["seconds"] = time.process_time() - started
     write_rank(folder, dist.get_rank() if ranks else 0, found)
     if ranks:
         dist.destroy_process_group()

@@ -62,7 +62,9 @@ def within() -> tuple[Any, Any]:
 def first_version() -> tuple[Any, Any]:
     model, processor = tiny_models.llava()
     policy = ModuleWrapPolicy({type(layer) for layer in layers_of(model)})
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")), processor
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    ), processor
 
 
 def mesh(*sizes: int) -> Any:
@@ -92,68 +94,78 @@ def unsharded(model: nn.Module) -> int:
     return sum(getattr(flat, "_full_param_padded", flat.new_zeros(0)).untyped_storage().size() > 0 for flat in flats)
 
 
-def train(model: Any, processor: Any, steps: int) -> list[float]:
-    """A few steps on one batch; the losses."""
-    words = processor.tokenizer(["a few words", "the text"], return_tensors="pt", padding=True)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(**words, labels=words.input_ids).loss
+class Training:
+    """Steps on one batch."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.losses = model, []
+        self._words = processor.tokenizer(["a few words", "the text"], return_tensors="pt", padding=True)
+        self._optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+
+    def step(self) -> None:
+        loss = self.model(**self._words, labels=self._words.input_ids).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.losses.append(loss.item())
 
 
 @contextmanager
-def failing(layer: nn.Module) -> Iterator[None]:
-    """The forward fails in this layer."""
+def failing(model: Any) -> Iterator[None]:
+    """The forward fails in its second layer."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("a layer fails")
 
-    handle = layer.register_forward_pre_hook(fail)
+    handle = layers_of(getattr(model, "vlm", model))[1].register_forward_pre_hook(fail)
     try:
         yield
     finally:
         handle.remove()
 
 
-def evaluate(found: dict[str, Any], name: str, model: Any, processor: Any) -> None:
-    target = getattr(model, "vlm", model)
-    try:
-        found[name] = evaluate_mir(target, PROBE, processor=processor, batch_size=2).mir
-    except ForwardError as error:
-        found[name] = str(error)
-    found[f"{name}, unsharded"] = unsharded(model)
+def prefetch(model: nn.Module) -> None:
+    """Each layer gathers the next one while it runs, as users with many GPUs have it."""
+    layers = [each for each in model.modules() if hasattr(each, "set_modules_to_forward_prefetch")]
+    for first, second in zip(layers[1:], layers[2:], strict=False):
+        first.set_modules_to_forward_prefetch([second])
 
 
 def case(build: Any) -> dict[str, Any]:
-    """Evaluated before the first step, with all gathered by others, after a failure, and again; trained in between."""
-    plain = build()
-    losses = train(*plain, 4)
+    """Evaluated before the first step and later, with all gathered by others, and when a forward fails."""
+    plain = Training(*build())
+    for _ in range(4):
+        plain.step()
     model, processor = build()
-    found: dict[str, Any] = {"plain losses": losses}
-    evaluate(found, "before the first step", model, processor)
-    with failing(layers_of(getattr(model, "vlm", model))[1]):
-        evaluate(found, "failed before the first step", model, processor)
-    found["losses"] = train(model, processor, 2)
-    fsdp2 = [each for each in model.modules() if hasattr(each, "unshard")]
-    for each in fsdp2:
-        each.unshard()
-    found["left by others"] = unsharded(model)
-    evaluate(found, "left by others", model, processor)
-    with failing(layers_of(getattr(model, "vlm", model))[1]):
-        evaluate(found, "failed", model, processor)
-    evaluate(found, "again", model, processor)
+    training, target = Training(model, processor), getattr(model, "vlm", model)
+    prefetch(model)
+    found: dict[str, Any] = {"plain": plain.losses, "values": [], "errors": [], "left": []}
+
+    def evaluate() -> None:
+        try:
+            found["values"].append(evaluate_mir(target, PROBE, processor=processor, batch_size=2).mir)
+        except ForwardError as error:
+            found["errors"].append(str(error))
+        found["left"].append(unsharded(model))
+
+    for _ in range(4):
+        evaluate()
+        with failing(model):
+            evaluate()
+        for each in model.modules():
+            if hasattr(each, "unshard"):
+                each.unshard()
+        found["left by others"] = unsharded(model)
+        evaluate()
+        training.step()
+    found["losses"] = training.losses
     return found
 
 
-def main(folder: str) -> None:
-    """Every set-up."""
+def main(folder: str, *names: str) -> None:
+    """The set-ups of these names."""
     dist.init_process_group("gloo")
-    write_rank(folder, dist.get_rank(), {name: case(build) for name, build in SETUPS.items()})
+    write_rank(folder, dist.get_rank(), {name: case(SETUPS[name]) for name in names})
     dist.destroy_process_group()
 
 
