@@ -76,7 +76,7 @@ def run_ranks(
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
-    assert not any(codes), (
+    assert all(code == 0 for code in codes), (
         f"{command} ended with {codes} (None: not done after {timeout} s):\n{output.read_text()[-12000:]}"
     )
     return [read_rank(folder / f"rank{rank}.json") for rank in range(processes or 1)]
