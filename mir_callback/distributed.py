@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mir_callback.errors import ConfigError, MIRError, RemoteError
 
@@ -161,6 +161,15 @@ def joined(*, on_gpu: bool) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model under FSDP2 by their names without it, in host memory of rank 0; empty on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    return weights
 
 
 def sync_errors(error: Exception | None, value: T | None = None) -> list[T]:

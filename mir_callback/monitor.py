@@ -32,6 +32,7 @@ from mir_callback.loggers import Loggers
 from mir_callback.lr_schedule import find_drops, learning_rate_of, next_drop, next_epoch
 from mir_callback.model.isolation import evaluation_weights
 from mir_callback.model.parallelism import find_groups
+from mir_callback.model.sharding import fsdp_states, is_fsdp1
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
@@ -103,7 +104,7 @@ class MIRMonitor:
         seed: of the run; records have it, and `mir compare` pairs runs by it. Of rank 0, if ranks have different ones.
         data_seed: of the order of the data, if it has one of its own.
         save_weights: writes the weights into an empty folder, called on every rank; for ``keep_best``. The default is
-            `model.save_pretrained`, if each rank holds the whole model.
+            `model.save_pretrained`, if each rank holds the whole model or FSDP2 can gather it on rank 0.
         **options: of :class:`MIRConfig`.
 
     Attributes:
@@ -506,22 +507,24 @@ def _keep_probe(probe: Probe, path: Path) -> None:
 
 
 def _default_saver(model: nn.Module) -> Callable[[Path], None]:
-    """`save_pretrained`, if every rank holds the whole model."""
+    """`save_pretrained`, if every rank holds the whole model or FSDP2 can gather it."""
     top: Any = model
     while isinstance(getattr(top, "module", None), nn.Module):
         top = top.module
+    with_fsdp2 = bool(fsdp_states(model))
     is_sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
-    is_sharded = is_sharded or any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules())
-    is_sharded = is_sharded or bool(find_groups(model).model)
-    if is_sharded or not hasattr(top, "save_pretrained"):
-        why = "its weights are sharded" if is_sharded else f"{type(top).__name__} has no save_pretrained"
+    is_sharded = is_sharded or any(is_fsdp1(each) for each in model.modules())
+    is_split = bool(find_groups(model).model)  # tensor parallelism
+    if is_split or (is_sharded and not with_fsdp2) or not hasattr(top, "save_pretrained"):
+        why = "its weights are sharded" if is_sharded or is_split else f"{type(top).__name__} has no save_pretrained"
         raise ConfigError(
             f"keep_best can't save this model: {why}; pass save_weights, a function that writes the weights into a "
             "folder and is called on every rank, or attach to a Trainer"
         )
 
     def save(folder: Path) -> None:
+        weights = {"state_dict": distributed.gather_weights(model)} if with_fsdp2 else {}
         if distributed.is_main():
-            top.save_pretrained(str(folder))
+            top.save_pretrained(str(folder), **weights)
 
     return save

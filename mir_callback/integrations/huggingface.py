@@ -316,7 +316,10 @@ def run_folder(trainer: Any, args: TrainingArguments) -> str:
 
 
 class TrainerSaver:
-    """Saves with `Trainer.save_model`: whole weights, or DeepSpeed's shards if it may not consolidate them."""
+    """Saves with `Trainer.save_model`: whole weights, or DeepSpeed's shards if it may not consolidate them.
+
+    Under FSDP with SHARDED_STATE_DICT, with which `save_model` writes nothing, rank 0 gathers the whole weights.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -332,7 +335,14 @@ class TrainerSaver:
 
     def __call__(self, folder: Path) -> None:
         """See :class:`WeightSaver`."""
-        self._trainer.save_model(str(folder), _internal_call=True)  # internal: nothing is pushed to a hub
+        trainer = self._trainer
+        plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            trainer.save_model(str(folder), _internal_call=True)  # internal: nothing is pushed to a hub
+            return
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.args.should_save:
+            trainer._save(str(folder), state_dict=weights)
 
 
 def _saver_of(trainer: Any, adapter: Any) -> WeightSaver:
