@@ -2,15 +2,17 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe`, `is_shared`, `ranks_of`, `replicated_like` and `finish`.
+`describe`, `is_shared`, `ranks_of`, `replicated_like`, `finish` and `read_checkpoint`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -169,6 +171,30 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    return weights
+
+
+def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint in the format of torch.distributed.checkpoint, on the CPU. Ranks: each by itself.
+
+    Args:
+        folder: of its shards.
+        metadata: of it; that on disk is not read.
+        names: of the tensors.
+    """
+    from torch.distributed import checkpoint
+
+    class Reader(checkpoint.FileSystemReader):
+        """Takes the metadata as given."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return metadata
+
+    known = {name: metadata.state_dict_metadata[name] for name in names}
+    weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in known.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it reads in one process, as it is told to
+        checkpoint.load(weights, storage_reader=Reader(folder), no_dist=True)
     return weights
 
 

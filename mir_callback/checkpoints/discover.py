@@ -21,6 +21,7 @@ from mir_callback.record import EvalRecord, is_count, is_number
 
 # Storage formats.
 WHOLE, ADAPTER, PROJECTOR, SHARDS = "whole weights", "PEFT adapter", "projector only", "DeepSpeed ZeRO shards"
+DCP = "FSDP shards"  # of torch.distributed.checkpoint
 
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,6 +31,10 @@ _WHOLE_FILES = [
 ]
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")  # as the Trainer names them
+# As Lightning names them; folders where its strategy saves shards.
+_LIGHTNING = re.compile(r".*step=(0|[1-9][0-9]{0,14})\.ckpt")
+_LIGHTNING_LEVELS = 4  # run/lightning_logs/version_0/checkpoints/X.ckpt
+_DCP_FOLDER = "pytorch_model_fsdp_0"  # in a checkpoint of Accelerate or the Trainer
 _SHARD_FOLDER = re.compile(r"global_step(0|[1-9][0-9]{0,14})")
 _RUN_FILES = (FILE_NAME, RUN_PROBE, RESULTS_NAME)
 _FILES_NAMED = 6
@@ -63,12 +68,16 @@ class Found:
 def find_checkpoints(folder: Path) -> Found:
     """Find the checkpoints of a folder.
 
-    For a run these are every `checkpoint-N` in it, and the weights in its own folder if they are known to be of another
-    step; any other folder is a checkpoint itself. ConfigError if the step of the only weights cannot be read.
+    For a run these are every `checkpoint-N` in it, Lightning's in it or in its `checkpoints`, and the weights in its
+    own folder if they are known to be of another step; any other folder is a checkpoint itself. ConfigError if the
+    step of the only weights cannot be read.
     """
     folder = _locate(folder)
     numbered = [(path, _CHECKPOINT.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
     found = [Checkpoint(path, folder, int(match[1])) for path, match in numbered if match]
+    inner = [path for place in (folder, folder / "checkpoints") for path in place.glob("*.ckpt") if find_dcp(path)]
+    named = [(path, _LIGHTNING.fullmatch(path.name)) for path in inner]
+    found += [Checkpoint(path, _find_run(path), int(match[1])) for path, match in named if match]
     if not found:
         return Found([_read_single(folder)])
     note, error = None, None
@@ -109,17 +118,21 @@ def select_checkpoints(
 
 
 def find_storage(checkpoint: Checkpoint) -> str:
-    """The storage format of its weights: WHOLE, ADAPTER, PROJECTOR or SHARDS; ConfigError if it is none of them."""
+    """The storage format of its weights, one of those above; ConfigError if it is none of them."""
     folder = checkpoint.folder
     storage = SHARDS if checkpoint.shards else _recognize_storage(folder)
     if storage is not None:
         return storage
     names = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(names[:_FILES_NAMED]) + (", ..." if len(names) > _FILES_NAMED else "") or "nothing"
-    remedy = "Name a folder saved by save_pretrained, a Trainer, DeepSpeed, PEFT or LLaVA."
-    if any(name.startswith("pytorch_model_fsdp") or name.endswith(".distcp") for name in names):
-        remedy = f"Merge FSDP's shards first: accelerate merge-weights {folder}/pytorch_model_fsdp_0 OUT"
+    remedy = "Name a folder saved by save_pretrained, a Trainer, DeepSpeed, FSDP, PEFT or LLaVA."
     raise ConfigError(f"Found no weights in {folder}, only {listed}. {remedy}")
+
+
+def find_dcp(folder: Path) -> Path | None:
+    """The folder of torch.distributed.checkpoint's shards: this one or the Trainer's in it; None without."""
+    places = [place for place in (folder, folder / _DCP_FOLDER) if (place / ".metadata").is_file()]
+    return next((place for place in places if any(place.glob("*.distcp"))), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,6 +179,8 @@ def _locate(folder: Path) -> Path:
     A checkpoint may be on another disk with a link to it in the run, or have a link as a second name elsewhere: the run
     is the first of the link's folder and the target's folder that has files of a run.
     """
+    if folder.name == _DCP_FOLDER:
+        return _locate(folder.parent)
     if _SHARD_FOLDER.fullmatch(folder.name):
         return _locate(folder.parent) / folder.name
     real, named = folder.resolve(), folder.parent.resolve() / folder.name
@@ -188,12 +203,15 @@ def _read_single(folder: Path) -> Checkpoint:
 
 
 def _find_run(folder: Path) -> Path:
+    if _LIGHTNING.fullmatch(folder.name):
+        above = list(folder.parents)[:_LIGHTNING_LEVELS]
+        return next((place for place in above if (place / FILE_NAME).exists()), folder.parent)
     return folder.parent if _CHECKPOINT.fullmatch(folder.name) or (folder / NOTE_NAME).exists() else folder
 
 
 def _read_step(folder: Path) -> int | None:
     """The step of the weights in a folder; None if it is not noted anywhere."""
-    if numbered := _CHECKPOINT.fullmatch(folder.name):
+    if numbered := _CHECKPOINT.fullmatch(folder.name) or _LIGHTNING.fullmatch(folder.name):
         return int(numbered[1])
     for name, field in ((_TRAINER_STATE, "global_step"), (NOTE_NAME, "step")):
         step = read_json(folder / name).get(field)
@@ -221,7 +239,7 @@ def _recognize_storage(folder: Path) -> str | None:
             return PROJECTOR
     if (folder / "latest").is_file() or any(_is_sharded(path) for path in folder.glob("global_step*")):
         return SHARDS
-    return None
+    return DCP if find_dcp(folder) else None
 
 
 def _is_sharded(folder: Path) -> bool:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load checkpoints of transformers' vision-language models: whole weights, PEFT adapters, DeepSpeed ZeRO shards."""
+"""Load checkpoints of transformers' vision-language models: whole weights, PEFT adapters, shards of ZeRO or FSDP."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from mir_callback import distributed
 from mir_callback.checkpoints.discover import (
     ADAPTER_CONFIG,
+    DCP,
     PROJECTOR,
     PROJECTOR_FILE,
     SHARDS,
     WHOLE,
     Checkpoint,
+    find_dcp,
     find_storage,
     read_json,
 )
@@ -34,7 +37,7 @@ from mir_callback.checkpoints.load import (
     require_complete,
     shorten_message,
 )
-from mir_callback.checkpoints.trust import REMEDY
+from mir_callback.checkpoints.trust import REMEDY, load_metadata, tensors_of
 from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 
@@ -67,8 +70,9 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         base = fetch_base(folder, options.base, named, f"base_model_name_or_path in {ADAPTER_CONFIG}")
         places.append(base)
         model = _load_adapter(checkpoint, _load_whole(Checkpoint(base, base, 0), options), options)
-    elif storage == SHARDS:
-        model = _load_shards(checkpoint, options)
+    elif storage in (SHARDS, DCP):
+        model, source = _load_shards(checkpoint, storage, options)
+        places.append(source)
     else:
         model = _load_whole(checkpoint, options)
     return Opened(model, HuggingFaceAdapter(model, _load_processor(options, places), prompt=options.prompt))
@@ -83,8 +87,11 @@ def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
     return _load(checkpoint, _find_class(folder, options), str(folder), DTYPES.get(options.dtype, AUTO))
 
 
-def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
-    """Load ZeRO shards into the architecture of the config.json beside them, else of the base model or the run."""
+def _load_shards(checkpoint: Checkpoint, storage: str, options: LoadOptions) -> tuple[nn.Module, Path]:
+    """Load shards into the architecture of the config.json beside them, else of the base model or the run.
+
+    Returns the model and the folder of that config.json.
+    """
     folder = checkpoint.folder
     if not (folder / "config.json").is_file():
         if options.base is not None:
@@ -93,14 +100,17 @@ def _load_shards(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
             folder = checkpoint.run
         else:
             raise ConfigError(
-                f"{folder} has DeepSpeed shards without a config.json, and {checkpoint.run} has none either. Pass a "
-                "model of the same architecture: --base FOLDER_OR_HUB_NAME."
+                f"{folder} has {storage} without a config.json, and {checkpoint.run} has none either. Pass a model of "
+                "the same architecture: --base FOLDER_OR_HUB_NAME."
             )
     kind = _find_class(folder, options)
     config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     dtype = DTYPES.get(options.dtype, stored)
-    return _load(checkpoint, kind, None, dtype, config=config, state_dict=read_shards(checkpoint))
+    with torch.device("meta"):
+        names = kind(config).state_dict().keys() if storage == DCP else ()
+    weights = read_dcp(checkpoint, names) if storage == DCP else read_shards(checkpoint)
+    return _load(checkpoint, kind, None, dtype, config=config, state_dict=weights), folder
 
 
 def _load(checkpoint: Checkpoint, kind: Any, source: str | None, dtype: Any, **given: Any) -> nn.Module:
@@ -148,12 +158,13 @@ def _load_adapter(checkpoint: Checkpoint, base: nn.Module, options: LoadOptions)
     if read_json(file).get("megatron_config") and not options.trust_checkpoint:
         raise ConfigError(f"{file} has a megatron_config, with which peft imports the module named in it. {REMEDY}")
     model: Any
-    if find_storage(checkpoint) == SHARDS:  # trained weights must be in the shards, frozen ones may be
+    storage = find_storage(checkpoint)
+    if storage in (SHARDS, DCP):  # trained weights must be in the shards, frozen ones may be
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False  # so that requires_grad shows which weights were trained
         model = peft.PeftModel(base, config)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        weights = read_shards(checkpoint)
+        weights = read_shards(checkpoint) if storage == SHARDS else read_dcp(checkpoint, model.state_dict().keys())
         result = model.load_state_dict(weights, strict=False)
         require_complete(checkpoint, model, trained - weights.keys(), result.unexpected_keys)
     else:
@@ -220,6 +231,35 @@ def read_shards(checkpoint: Checkpoint) -> dict[str, Tensor]:
             "rank are there."
         ) from error
     return {name: torch.as_tensor(tensor) for name, tensor in weights.items()}
+
+
+def read_dcp(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor]:
+    """The weights of FSDP's shards by the names of a model, on the CPU in their own dtype; optimizers are left out.
+
+    What else was saved, and how the model was called in it, does not matter: its weights are those whose names end
+    with the model's. ConfigError if there is no such model among them, or several.
+    """
+    folder = find_dcp(checkpoint.folder)
+    assert folder is not None
+    metadata = load_metadata(folder / ".metadata")
+    stored = tensors_of(metadata).keys()
+    first = next(iter(names))
+    prefixes = {name.removesuffix(first) for name in stored if name == first or name.endswith(f".{first}")}
+    hits = {prefix: sum(prefix + name in stored for name in names) for prefix in sorted(prefixes)}
+    found = [prefix for prefix, count in hits.items() if count == max(hits.values())]
+    if len(found) != 1:
+        what = (
+            f"several models ({', '.join(found)})"
+            if found
+            else f"no weight {first}, only {', '.join(sorted(stored)[:3])}"
+        )
+        raise ConfigError(
+            f"{folder} has {what}, so the weights cannot be told. Save the model with save_pretrained, whole, and "
+            "evaluate that."
+        )
+    wanted = [name for name in stored if name.startswith(found[0])] if found[0] else [*(stored & set(names))]
+    weights = distributed.read_checkpoint(folder, metadata, wanted)
+    return {name.removeprefix(found[0]): tensor for name, tensor in weights.items()}
 
 
 def read_weights(folder: Path, part: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,58 @@ _KNOWN = (
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
 _NAMED = re.compile(r"GLOBAL (\S+)")
+
+
+# What is in the metadata of torch.distributed.checkpoint, beside plain values and dtypes.
+_DCP = "torch.distributed.checkpoint"
+_IN_METADATA = {
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what describes tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """See pickle."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _IN_METADATA:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it calls {module}.{name}, which no metadata needs, and could run code")
+
+
+def load_metadata(path: Path) -> Any:
+    """The `.metadata` of torch.distributed.checkpoint, a pickle, of which nothing runs; ConfigError if it is not one.
+
+    torch itself would load it without any restriction.
+    """
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        places = {info.relative_path for info in metadata.storage_data.values()}
+        outside = [place for place in places if Path(place).name != place]
+        if outside:
+            raise pickle.UnpicklingError(f"it names files outside of its folder, {outside[0]!r}")
+        sizes = [(each.size.numel() * each.properties.dtype.itemsize) for each in tensors_of(metadata).values()]
+        stored = sum((path.parent / place).stat().st_size for place in places)
+        if sum(sizes) > stored:
+            raise pickle.UnpicklingError(f"its tensors have {sum(sizes)} bytes, its files {stored}")
+    except Exception as error:  # of a damaged pickle: any kind
+        raise ConfigError(f"Refused {path}: {' '.join(str(error).split())[-300:]}.") from error
+    return metadata
+
+
+def tensors_of(metadata: Any) -> dict[str, Any]:
+    """Size and dtype of each tensor, by its name."""
+    return {name: each for name, each in metadata.state_dict_metadata.items() if hasattr(each, "size")}
 
 
 @contextmanager

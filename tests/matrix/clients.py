@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.tracking import GeneralTracker
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
@@ -94,7 +95,8 @@ def fsdp_config(setup: str) -> dict[str, Any]:
     if not setup.startswith("fsdp"):
         return {}
     version = {"version": 1, "sync_module_states": False} if setup.startswith("fsdp1") else {"version": 2}
-    return {"fsdp": True, "fsdp_config": {**version, "transformer_layer_cls_to_wrap": list(LAYERS_NAMED)}}
+    saving = {"state_dict_type": "SHARDED_STATE_DICT"} if "saving" in setup else {}
+    return {"fsdp": True, "fsdp_config": {**version, **saving, "transformer_layer_cls_to_wrap": list(LAYERS_NAMED)}}
 
 
 def tell_accelerate_of_a_mesh() -> None:
@@ -156,7 +158,8 @@ def arguments_of(setup: str, folder: Path) -> dict[str, Any]:
         "logging_steps": 2,  # so that an average over steps can be damaged by a row in between
         "report_to": [],
         "use_cpu": True,
-        "save_strategy": "no",
+        "save_strategy": "steps" if "saving" in setup else "no",
+        "save_steps": 1,
         "disable_tqdm": True,
         "seed": 5,
         "ddp_backend": "gloo" if dist.is_initialized() else None,
@@ -365,13 +368,14 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "zero2": lambda: DeepSpeedStrategy(stage=2),
     "zero3": lambda: DeepSpeedStrategy(stage=3),
-    "fsdp2": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
+    "fsdp2": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=True, process_group_backend="gloo"),
 }
 
 
 def lightning(setup: str, folder: Path, watch: dict[str, Any] | None) -> Run:
     """Lightning's Trainer."""
-    strategy, logger = STRATEGIES[setup.split()[0]](), Rows()
+    saving, strategy, logger = "saving" in setup, STRATEGIES[setup.split()[0]](), Rows()
+    saver = [ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_top_k=-1)] if saving else []
     module = Module(setup)
     callback = None if watch is None else MIRLightningCallback(PROBE, **watch)
     trainer = pl.Trainer(
@@ -383,10 +387,10 @@ def lightning(setup: str, folder: Path, watch: dict[str, Any] | None) -> Run:
         default_root_dir=folder,
         logger=logger,
         log_every_n_steps=1,
-        callbacks=[callback] if callback else [],
+        callbacks=[*saver, *([callback] if callback else [])],
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=saving,
         use_distributed_sampler=False,
     )
     seed()

@@ -135,7 +135,8 @@ def main(chosen):
                 row = judge(layout, Path(name), client, ranks)
                 print(
                     f"{layout:18} {client:12} {len(row['differing']):3} differ, error {row['error']:.1e}, "
-                    f"{row['left']} left, {row['ours']} rows of ours, {row['seconds']:.1f} s of CPU {row['differing'][:3] or ''}",
+                    f"{row['left']} left, {row['ours']} rows of ours, {row['seconds']:.1f} s of CPU",
+                    *row["differing"][:3],
                     flush=True,
                 )
     for (client, layout), why in LEFT_OUT.items():
