@@ -262,9 +262,30 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "tested",
             "ZeRO-2 and ZeRO-3 with offloading too; evaluation alone on up to four ranks",
             (
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
                 "distributed/test_training.py::test_training_is_the_same_to_the_last_bit",
                 "distributed/test_training.py::test_value_equals_that_of_one_process_with_the_same_weights",
                 "distributed/test_evaluation.py::test_value_is_that_of_one_process",
+            ),
+        ),
+        Support(
+            "FSDP2 and HSDP on two CPU ranks",
+            "tested",
+            "every client but LLaVA's; CPU offload, `MixedPrecisionPolicy`, LoRA, `keep_best`; `mir eval` of their shards",
+            (
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
+                "model/test_fsdp.py::test_weights_are_in_their_shards_and_training_goes_on_as_without",
+                "checkpoints/test_dcp.py",
+            ),
+        ),
+        Support(
+            "FSDP1 on two CPU ranks",
+            "tested",
+            "`keep_best` needs the Trainer or `save_weights`, and was not tried: torch 2.13 ends the process where FSDP1 "
+            "saves on a CPU, without MIR too",
+            (
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
+                "model/test_fsdp.py::test_weights_are_in_their_shards_and_training_goes_on_as_without",
             ),
         ),
         Support(
@@ -274,11 +295,6 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("gpu/test_gpu.py::test_training_is_the_same_to_the_last_bit",),
         ),
         Support("several GPUs, several nodes", "not tested", "the code is that of several CPU ranks"),
-        Support(
-            "FSDP, FSDP2",
-            "not tested",
-            "but for one loop above; watch memory and compare a value with `mir eval` before you rely on it",
-        ),
         Support(
             "Lightning's `FSDPStrategy`",
             "refused",

@@ -170,7 +170,7 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights
 
 
@@ -182,9 +182,10 @@ def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[s
         metadata: of it; that on disk is not read.
         names: of the tensors.
     """
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    class Reader(checkpoint.FileSystemReader):
+    class Reader(FileSystemReader):
         """Takes the metadata as given."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +195,7 @@ def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[s
     weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in known.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it reads in one process, as it is told to
-        checkpoint.load(weights, storage_reader=Reader(folder), no_dist=True)
+        load(weights, storage_reader=Reader(folder), no_dist=True)
     return weights
 
 

@@ -77,7 +77,7 @@ def find_checkpoints(folder: Path) -> Found:
     found = [Checkpoint(path, folder, int(match[1])) for path, match in numbered if match]
     inner = [path for place in (folder, folder / "checkpoints") for path in place.glob("*.ckpt") if find_dcp(path)]
     named = [(path, _LIGHTNING.fullmatch(path.name)) for path in inner]
-    found += [Checkpoint(path, _find_run(path), int(match[1])) for path, match in named if match]
+    found += [Checkpoint(path, _find_run(path, folder), int(match[1])) for path, match in named if match]
     if not found:
         return Found([_read_single(folder)])
     note, error = None, None
@@ -202,10 +202,10 @@ def _read_single(folder: Path) -> Checkpoint:
     return Checkpoint(folder, _find_run(folder), step or 0, step_known=step is not None)
 
 
-def _find_run(folder: Path) -> Path:
+def _find_run(folder: Path, otherwise: Path | None = None) -> Path:
     if _LIGHTNING.fullmatch(folder.name):
         above = list(folder.parents)[:_LIGHTNING_LEVELS]
-        return next((place for place in above if (place / FILE_NAME).exists()), folder.parent)
+        return next((place for place in above if (place / FILE_NAME).exists()), otherwise or folder.parent)
     return folder.parent if _CHECKPOINT.fullmatch(folder.name) or (folder / NOTE_NAME).exists() else folder
 
 

@@ -16,7 +16,7 @@ from mir_callback import distributed
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ForwardError, MIRError, ProbeError
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
-from mir_callback.evaluation.memory import PeakMemory, is_out_of_memory
+from mir_callback.evaluation.memory import PeakMemory, find_device, is_out_of_memory
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
@@ -150,11 +150,11 @@ def _forward_batches(
     bar: tqdm,
     which: str,
 ) -> None:
-    anchor = next(p for p in model.parameters() if p.is_floating_point())
+    device, dtype = find_device(model), next(p.dtype for p in model.parameters() if p.is_floating_point())
     with adapter.live_masks(unwrap(model)) as live:
         for number, batch in enumerate(batches, start=1):
             enter_phase(f"forward of batch {number} of {len(batches)}{which}")
-            placed = batch.on(anchor.device, anchor.dtype)
+            placed = batch.on(device, dtype)
             masks = placed.masks or live
             assert masks is not None  # an adapter knows its masks before or during the forward
             try:

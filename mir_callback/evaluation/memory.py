@@ -14,11 +14,15 @@ import psutil
 import torch
 from torch import nn
 
+from mir_callback.model.sharding import fsdp_states
+
 _SHORTAGES = ("can't allocate memory", "out of memory", "cannot allocate memory", "not enough memory")
 
 
 def find_device(model: nn.Module) -> torch.device:
-    """The device of a model. Ranks: pure."""
+    """The device that a model computes on; FSDP2 may keep its shards in host memory meanwhile. Ranks: pure."""
+    for state in fsdp_states(model):
+        return torch.device(state._device)
     return next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
 
 

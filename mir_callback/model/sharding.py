@@ -107,7 +107,8 @@ def preserve_fsdp(model: nn.Module) -> Iterator[None]:
 
 def fsdp_states(model: nn.Module) -> list[Any]:
     """FSDP2's state of each module given to `fully_shard`, outer ones first. Ranks: pure."""
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in modules]
     return list({id(state): state for state in states}.values())  # several modules may share one
 
 
