@@ -53,14 +53,14 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
                 "training/test_no_trace.py::test_training_is_the_same_to_the_last_bit",
                 "test_launch.py::test_a_trainer_of_the_script_is_measured_once",
             ),
-            ran="transformers 5.23.0: 1 process, DDP, ZeRO",
+            ran="transformers 5.23.0: 1 process, DDP, ZeRO, FSDP2, FSDP1",
         ),
         Support(
             "TRL's `SFTTrainer`",
             "tested",
             "the same line, `examples/trl_sft.py`; `trl sft` through the launcher",
             (
-                "loops/test_scripts.py::test_rows_and_weights_of_trl_are_those_of_a_run_without_mir",
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
                 "loops/test_commands.py::test_trl_is_measured",
             ),
         ),
@@ -87,8 +87,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "tested",
             "`Trainer(callbacks=[MIRLightningCallback(probe)])` of `mir_callback.integrations.lightning`: "
             "[example](../examples/lightning_module.py)",
-            ("loops/test_loops.py::test_training_is_the_same_to_the_last_bit", "loops/test_lightning.py"),
-            ran="2.6.6: 1 process, DDP",
+            ("matrix/test_matrix.py::test_training_is_the_same_and_measured_right", "loops/test_lightning.py"),
+            ran="2.6.6: 1 process, DDP, FSDP2 (`ModelParallelStrategy`)",
             limits="not with `FSDPStrategy`; with several models in the module `model=` names one",
         ),
         Support(
@@ -97,9 +97,9 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`MIRMonitor(..., log=accelerator)`: [example](../examples/accelerate_loop.py)",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
-                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
             ),
-            ran="1.15.0: 1 process, DDP; TensorBoard",
+            ran="1.15.0: 1 process, DDP, ZeRO-2, ZeRO-3, FSDP2; TensorBoard",
         ),
         Support(
             "plain PyTorch loop",
@@ -107,9 +107,9 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`MIRMonitor(..., log=writer)`: [example](../examples/plain_loop.py)",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
-                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+                "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
             ),
-            ran="torch 2.13.0: 1 process, DDP",
+            ran="torch 2.13.0, DeepSpeed 0.19.8: 1 process, DDP, ZeRO-2, ZeRO-3, FSDP2",
         ),
         Support(
             "a Trainer class of your own, FSDP2",
@@ -117,10 +117,9 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`MIRMonitor` in `__init__`, `step` in the loop: [example](../examples/titan_loop.py), like torchtitan's",
             (
                 "loops/test_loops.py::test_training_is_the_same_to_the_last_bit",
-                "loops/test_loops.py::test_two_ranks_train_as_without_it_and_stop_together",
+                "loops/test_loops.py::test_two_ranks_measure_the_same_and_stop_together",
             ),
             ran="torch 2.13.0: 1 process, FSDP2 on two CPU ranks",
-            limits="`keep_best` of sharded weights needs `save_weights=`",
         ),
         Support(
             "LLaVA's `train.py`",
@@ -271,7 +270,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "FSDP2 and HSDP on two CPU ranks",
             "tested",
-            "every client but LLaVA's; CPU offload, `MixedPrecisionPolicy`, LoRA, `keep_best`; `mir eval` of their shards",
+            "CPU offload, `MixedPrecisionPolicy`, LoRA, `keep_best`; `mir eval` of their shards",
             (
                 "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
                 "model/test_fsdp.py::test_weights_are_in_their_shards_and_training_goes_on_as_without",
@@ -281,8 +280,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "FSDP1 on two CPU ranks",
             "tested",
-            "`keep_best` needs the Trainer or `save_weights`, and was not tried: torch 2.13 ends the process where FSDP1 "
-            "saves on a CPU, without MIR too",
+            "not `keep_best`: torch 2.13 ends the process where FSDP1 saves on a CPU, without MIR too",
             (
                 "matrix/test_matrix.py::test_training_is_the_same_and_measured_right",
                 "model/test_fsdp.py::test_weights_are_in_their_shards_and_training_goes_on_as_without",

@@ -17,6 +17,10 @@ from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, SMALL_BUD
 from tests.samples import pairs
 
 
+# DDP, ZeRO-2 and FSDP2 of all clients are in tests/matrix.
+CASES = [pytest.param(name, marks=() if name.startswith("3") else pytest.mark.slow) for name in SETUPS]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run a setup once, with or without the callback; (folder, what the ranks wrote)."""
@@ -36,7 +40,7 @@ def probe():
     return Probe.from_pairs(pairs(NUM_SAMPLES), matched=True)
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", CASES)
 def test_training_is_the_same_to_the_last_bit(runs, setup):
     plain, watched = runs(setup, "off")[1], runs(setup, "on")[1]
     assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
@@ -46,7 +50,7 @@ def test_training_is_the_same_to_the_last_bit(runs, setup):
     assert [record["step"] for record in watched[0]["history"]] == list(range(0, STEPS + 1, EVERY))
 
 
-@pytest.mark.parametrize("setup", [setup for setup in SETUPS if "bf16" not in setup])
+@pytest.mark.parametrize("setup", [case for case in CASES if "bf16" not in case.values[0]])
 def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, probe):
     folder, (first, second) = runs(setup, "on")
     model, processor = tiny_models.llava(dropout=0.2)
@@ -66,7 +70,7 @@ def test_value_equals_that_of_one_process_with_the_same_weights(runs, setup, pro
         assert ours["tokens_fingerprint"] == trained.tokens_fingerprint
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", CASES)
 def test_the_wrapped_model_gives_the_same_value(runs, setup):
     for rank in runs(setup, "on")[1]:
         # Batches of other sizes: in bfloat16 that moves the last digits of hidden states.

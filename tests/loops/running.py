@@ -31,8 +31,7 @@ WATCHERS: dict[str, Any] = {
     "lightning_module": MIRLightningCallback,
 }
 EXAMPLES = list(WATCHERS)
-SHARDED = ("titan_loop",)  # on two ranks; there they keep no best model
-SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name in SHARDED else name for name in EXAMPLES]
+SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) if name == "titan_loop" else name for name in EXAMPLES]
 EVERY, ACCUMULATION = 2, 2
 STEPS = 5
 # Options of the watcher that are not the example's own, and its command line. None: nobody watches.
@@ -98,12 +97,11 @@ def run(name: str, folder: Path, options: dict[str, Any] | None, *arguments: str
 
 
 def main(folder: str) -> None:
-    """Every example in every way, in one process group, which Accelerate would end with its first."""
+    """Every example watched in every way, in one process group, which Accelerate would end with its first."""
     Accelerator.end_training = lambda accelerator: [tracker.finish() for tracker in accelerator.trackers]
-    script = {name: SCRIPT if name not in SHARDED else {**SCRIPT, "watched": ({},)} for name in EXAMPLES}
     found = {
-        name: {what: run(name, Path(folder) / name / what, *how) for what, how in ways.items()}
-        for name, ways in script.items()
+        name: {what: run(name, Path(folder) / name / what, *how) for what, how in SCRIPT.items() if what != "plain"}
+        for name in EXAMPLES
     }
     rank = torch.distributed.get_rank()
     model, processor = example("plain_loop").make_model()
