@@ -16,7 +16,6 @@ from tests.distributed.launch import run_process, run_ranks
 from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, SMALL_BUDGET_GB, STEPS
 from tests.samples import pairs
 
-
 # DDP, ZeRO-2 and FSDP2 of all clients are in tests/matrix.
 CASES = [pytest.param(name, marks=() if name.startswith("3") else pytest.mark.slow) for name in SETUPS]
 
