@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 
 def watching(setup: str) -> dict[str, Any]:
     """Options of MIR. One sample a forward where padding moves the last digits of hidden states."""
-    return {"every": 1, "batch_size": 1 if "bfloat16" in setup else 2}
+    return {"every": 1, "batch_size": 1 if "bfloat16" in setup else 2, "keep_best": setup == "fsdp2"}
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mir_callback import evaluate_mir
 from tests.distributed.launch import run_ranks
@@ -120,6 +121,18 @@ def test_training_is_the_same_and_measured_right(layouts, layout, client):
     assert found["losses"]
     # A Trainer's rows are in its state and in what its callbacks get.
     assert found["ours"] == (STEPS + 1) * (2 if client in ("trl", "huggingface") else 1)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_best_model_under_fsdp2_is_whole_and_has_the_lowest_value(layouts, client):
+    folder, (first, _) = layouts("fsdp2", client)
+    lowest = min(record["mir"] for record in first[client]["watched"]["history"][1:])
+    weights = load_file(folder / client / "watched" / "mir_best" / "model.safetensors")
+    saved, _ = make_model("fsdp2")
+    model, found = type(saved).from_pretrained(None, config=saved.config, state_dict=weights, output_loading_info=True)
+    assert not any(found.values())
+    processor = make_model("fsdp2")[1]
+    assert evaluate_mir(model, PROBE, processor=processor, batch_size=2).mir == pytest.approx(lowest, abs=1e-8)
 
 
 @pytest.mark.parametrize("layout", sorted({layout for _, layout in LEFT_OUT}))
