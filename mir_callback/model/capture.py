@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mir_callback import distributed
 from mir_callback.errors import UnsupportedModelError
-from mir_callback.model.decoder import Decoder, text_config
+from mir_callback.model.decoder import Decoder, not_compiled, text_config
 from mir_callback.model.modality import ModalityMasks
 
 _CHUNK_TOKENS = 512  # whose logits are converted to float32 at a time
@@ -79,14 +79,15 @@ class HiddenStateCapture:
         if self._decoder.embedding is not None:
             self._hooks.callback(self._decoder.embedding.register_forward_hook(self._embedding_hook).remove)
         head = getattr(model, "get_output_embeddings", _nothing)()
+        head = not_compiled(head) if isinstance(head, nn.Module) else None
         if self._text_loss is not None:
-            if not isinstance(head, nn.Module):
+            if head is None:
                 self._hooks.close()
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has no output embeddings, which probe_loss needs. Set probe_loss=False."
                 )
             self._hooks.callback(head.register_forward_pre_hook(self._head_hook).remove)
-        elif isinstance(head, nn.Module) and _logits_argument(model) is None:
+        elif head is not None and _logits_argument(model) is None:
             self._hooks.callback(head.register_forward_pre_hook(_last_position).remove)
         return self
 

@@ -26,26 +26,34 @@ class Decoder:
 
     model: nn.Module  # the unwrapped top-level model
     path: str  # name of the layer list in `model`, for messages
-    layers: nn.ModuleList | tuple[nn.Module, ...]  # the decoder layers, in order
+    layers: tuple[nn.Module, ...]  # the decoder layers, in order
     siblings: tuple[nn.Module, ...]  # the other children of the layer list's parent, the final norm among them
     embedding: nn.Module | None  # of the tokens, by whose output vision positions without image features are known
     hidden_size: int  # width d of the hidden states
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside DDP, a DeepSpeed engine or PEFT. Ranks: pure.
+    """The Hugging Face model inside `torch.compile`, DDP, a DeepSpeed engine or PEFT. Ranks: pure.
 
     PEFT's adapters are inside the modules of the model returned, so its forward includes them.
     """
     current: Any = model
     while True:
-        if isinstance(getattr(current, "module", None), nn.Module):
+        if not_compiled(current) is not current:
+            current = not_compiled(current)
+        elif isinstance(getattr(current, "module", None), nn.Module):
             current = current.module
         elif hasattr(current, "peft_config") and hasattr(current, "get_base_model"):
             current = current.get_base_model()
         else:
             found: nn.Module = current
             return found
+
+
+def not_compiled(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`, which runs its hooks; any other module itself. Ranks: pure."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def text_config(model: nn.Module) -> Any:
@@ -86,11 +94,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     # `layers` first, then nearest the top.
     name, layers = min(found, key=lambda item: (item[0].split(".")[-1] != "layers", item[0].count("."), item[0]))
     owner = root.get_submodule(name.rpartition(".")[0])
-    siblings = tuple(child for child in owner.children() if child is not layers)
+    siblings = tuple(not_compiled(child) for child in owner.children() if child is not layers)
     path = next((name for name, module in top.named_modules() if module is layers), "layers")
     embedding = getattr(top, "get_input_embeddings", lambda: None)()
-    embedding = embedding if isinstance(embedding, nn.Module) else None
-    return Decoder(top, path, layers, siblings, embedding, int(config.hidden_size))
+    embedding = not_compiled(embedding) if isinstance(embedding, nn.Module) else None
+    return Decoder(top, path, tuple(map(not_compiled, layers)), siblings, embedding, int(config.hidden_size))
 
 
 def decoder_at(model: nn.Module, layers: str, *, embedding: str, hidden_size: int) -> Decoder:
@@ -118,8 +126,9 @@ def decoder_at(model: nn.Module, layers: str, *, embedding: str, hidden_size: in
             "the ModuleList, ModuleDict or Sequential of the decoder layers."
         )
     owner = top.get_submodule(layers.rpartition(".")[0])
-    siblings = tuple(child for child in owner.children() if child is not found[layers])
-    return Decoder(top, layers, tuple(found[layers].children()), siblings, found[embedding], hidden_size)
+    siblings = tuple(not_compiled(child) for child in owner.children() if child is not found[layers])
+    inner = tuple(map(not_compiled, found[layers].children()))
+    return Decoder(top, layers, inner, siblings, not_compiled(found[embedding]), hidden_size)
 
 
 def _decoder_root(top: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mir_callback.model.decoder import not_compiled
 from mir_callback.model.sharding import is_partitioned, preserve_fsdp, preserve_zero3
 
 _KINDS = (Tensor, int, float, type(None))
@@ -19,7 +20,7 @@ _KINDS = (Tensor, int, float, type(None))
 
 @contextmanager
 def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
-    """Evaluation mode and no_grad inside; on exit the model and all random states are restored, also after an error.
+    """Evaluation mode, no_grad and nothing compiled inside; on exit the model and all random states are restored, also after an error.
 
     Restored are: the train/eval flag of every single module (a frozen tower that is kept in evaluation mode stays so);
     tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers that a forward
@@ -44,7 +45,7 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
         for module, _ in flags:
             module.training = False
-        with torch.no_grad(), preserve_fsdp(model), preserve_zero3(*zero_owners):
+        with torch.no_grad(), _eager(model), preserve_fsdp(model), preserve_zero3(*zero_owners):
             yield
     finally:
         for module, training in flags:
@@ -58,6 +59,33 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
                 parameter.data = parameter.data.to(dtype)
         for state, restore in states:
             restore(state)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Inside, what `torch.compile` has compiled runs as written: nothing is compiled, and what is compiled stays.
+
+    Dynamo can't trace our hooks, and graphs for evaluation would use up its limit of recompilations.
+    """
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # Before torch 2.6. Functions that are compiled on their own stay so there.
+    replaced = []
+    for module in model.modules():
+        own, inner = vars(module), not_compiled(module)
+        if own.get("_compiled_call_impl") is not None:  # module.compile()
+            replaced.append((own, "_compiled_call_impl", own["_compiled_call_impl"]))
+            own["_compiled_call_impl"] = None
+        if inner is not module and "forward" in own:  # torch.compile(module)
+            replaced.append((own, "forward", own["forward"]))
+            own["forward"] = inner.__call__
+    try:
+        yield
+    finally:
+        for own, name, value in replaced:
+            own[name] = value
 
 
 def _kept_values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None]]:

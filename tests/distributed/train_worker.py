@@ -32,13 +32,13 @@ SMALL_BUDGET_GB = 4e-5  # two of three layers
 NUM_SAMPLES = 7  # odd: the last rank comes out one short and repeats a sample
 
 
-# Beyond the stage: offloading to host memory, bfloat16 with recomputed activations.
-SETUPS = ("ddp", "0", "1", "2", "3", "2 offload", "3 offload", "3 bf16 checkpointing")
+# Beyond the stage: offloading to host memory, bfloat16 with recomputed activations, torch.compile.
+SETUPS = ("ddp", "0", "1", "2", "3", "2 offload", "3 offload", "3 bf16 checkpointing", "ddp compiled", "2 compiled")
 
 
 def deepspeed_config(setup: str) -> dict[str, Any] | None:
     """A configuration as users write it, with thresholds small enough that the tiny weights are really sharded."""
-    if setup == "ddp":
+    if setup.startswith("ddp"):
         return None
     stage, *extras = setup.split()
     zero: dict[str, Any] = {"stage": int(stage)}
@@ -145,6 +145,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
         dropout=0.2,
         bf16="bf16" in setup,
         gradient_checkpointing="checkpointing" in setup,
+        torch_compile_backend="eager" if "compiled" in setup else None,
         use_cpu=not on_gpu,
         full_determinism=on_gpu,
         ddp_backend="nccl" if on_gpu else "gloo",
@@ -183,6 +184,7 @@ def main(folder: str, setup: str, watched: str, device: str = "cpu") -> None:
             "history": callback.history if callback else [],
             "wrapped": wrapped,
             "gathered": gathered.left,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "leftovers": {"gathered": leftovers.gathered.left, "reports": leftovers.reports} if leftovers else None,
         },
     )
