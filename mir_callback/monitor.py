@@ -51,6 +51,8 @@ from mir_callback.watchdog import enter_phase, watchdog
 
 _log = logging.getLogger(__name__)
 
+# What DDP and DeepSpeed, torch.compile, FSDP and recomputing wrappers add to the names of parameters.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _STATUS = ("epoch", "loss", "loss_step", "samples_seen", "tokens_seen")
 
 
@@ -493,8 +495,12 @@ def _number(loss: Any) -> float | None:
 
 
 def stage_of(model: nn.Module) -> str:
-    """A fingerprint of the names of the trained parameters: it changes when others are trained. Ranks: pure."""
-    names = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    """A fingerprint of the names of the trained parameters: it changes when others are trained. Ranks: pure.
+
+    What the model is wrapped in makes no difference, so that a run may go on with one rank, or compiled.
+    """
+    trained = (name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad)
+    names = sorted(".".join(part for part in parts if part not in _WRAPPERS) for parts in trained)
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
