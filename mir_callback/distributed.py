@@ -2,12 +2,15 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe`, `is_shared`, `ranks_of`, `replicated_like`, `finish` and `read_checkpoint`.
+`describe`, `is_shared`, `ranks_of`, `replicated_like`, `finish` and `read_checkpoint`; of :class:`SideChannel` only the
+constructor is.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from mir_callback.errors import ConfigError, MIRError, RemoteError
 T = TypeVar("T")
 
 _SHARED = "_known_to_all_ranks"  # attribute of an error that the other ranks have been told of
+_LEAVE_SECONDS = 0.1  # between looks at how many ranks have left their forwards
 
 
 def world_size() -> int:
@@ -227,6 +231,51 @@ def fail_together() -> Iterator[None]:
     sync_errors(error)
 
 
+class SideChannel:
+    """How ranks learn of a failure while they wait inside a forward, where no collective of ours can reach them.
+
+    It goes through the store that the process group was made with. Without such a store (MPI), and on a single process,
+    it does nothing.
+
+    Ranks: only construction is collective.
+    """
+
+    def __init__(self) -> None:
+        self._key = f"mir_callback/{broadcast_object(uuid.uuid4().hex)}"
+        self._store: Any = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
+        while hasattr(self._store, "underlying_store"):  # without the prefix of the process group
+            self._store = self._store.underlying_store
+        self._reader: Any = None
+
+    def post_failure(self, error: Exception) -> None:
+        """Tell the other ranks of the first failure."""
+        if self._store is not None and self._store.add(f"{self._key}/failures", 1) == 1:
+            self._store.set(f"{self._key}/failure", f"rank {rank()} failed in its forward: {describe(error)}")
+
+    def read_failure(self) -> str | None:
+        """The first failure posted by any rank. May be called from another thread, whatever this one waits for."""
+        if self._store is None:
+            return None
+        try:
+            self._reader = self._reader or _another_client(self._store)
+            key = f"{self._key}/failure"
+            return self._reader.get(key).decode() if self._reader.check([key]) else None
+        except RuntimeError:  # the process that has the store is gone
+            return None
+
+    def leave(self, *, wait: bool) -> None:
+        """Note that this rank has left its forwards, and optionally wait until all have.
+
+        A rank that failed waits: its next collective would meet one of a forward on the others.
+        """
+        if self._store is None:
+            return
+        left = self._store.add(f"{self._key}/left", 1)
+        while wait and left < world_size():
+            time.sleep(_LEAVE_SECONDS)
+            left = self._store.add(f"{self._key}/left", 0)
+
+
 def describe(error: BaseException) -> str:
     """Class and message of an error, even if its own __str__ fails. Ranks: pure."""
     try:
@@ -272,6 +321,13 @@ def require_same(**options: object) -> None:
                 f"{name} differs between ranks: {values} on ranks 0 to {len(values) - 1}. Use the same files and "
                 "arguments on every rank."
             )
+
+
+def _another_client(store: Any) -> Any:
+    """A client of the same store for another thread: a TCPStore lets one thread in at a time, also while it waits."""
+    if not isinstance(store, dist.TCPStore):
+        return store
+    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
 def _active() -> bool:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Report which rank is stuck, in which phase and where, when an evaluation hangs.
 
-A thread watches the clock. It uses neither other ranks nor an accelerator, since either may be what hangs.
+A thread watches the clock, and asks whether another rank has failed. It uses neither collectives nor an accelerator,
+since either may be what hangs.
 """
 
 from __future__ import annotations
@@ -11,22 +12,38 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from typing import NamedTuple
 
 # Exit code of a process that ends with abort_on_hang; Python, torchrun and signals use others.
 EXIT_CODE = 86
 _GRACE_SECONDS = 5.0  # between report and exit, so that the other ranks can report too
 _JOIN_SECONDS = 5.0
-# Current phase of this process: name, perf_counter and time of its start. One tuple, so that a thread reads it whole.
-_phase: tuple[str, float, float] = ("", 0.0, 0.0)
+_ASK_SECONDS = 2.0  # between questions whether another rank has failed
 
 
-def enter_phase(name: str) -> None:
-    """Set the current phase of this rank, for the watchdog's report. Cheap; no effect without a watchdog."""
+class _Phase(NamedTuple):
+    """A phase of this process. One tuple, so that a thread reads it whole."""
+
+    name: str = ""
+    start: float = 0.0  # perf_counter
+    clock: float = 0.0  # seconds since 1970
+    find_failure: Callable[[], str | None] | None = None
+
+
+_phase = _Phase()
+
+
+def enter_phase(name: str, find_failure: Callable[[], str | None] | None = None) -> None:
+    """Set the current phase of this rank, for the watchdog's report. Cheap; no effect without a watchdog.
+
+    ``find_failure`` is for a phase that waits for other ranks and never ends if one has failed: it returns the failure
+    in words, or None, and is called from the watchdog's thread if the phase takes seconds.
+    """
     global _phase
-    _phase = name, time.perf_counter(), time.time()
+    _phase = _Phase(name, time.perf_counter(), time.time(), find_failure)
 
 
 @contextmanager
@@ -65,26 +82,41 @@ class _Watch:
         self._thread = threading.get_ident()
 
     def run(self) -> None:
-        """The thread: report a phase after its time, twice its time, four times, ..."""
-        seen, patience = _phase, self._seconds
-        while not self.done.wait(min(max(0.0, seen[1] + patience - time.perf_counter()), threading.TIMEOUT_MAX)):
+        """The thread: report a phase after its time, twice its time, four times, ..., and at once if it can't end."""
+        seen, patience, failure, asks = _phase, self._seconds, None, True
+        while not self.done.wait(min(max(0.0, seen.start + patience - time.perf_counter()), _ASK_SECONDS)):
             if _phase is not seen:
-                seen, patience = _phase, self._seconds
+                seen, patience, failure, asks = _phase, self._seconds, None, True
                 continue
-            _write(self._report(*seen))
+            age = time.perf_counter() - seen.start
+            is_due = age >= patience
+            if asks and seen.find_failure is not None and age >= _ASK_SECONDS:
+                # Reported at the second sight: a phase that can go on has, in the meantime.
+                is_due, asks = is_due or failure is not None, failure is None
+                failure = failure or seen.find_failure()
+            if not is_due or _phase is not seen:
+                continue
+            _write(self._report(seen, failure))
             patience *= 2
             if self._abort and not self.done.wait(min(_GRACE_SECONDS, self._seconds)) and _phase is seen:
                 _write(f"[mir] rank {self._rank}: exiting with code {EXIT_CODE} (abort_on_hang)\n")
                 os._exit(EXIT_CODE)  # the main thread may never return
 
-    def _report(self, phase: str, since: float, clock: float) -> str:
+    def _report(self, phase: _Phase, failure: str | None) -> str:
         frame = sys._current_frames().get(self._thread)
-        seconds = f"{time.perf_counter() - since:.0f} s"
+        seconds = f"{time.perf_counter() - phase.start:.0f} s"
         stack = "".join(traceback.format_stack(frame)) if frame else "  (the thread is gone)\n"
+        state, advice = "STUCK?", "Every stuck rank reports; look first at ranks whose phase differs from that of most."
+        if failure is not None:
+            state = "STUCK:"
+            advice = (
+                f"{failure}. Ranks that wait for it inside the model's forward can't be called out of there, so "
+                "training can't go on: end the job. abort_on_hang=True (--mir_abort_on_hang) does that."
+            )
         return (
-            f"[mir] rank {self._rank}: STUCK? {self._work}: {phase}, for {seconds} now, since "
-            f"{datetime.fromtimestamp(clock):%Y-%m-%d %H:%M:%S} (process {os.getpid()}). Every stuck rank reports; "
-            f"look first at ranks whose phase differs from that of most. Stack of this rank:\n{stack}"
+            f"[mir] rank {self._rank}: {state} {self._work}: {phase.name}, for {seconds} now, since "
+            f"{datetime.fromtimestamp(phase.clock):%Y-%m-%d %H:%M:%S} (process {os.getpid()}). {advice} "
+            f"Stack of this rank:\n{stack}"
         )
 
 

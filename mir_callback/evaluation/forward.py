@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -92,11 +92,13 @@ def forward_probe(
     Raises on every rank: ConfigError for a budget too small for one layer, ForwardError if the model's forward failed
     on any rank for another reason than memory. Keeping rows never fails inside a forward. Ranks: collective.
 
-    Under ZeRO-3 the forwards themselves wait for other ranks. If one rank's forward fails there, the others only
-    notice when theirs return, which may be never; then the watchdog reports it.
+    Under ZeRO-3 and FSDP the forwards themselves wait for other ranks. If one rank's forward fails there, the others
+    can't be called out of theirs; the watchdog reports the failure on all of them within seconds.
     """
     error: Exception | None = None
     outcome = _Outcome()
+    channel = distributed.SideChannel()
+    find_failure = channel.read_failure if _waits_for_ranks(model) else None
     try:
         enter_phase("finding the decoder layers")
         decoder = decoder_of(model, adapter)
@@ -116,7 +118,7 @@ def forward_probe(
             for number, (part, which) in enumerate(runs):
                 if number:
                     capture.only_loss(text_losses[number])
-                _forward_batches(model, adapter, part, capture, bar, which)
+                _forward_batches(model, adapter, part, capture, bar, which, channel, find_failure)
         store.finish()
         losses = tuple(torch.cat(each.samples) for each in text_losses)
         _require_same_tokens(batches, losses)
@@ -126,8 +128,10 @@ def forward_probe(
         need = (1 + expected.spare_layers) * expected.layer_bytes(decoder)[0]
         outcome = _Outcome(None, first + len(store.kept), at_once, store.on_host, need, planned)
     except Exception as caught:
-        enter_phase(f"reporting its failure to the other ranks: {distributed.describe(caught)}")
+        channel.post_failure(caught)
+        enter_phase(f"reporting its failure to the other ranks: {distributed.describe(caught)}", find_failure)
         error = caught
+    channel.leave(wait=error is not None)
     short = is_out_of_memory(error)
     if error is not None and short:
         outcome = _Outcome(out_of_memory=distributed.describe(error))
@@ -149,18 +153,21 @@ def _forward_batches(
     capture: HiddenStateCapture,
     bar: tqdm,
     which: str,
+    channel: distributed.SideChannel,
+    find_failure: Callable[[], str | None] | None,
 ) -> None:
     device, dtype = find_device(model), next(p.dtype for p in model.parameters() if p.is_floating_point())
     with adapter.live_masks(unwrap(model)) as live:
         for number, batch in enumerate(batches, start=1):
-            enter_phase(f"forward of batch {number} of {len(batches)}{which}")
+            enter_phase(f"forward of batch {number} of {len(batches)}{which}", find_failure)
             placed = batch.on(device, dtype)
             masks = placed.masks or live
             assert masks is not None  # an adapter knows its masks before or during the forward
             try:
                 capture.forward(model, placed.inputs, masks, placed.keep, placed.text_ids or ())
             except Exception as error:
-                enter_phase(f"leaving its forward of batch {number} after {distributed.describe(error)}")
+                channel.post_failure(error)
+                enter_phase(f"leaving its forward of batch {number} after {distributed.describe(error)}", find_failure)
                 if isinstance(error, MIRError) or is_out_of_memory(error):
                     raise
                 raise ForwardError(
@@ -170,6 +177,13 @@ def _forward_batches(
                 ) from error
             bar.update()
     enter_phase("waiting for the other ranks' forwards")
+
+
+def _waits_for_ranks(model: nn.Module) -> bool:
+    """Whether forwards wait for other ranks: sharded weights, tensor parallelism, DDP with buffers."""
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel"}
+    sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
+    return sharded or any(kind.__name__ in wrappers for each in model.modules() for kind in type(each).__mro__)
 
 
 def _require_same_tokens(batches: Sequence[ProbeBatch], losses: Sequence[Tensor]) -> None:
