@@ -20,6 +20,30 @@ def test_phase_is_reported_with_its_stack_at_growing_intervals_when_it_lasts(cap
     assert "time.sleep(0.5)" in said
 
 
+def test_a_failure_of_another_rank_is_reported_once_where_the_phase_waits_for_it(capfd, monkeypatch):
+    monkeypatch.setattr("mir_callback.watchdog._ASK_SECONDS", 0.05)
+    with watchdog("evaluation at step 7", 3, 60):
+        enter_phase("forward of batch 2 of 9", lambda: "rank 1 failed in its forward: no memory")
+        time.sleep(0.5)
+        enter_phase("solving")  # waits for nobody
+        time.sleep(0.2)
+    said = capfd.readouterr().err
+    assert said.count("STUCK: evaluation at step 7: forward of batch 2 of 9, for 0 s") == 1
+    assert said.count("STUCK") == 1
+    assert "rank 1 failed in its forward: no memory" in said
+    assert "time.sleep(0.5)" in said
+
+
+def test_a_phase_that_ends_after_another_rank_has_failed_is_not_reported(capfd, monkeypatch):
+    monkeypatch.setattr("mir_callback.watchdog._ASK_SECONDS", 0.2)
+    with watchdog("evaluation", 0, 60):
+        enter_phase("forward", lambda: "rank 1 failed in its forward: no memory")
+        time.sleep(0.3)
+        enter_phase("waiting for the other ranks' forwards")
+        time.sleep(0.3)
+    assert capfd.readouterr().err == ""
+
+
 def test_nothing_is_said_and_no_thread_is_left_when_phases_are_short(capfd):
     before = threading.active_count()
     with watchdog("evaluation", 0, 0.2):

@@ -74,6 +74,6 @@ def run_broken(
 def reports(output: str) -> dict[int, str]:
     """What the watchdog said of each rank first, with the stack below it."""
     found: dict[int, str] = {}
-    for match in re.finditer(r"\[mir\] rank (\d+): (STUCK\? .*?)(?=\[mir\]|\Z)", output, flags=re.DOTALL):
+    for match in re.finditer(r"\[mir\] rank (\d+): (STUCK[?:] .*?)(?=\[mir\]|\Z)", output, flags=re.DOTALL):
         found.setdefault(int(match[1]), match[2])
     return found

@@ -68,12 +68,30 @@ def test_every_rank_reports_where_it_is_and_the_job_ends_when_one_is_stuck(tmp_p
     assert f"exitcode  : {EXIT_CODE}" in run.output
 
 
-def test_job_ends_when_a_forward_fails_on_one_rank_under_zero3(tmp_path):
-    # The other rank waits in a collective of ZeRO-3's own, which nobody can call it out of.
-    run = run_broken(tmp_path, "fail", "3", watchdog_seconds=5, abort_on_hang=True)
+@pytest.mark.parametrize("setup", ["3", "fsdp2"])
+def test_every_rank_reports_a_failure_in_a_forward_that_others_wait_in_and_the_job_ends(tmp_path, setup):
+    # The other rank waits in a collective of ZeRO-3's or FSDP's own, which nobody can call it out of.
+    run = run_broken(tmp_path, "fail", setup, abort_on_hang=True)
     assert run.code != 0
-    assert run.seconds < 60
+    assert run.seconds < 40  # not the 600 of watchdog_seconds
     assert run.steps == BEFORE
+    said = reports(run.output)
+    for rank in (0, 1):
+        assert said[rank].startswith("STUCK: evaluation at step 4: ")
+        assert "rank 1 failed in its forward: RuntimeError: a device error on one rank" in said[rank]
+    assert f"exitcode  : {EXIT_CODE}" in run.output
+
+
+@pytest.mark.parametrize("setup", ["3", "fsdp2"])
+def test_failure_after_the_last_collective_of_a_forward_is_passed_over_by_all(tmp_path, setup):
+    run = run_broken(tmp_path, "fail at last", setup, batch_size=3)  # one forward an evaluation
+    assert run.code == 0
+    assert run.steps == ALL
+    assert reports(run.output) == {}
+    for rank in run.ranks:
+        assert rank["step"] == STEPS
+        assert [record.step for record in rank["history"] if record.mir is None] == [FAULT_STEP]
+        assert "RuntimeError: a device error on one rank" in rank["history"][2].error
 
 
 def test_evaluations_end_with_a_last_word_after_failures_in_a_row(tmp_path):

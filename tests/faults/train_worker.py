@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback, TrainerState
 
-from mir_callback import MIRCallback, Probe, attach_mir
+from mir_callback import MIRCallback, MIRMonitor, Probe, attach_mir
+from tests import tiny_models
 from tests.distributed.launch import write_rank
 from tests.distributed.train_worker import deepspeed_config
 from tests.logs import logged_here
 from tests.samples import pairs
-from tests.training.runs import losses, make_trainer
+from tests.training.runs import collator, losses, make_trainer
 
 STEPS = 8
 EVERY = 2
@@ -33,11 +36,10 @@ FAULT_STEP = 4
 class Within(TrainerCallback):
     """Breaks something in one rank's forwards while MIR evaluates at FAULT_STEP."""
 
-    def __init__(self, model: torch.nn.Module, rank: int, fault: Callable[[], None]) -> None:
+    def __init__(self, module: torch.nn.Module, rank: int, fault: Callable[[], None]) -> None:
         self.step = 0
         self._rank, self._fault = rank, fault
-        layers = model.model.language_model.layers
-        layers[1].register_forward_hook(self._hook)
+        module.register_forward_hook(self._hook)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step + 1
@@ -134,13 +136,15 @@ def delete_folder(folder: Path) -> None:
 
 def callback_of(fault: str, folder: Path, model: torch.nn.Module) -> TrainerCallback:
     """What brings a fault about."""
+    layer = model.model.language_model.layers[1]
     faults: dict[str, Callable[[], TrainerCallback]] = {
         "none": TrainerCallback,
-        "sigkill": lambda: Within(model, 1, lambda: kill(folder, signal.SIGKILL)),
-        "sigterm": lambda: Within(model, 1, lambda: kill(folder, signal.SIGTERM)),
-        "sigkill main": lambda: Within(model, 0, lambda: kill(folder, signal.SIGKILL)),
-        "stall": lambda: Within(model, 1, lambda: stall(folder)),
-        "fail": lambda: Within(model, 1, lambda: fail(folder)),
+        "sigkill": lambda: Within(layer, 1, lambda: kill(folder, signal.SIGKILL)),
+        "sigterm": lambda: Within(layer, 1, lambda: kill(folder, signal.SIGTERM)),
+        "sigkill main": lambda: Within(layer, 0, lambda: kill(folder, signal.SIGKILL)),
+        "stall": lambda: Within(layer, 1, lambda: stall(folder)),
+        "fail": lambda: Within(layer, 1, lambda: fail(folder)),
+        "fail at last": lambda: Within(model, 1, lambda: fail(folder)),  # after all collectives of the forward
         "poison": lambda: FromStep(lambda: poison(model)),
         "file limit": lambda: FromStep(lambda: limit_files(folder), free_files),
         "full disk": lambda: FromStep(lambda: fill_disk(folder), lambda: free_disk(folder), steps=3),
@@ -159,9 +163,36 @@ def attach(trainer: Any, place: Path, num_samples: int = 6, **settings: Any) -> 
     return MIRCallback(Probe.from_pairs(pairs(num_samples)), **settings).attach(trainer)
 
 
+def train_under_fsdp2(folder: Path, fault: str, **settings: Any) -> None:
+    """A loop of one's own: TrainingArguments refuse FSDP on a CPU."""
+    dist.init_process_group("gloo")
+    model, processor = tiny_models.llava()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*model.model.language_model.layers, model):
+        fully_shard(part, mesh=mesh)
+    breaking, state = callback_of(fault, folder, model), TrainerState()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    known = {"processor": processor, "optimizer": optimizer, "output_dir": folder / "run"}
+    monitor = MIRMonitor(model, Probe.from_pairs(pairs(6)), **known, **settings)
+    batch = collator(processor)(pairs(2, seed=9 + dist.get_rank()))
+    for step in range(1, STEPS + 1):
+        breaking.on_step_begin(None, state, None)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state.global_step = step
+        monitor.step(step)
+    monitor.close()
+    write_rank(folder, dist.get_rank(), {"step": step, "history": monitor.history})
+
+
 def main(folder: str, fault: str, setup: str = "ddp", options: str = "{}") -> None:
     """Train, then write what this rank saw."""
     place = Path(folder)
+    settings = {"every": EVERY, "batch_size": 2, **json.loads(options)}
+    if setup == "fsdp2":
+        train_under_fsdp2(place, fault, **settings)
+        return
     trainer = make_trainer(
         place / "run",
         steps=STEPS,
@@ -171,7 +202,6 @@ def main(folder: str, fault: str, setup: str = "ddp", options: str = "{}") -> No
         max_grad_norm=0.0 if fault == "poison" else 1.0,
     )
     trainer.add_callback(callback_of(fault, place, trainer.model))
-    settings = {"every": EVERY, "batch_size": 2, **json.loads(options)}
     error, callback = None, None
     started = time.perf_counter()
     with logged_here() as messages:
