@@ -63,8 +63,8 @@ setup(
         "optuna": OPTUNA,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
         "test": [
-            *["pytest", "hypothesis", "mpmath", "scikit-learn", "peft", "schedulefree", "lightning", "trl"],
-            *[*DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
+            *["pytest", "hypothesis", "mpmath", "scikit-learn", "peft", "bitsandbytes", "schedulefree"],
+            *["lightning", "trl", *DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
         ],
         "checks": ["ruff", "mypy", "codespell"],
     },

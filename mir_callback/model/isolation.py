@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from mir_callback.model.decoder import not_compiled
 from mir_callback.model.sharding import is_partitioned, preserve_fsdp, preserve_zero3
 
+# Of bitsandbytes' 4-bit layers (0.50.2): in evaluation mode they repack their weights for inference on such a CPU, and
+# no gradient flows through them from then on.
+_REPACKS = "support_avx512bf16_for_cpu"
 _KINDS = (Tensor, int, float, type(None))
 
 
@@ -45,6 +48,8 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
         # Not model.eval(): modules may override it to do more, such as merging adapters into their weights.
         for module, _ in flags:
             module.training = False
+            if getattr(module, _REPACKS, False):
+                setattr(module, _REPACKS, False)  # restored with the other attributes
         with torch.no_grad(), _eager(model), preserve_fsdp(model), preserve_zero3(*zero_owners):
             yield
     finally:
