@@ -242,9 +242,10 @@ class SideChannel:
 
     def __init__(self) -> None:
         self._key = f"mir_callback/{broadcast_object(uuid.uuid4().hex)}"
-        self._store: Any = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
-        while hasattr(self._store, "underlying_store"):  # without the prefix of the process group
-            self._store = self._store.underlying_store
+        store: Any = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
+        while hasattr(store, "underlying_store"):  # without the prefix of the process group
+            store = store.underlying_store
+        self._store: Any = store
         self._reader: Any = None
 
     def post_failure(self, error: Exception) -> None:
@@ -325,9 +326,10 @@ def require_same(**options: object) -> None:
 
 def _another_client(store: Any) -> Any:
     """A client of the same store for another thread: a TCPStore lets one thread in at a time, also while it waits."""
-    if not isinstance(store, dist.TCPStore):
+    kind: Any = dist.TCPStore  # type: ignore[attr-defined]
+    if not isinstance(store, kind):
         return store
-    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return kind(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
 def _active() -> bool:

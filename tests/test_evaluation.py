@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mir_callback import Probe, evaluate_mir, metric, modality_integration_rate
 from mir_callback.config import MIRConfig
@@ -306,6 +307,22 @@ def test_probe_loss_is_that_of_the_models_own_logits(probe):
         count += len(ids) - first - 1
     assert report.probe_loss == pytest.approx(total / count, rel=1e-6)
     assert report.mir == evaluate_mir(model, probe, processor=processor, batch_size=3).mir
+
+
+def test_a_model_that_returns_no_logits_is_measured_but_for_its_losses(probe, monkeypatch):
+    # As with fused losses: the output head is never called.
+    model, processor = tiny_models.llava()
+    expected = evaluate_mir(model, probe, processor=processor).mir
+
+    def forward(self, logits_to_keep=0, **inputs):
+        self.model(**inputs)
+        return LlavaCausalLMOutputWithPast()
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert evaluate_mir(model, probe, processor=processor).mir == expected
+    for option in ("probe_loss", "vision_gain"):
+        with pytest.raises(UnsupportedModelError, match=f"no logits.* {option}=False"):
+            evaluate_mir(model, Probe.from_pairs(pairs(2), matched=True), processor=processor, **{option: True})
 
 
 def test_probe_loss_is_refused_when_the_adapter_tells_no_text_ids(probe):

@@ -83,9 +83,7 @@ class HiddenStateCapture:
         if self._text_loss is not None:
             if head is None:
                 self._hooks.close()
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has no output embeddings, which probe_loss needs. Set probe_loss=False."
-                )
+                raise _no_loss(f"{type(model).__name__} has no output embeddings")
             self._hooks.callback(head.register_forward_pre_hook(self._head_hook).remove)
         elif head is not None and _logits_argument(model) is None:
             self._hooks.callback(head.register_forward_pre_hook(_last_position).remove)
@@ -244,10 +242,7 @@ class TextLoss:
         for row, (mask, ids) in enumerate(zip(text, text_ids, strict=True)):
             positions = mask.nonzero()[:, 0]
             if len(positions) > len(ids):
-                raise UnsupportedModelError(
-                    f"probe_loss does not support this model: a sample has {len(positions)} text positions but only "
-                    f"{len(ids)} token ids. Set probe_loss=False."
-                )
+                raise _no_loss(f"a sample has {len(positions)} text positions but only {len(ids)} token ids")
             before.append(row * text.shape[1] + positions[:-1])
             targets.append(ids.to(text.device)[1 : len(positions)])
         self._before, self._targets = torch.cat(before), torch.cat(targets)
@@ -257,26 +252,24 @@ class TextLoss:
         """Of the arguments of the output embeddings, hidden states (B, S, d), those to predict from, (1, n, d)."""
         hidden = args[0]
         if tuple(hidden.shape[:-1]) != self._shape:
-            raise UnsupportedModelError(
-                f"probe_loss does not support this model: its output embeddings get hidden states of "
-                f"{tuple(hidden.shape[:-1])} positions, not of all {self._shape}. Set probe_loss=False."
-            )
+            got = tuple(hidden.shape[:-1])
+            raise _no_loss(f"its output embeddings get hidden states of {got} positions, not of all {self._shape}")
         chosen = distributed.whole(hidden).flatten(0, 1).index_select(0, self._before)[None]
         return (distributed.replicated_like(chosen, hidden), *args[1:])
 
     def add(self, outputs: Any, keep: Tensor, vocabulary: int) -> None:
         """Add the losses of a model's outputs, with logits (1, n, vocabulary), for the samples of ``keep``, (B,)."""
-        logits = distributed.whole(outputs["logits"] if isinstance(outputs, dict) else outputs[0])
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0]
+        if logits is None:
+            raise _no_loss("its forward returned no logits")
+        logits = distributed.whole(logits)
         if tuple(logits.shape[:-1]) != (1, len(self._targets)):
-            raise UnsupportedModelError(
-                f"probe_loss does not support this model: its logits are of {tuple(logits.shape[:-1])} positions, not "
-                f"of the {len(self._targets)} asked for. Set probe_loss=False."
-            )
+            got = tuple(logits.shape[:-1])
+            raise _no_loss(f"its logits are of {got} positions, not of the {len(self._targets)} asked for")
         if logits.shape[-1] < vocabulary:
-            raise UnsupportedModelError(
-                f"probe_loss does not support this model: its logits are of {logits.shape[-1]} of {vocabulary} tokens, "
-                "as tensor parallelism leaves them on each rank. Let the output embeddings gather them "
-                "(output_layouts=Replicate()), or set probe_loss=False."
+            raise _no_loss(
+                f"its logits are of {logits.shape[-1]} of {vocabulary} tokens, as tensor parallelism leaves them on each "
+                "rank (the output embeddings can gather them: output_layouts=Replicate())"
             )
         sums = torch.zeros(len(self._counts), dtype=torch.float64, device=logits.device)
         samples = torch.repeat_interleave(self._counts)
@@ -285,6 +278,13 @@ class TextLoss:
             loss = functional.cross_entropy(logits[0, part].float(), self._targets[part], reduction="none")
             sums.index_add_(0, samples[part], loss.double())
         self.samples.append(torch.stack([sums, self._counts.double()], dim=1)[keep].cpu())
+
+
+def _no_loss(why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The loss on the probe's texts can't be measured on this model: {why}. Set probe_loss=False and "
+        "vision_gain=False."
+    )
 
 
 def _nothing() -> None:

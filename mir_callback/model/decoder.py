@@ -39,8 +39,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     current: Any = model
     while True:
-        if not_compiled(current) is not current:
-            current = not_compiled(current)
+        if isinstance(getattr(current, "_orig_mod", None), nn.Module):
+            current = current._orig_mod
         elif isinstance(getattr(current, "module", None), nn.Module):
             current = current.module
         elif hasattr(current, "peft_config") and hasattr(current, "get_base_model"):
@@ -52,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def not_compiled(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, which runs its hooks; any other module itself. Ranks: pure."""
-    inner = getattr(module, "_orig_mod", None)
+    inner: Any = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
 
 

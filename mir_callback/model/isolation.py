@@ -23,7 +23,7 @@ _KINDS = (Tensor, int, float, type(None))
 
 @contextmanager
 def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[None]:
-    """Evaluation mode, no_grad and nothing compiled inside; on exit the model and all random states are restored, also after an error.
+    """Evaluation mode, no_grad, uncompiled inside; on exit model and random states are restored, also after an error.
 
     Restored are: the train/eval flag of every single module (a frozen tower that is kept in evaluation mode stays so);
     tensors and numbers that modules keep from their last forward (Qwen-VL's `rope_deltas`), and buffers that a forward

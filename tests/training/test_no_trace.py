@@ -128,7 +128,7 @@ def run(folder, options, prepare, probe=None):
 SLOW = ("DoRA", "modules_to_save", "NEFTune", "evaluation on start")
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=pytest.mark.slow if each in SLOW else ()) for each in SETUPS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SETUPS])
 def test_training_is_the_same_to_the_last_bit(tmp_path, probe, name):
     options, prepare = SETUPS[name]
     plain = run(tmp_path / "plain", options, prepare)
