@@ -213,7 +213,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "PEFT adapters on them",
             "tested",
-            "LoRA",
+            "LoRA, DoRA, `modules_to_save`, QLoRA (bitsandbytes, nf4 and 8 bit)",
             (
                 "model/test_capture.py::test_wrapped_models_are_found_below_their_wrappers",
                 "training/test_no_trace.py::test_training_is_the_same_to_the_last_bit",
