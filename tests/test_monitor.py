@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from mir_callback import MIRConfig, MIRMonitor, PlateauRule, Probe, Verdict, evaluate_mir
 from mir_callback.errors import ConfigError, HistoryError, NumericsError
 from mir_callback.history import read_history
-from mir_callback.monitor import Decision, DryRunDone
+from mir_callback.monitor import Decision, DryRunDone, stage_of
 from mir_callback.schedule import EveryEpochs
 from tests import tiny_models
 from tests.logs import logged, logged_here
@@ -59,6 +59,15 @@ class AtStep:
 
     def verdict(self, records):
         return Verdict("plateau" if records[-1].step == self.step else "going on", "because the test says so")
+
+
+def test_a_training_stage_is_the_same_whatever_the_model_is_wrapped_in():
+    model, _ = tiny_models.llava()
+    wrapped = torch.nn.Module()
+    wrapped.module = torch.compile(model, backend="eager")  # as DDP has it
+    assert stage_of(wrapped) == stage_of(model)
+    model.lm_head.requires_grad_(False)
+    assert stage_of(wrapped) != stage_of(tiny_models.llava()[0])
 
 
 # --- when ---

@@ -121,7 +121,7 @@ def test_wrapped_models_are_found_below_their_wrappers():
 def test_vision_layers_are_not_taken_for_the_decoder_when_as_many():
     model, _ = tiny_models.llava()
     assert len(model.model.vision_tower.encoder.layers) == tiny_models.LAYERS
-    assert find_decoder(model).layers is model.model.language_model.layers
+    assert find_decoder(model).layers == tuple(model.model.language_model.layers)
 
 
 def test_error_when_there_is_no_such_layer_list():
