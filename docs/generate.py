@@ -222,7 +222,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "`torch.compile` of a model or its parts",
             "tested",
-            "evaluated uncompiled; with Trainer and ZeRO-2 too. Flex attention by hand, its value only",
+            "evaluated uncompiled; with ZeRO-2 and FSDP2 too. Flex attention by hand, its value only",
             (
                 "model/test_compile.py::test_a_compiled_model_is_measured_eagerly_and_trains_on_with_the_same_graphs",
                 "distributed/test_training.py::test_training_is_the_same_to_the_last_bit",

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mir_callback import Probe, evaluate_mir
 from tests import tiny_models
+from tests.distributed.launch import run_ranks
 from tests.samples import pairs
 from tests.training.runs import collator
 
@@ -84,6 +85,17 @@ def test_a_compiled_model_is_measured_eagerly_and_trains_on_with_the_same_graphs
 def test_the_same_where_torch_cannot_be_told_to_run_eagerly(monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance")  # torch below 2.6
     check(layers)
+
+
+@pytest.mark.slow
+def test_the_same_under_fsdp2(tmp_path):
+    model, processor = tiny_models.llava()
+    expected = evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor).mir
+    for rank in run_ranks("tests.distributed.compile_worker", tmp_path):
+        assert rank["watched"] == rank["plain"]
+        assert rank["plain"]["graphs"] > 0
+        assert rank["values"][0] == pytest.approx(expected, abs=1e-6)
+        assert len(set(rank["values"])) == 3
 
 
 def check(compile_with):
