@@ -122,8 +122,8 @@ class WithLeftovers(TrainerCallback):
         evaluator = Evaluator(model, self._probe, adapter, MIRConfig(batch_size=2, capture_budget_gb=budget))
         enter_phase = forward.enter_phase
 
-        def count(phase: str) -> None:
-            enter_phase(phase)
+        def count(phase: str, *find_failure: Any) -> None:
+            enter_phase(phase, *find_failure)
             when = f"ours, {budget}"
             if phase.startswith("forward of batch 1 ") and when not in self.gathered.left:
                 self.gathered.count(when, model)
