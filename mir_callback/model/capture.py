@@ -268,8 +268,8 @@ class TextLoss:
             raise _no_loss(f"its logits are of {got} positions, not of the {len(self._targets)} asked for")
         if logits.shape[-1] < vocabulary:
             raise _no_loss(
-                f"its logits are of {logits.shape[-1]} of {vocabulary} tokens, as tensor parallelism leaves them on each "
-                "rank (the output embeddings can gather them: output_layouts=Replicate())"
+                f"its logits are of {logits.shape[-1]} of {vocabulary} tokens, as tensor parallelism leaves them "
+                "on each rank (the output embeddings can gather them: output_layouts=Replicate())"
             )
         sums = torch.zeros(len(self._counts), dtype=torch.float64, device=logits.device)
         samples = torch.repeat_interleave(self._counts)
