@@ -282,8 +282,7 @@ class TextLoss:
 
 def _no_loss(why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"The loss on the probe's texts can't be measured on this model: {why}. Set probe_loss=False and "
-        "vision_gain=False."
+        f"probe_loss and vision_gain can't be measured on this model: {why}. Set probe_loss=False and vision_gain=False."
     )
 
 
