@@ -282,7 +282,7 @@ class TextLoss:
 
 def _no_loss(why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"probe_loss and vision_gain can't be measured on this model: {why}. Set probe_loss=False and vision_gain=False."
+        f"probe_loss and vision_gain can't be measured here: {why}. Set probe_loss=False and vision_gain=False."
     )
 
 
