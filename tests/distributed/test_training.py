@@ -20,7 +20,6 @@ from tests.samples import pairs
 CASES = [pytest.param(name, marks=() if name.startswith("3") else pytest.mark.slow) for name in SETUPS]
 
 
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run a setup once, with or without the callback; (folder, what the ranks wrote)."""
