@@ -162,7 +162,7 @@ class MIRCallback(TrainerCallback):
             total_steps=state.max_steps if state.max_steps > 0 else None,
             total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
             start_step=state.global_step,
-            start_status=_status(args, state),
+            start_status=_status(args, state, trainer),
             log=self._loggers(),
             seed=args.seed,
             data_seed=args.data_seed,
@@ -177,7 +177,7 @@ class MIRCallback(TrainerCallback):
     ) -> TrainerControl:
         """Evaluate if due, and stop training if the rule says so."""
         monitor = self._running()
-        monitor.step(state.global_step, **_status(args, state))
+        monitor.step(state.global_step, **_status(args, state, self._trainer))
         if control.should_training_stop and "end" in self.config.also_on:
             monitor.evaluate()
         control.should_training_stop = control.should_training_stop or monitor.should_stop
@@ -324,6 +324,11 @@ class TrainerSaver:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         engine = getattr(trainer, "deepspeed", None)
+        if getattr(engine, "autotp_size", int)() > 1:
+            raise ConfigError(
+                "keep_best can't save this model: DeepSpeed's tensor parallelism has split its weights, and writes "
+                "shards that nothing reads but the run itself. Set keep_best=False"
+            )
         if engine is None or engine.zero_optimization_stage() != 3 or engine.zero_gather_16bit_weights_on_model_save():
             return
         log.info(
@@ -411,23 +416,30 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
     return write
 
 
-def _status(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+def _status(args: TrainingArguments, state: TrainerState, trainer: Any) -> dict[str, Any]:
     """How far training has come, as keyword arguments of :meth:`MIRMonitor.step`.
 
     The loss is the last one logged, usually of an earlier step, because the Trainer logs after its callbacks. Samples
-    are steps times the batch over all ranks, accumulation included; a short batch at an epoch's end counts in full.
-    Tokens are known if the Trainer counts them (`include_num_input_tokens_seen`).
+    are steps times the batch over all ranks, accumulation included; a short batch at an epoch's end counts in full, and
+    ranks that share samples (tensor, context, sequence parallelism) count once. Tokens are known if the Trainer counts
+    them (`include_num_input_tokens_seen`).
     """
     is_counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
     on_each = getattr(state, "train_batch_size", None) or args.train_batch_size  # lowered by auto_find_batch_size
+    ranks = args.world_size // math.prod(_size_of(trainer, kind) for kind in ("tp", "cp", "sp"))
     newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     return {
         "epoch": state.epoch or 0.0,
         "loss": newest.get("loss"),
         "loss_step": newest.get("step"),
-        "samples_seen": state.global_step * on_each * args.gradient_accumulation_steps * args.world_size,
+        "samples_seen": state.global_step * on_each * args.gradient_accumulation_steps * ranks,
         "tokens_seen": int(state.num_input_tokens_seen) if is_counted else None,
     }
+
+
+def _size_of(trainer: Any, kind: str) -> int:
+    """A Trainer's size of "tp", "cp" or "sp"; 1 where it knows none."""
+    return int(getattr(trainer, f"get_{kind}_size", lambda: 1)())
 
 
 def _epochs_of(max_steps: int, dataloader: Any, args: TrainingArguments) -> float:

@@ -16,6 +16,9 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 
 from mir_callback import MIRCallback, Probe
+from mir_callback.distributed import describe
+from mir_callback.errors import ConfigError
+from mir_callback.integrations.huggingface import TrainerSaver
 from tests.distributed.launch import write_rank
 from tests.distributed.mesh_worker import by_transformers
 from tests.distributed.train_worker import digest
@@ -88,7 +91,11 @@ def main(folder: str, setup: str, watched: str) -> None:
     if dist.get_rank() == 0 and setup in ("transformers", "ulysses 1"):
         torch.save(weights, Path(folder) / "weights.pt")
     rng = int(torch.get_rng_state().long().sum())
-    result = {"losses": losses(trainer), "weights": digest(weights), "rng": rng}
+    try:
+        saver = type(TrainerSaver(trainer)).__name__
+    except ConfigError as refusal:
+        saver = describe(refusal)
+    result = {"losses": losses(trainer), "weights": digest(weights), "rng": rng, "saver": saver}
     write_rank(folder, dist.get_rank(), {**result, "history": callback.history if callback else []})
     dist.destroy_process_group()
 

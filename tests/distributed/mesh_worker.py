@@ -78,6 +78,12 @@ def by_transformers(model: Any, folder: str) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
 
 
+def by_transformers_fsdp(model: Any, folder: str) -> Any:
+    """FSDP2 of transformers over all ranks."""
+    config = DistributedConfig(fsdp_size=dist.get_world_size())
+    return LlavaForConditionalGeneration.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
+
+
 def by_torch(model: Any, folder: str) -> Any:
     """Tensor parallelism of torch; the output embeddings return a DTensor of part of the vocabulary."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicas", "rows"))["rows"]
@@ -139,6 +145,7 @@ GOOD: dict[str, Callable[[Any, str], Any]] = {
     each.__name__: each
     for each in (
         by_transformers,
+        by_transformers_fsdp,
         by_torch,
         by_torch_and_fsdp,
         by_fsdp,

@@ -10,6 +10,7 @@ from tests import tiny_models
 from tests.distributed.launch import run_ranks
 from tests.distributed.mesh_train_worker import NUM_SAMPLES, SETUPS
 from tests.distributed.mesh_worker import COUNTS, FEW, GOOD, mixture, value
+from tests.training.runs import ACCUMULATION, MICRO_BATCH
 
 
 @pytest.fixture(scope="module", params=["2", "4 few", pytest.param("4", marks=pytest.mark.slow)])
@@ -77,7 +78,12 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, setup):
             assert without[field] == with_mir[field], field
     history = watched[0]["history"]
     assert [record["step"] for record in history] == [0, 2, 4]
+    # Both ranks train on the same samples.
+    assert [record["samples_seen"] for record in history] == [step * MICRO_BATCH * ACCUMULATION for step in (0, 2, 4)]
     assert [rank["history"] for rank in watched] == [history, history]
+    refused = "ConfigError: keep_best can't save this model: DeepSpeed's tensor parallelism"
+    for rank in watched:
+        assert rank["saver"].startswith(refused if setup == "deepspeed" else "TrainerSaver")
     model, processor = tiny_models.llava()
     assert history[0]["mir"] == pytest.approx(value(model, processor, NUM_SAMPLES)["mir"], abs=1e-6)
     if setup in ("transformers", "ulysses 1"):  # else the weights are in parts
