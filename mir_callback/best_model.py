@@ -24,6 +24,7 @@ _MARK = "mir_callback.txt"
 _MARKED = "Made by mir-callback while it replaces mir_best; the next start of the run removes this folder.\n"
 _DISCARDED = "discarded"  # of a note: the step that training was resumed at, before these weights
 _NOTED = ("step", "epoch", "mir", *DEFINITION_FIELDS, *CIRCUMSTANCES, "time")
+_COMPILED = "_orig_mod."
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,15 @@ class BestModel:
             if distributed.is_main():
                 _complete(staging / "new", {name: record[name] for name in _NOTED if record[name] is not None})
                 _publish(staging, self._path, aside=self._foreign)
+
+
+def without_compilers(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by their names without `torch.compile`, if parts of the model were replaced by compiled ones; else empty.
+
+    Saved under the others, they would not be found when the model is loaded.
+    """
+    is_compiled = any(_COMPILED in name for name in weights)
+    return {name.replace(_COMPILED, ""): each for name, each in weights.items()} if is_compiled else {}
 
 
 def _is_made_alike(note: Mapping[str, Any], definition: Mapping[str, Any]) -> bool:

@@ -92,7 +92,8 @@ class RunLock:
         self._close()
 
     def __del__(self) -> None:
-        self.release()
+        if os.path is not None:  # as it is when Python ends
+            self.release()
 
     def _try(self) -> str | None:
         """Take the lock: None if that worked, else who holds it. OSError if there can be no lock."""

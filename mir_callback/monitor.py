@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mir_callback import distributed
-from mir_callback.best_model import BestModel, WeightSaver
+from mir_callback.best_model import BestModel, WeightSaver, without_compilers
 from mir_callback.clock import Clock
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import dry_run_lines, evaluation_line, start_notes
@@ -529,8 +529,9 @@ def _default_saver(model: nn.Module) -> Callable[[Path], None]:
         )
 
     def save(folder: Path) -> None:
-        weights = {"state_dict": distributed.gather_weights(model)} if with_fsdp2 else {}
+        weights = distributed.gather_weights(model) if with_fsdp2 else {}
         if distributed.is_main():
-            top.save_pretrained(str(folder), **weights)
+            weights = weights or without_compilers(top.state_dict())
+            top.save_pretrained(str(folder), **({"state_dict": weights} if weights else {}))
 
     return save

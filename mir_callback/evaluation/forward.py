@@ -20,7 +20,7 @@ from mir_callback.evaluation.memory import PeakMemory, find_device, is_out_of_me
 from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
-from mir_callback.model.parallelism import whole_sequences
+from mir_callback.model.parallelism import find_groups, whole_sequences
 from mir_callback.model.sharding import release_leftovers
 from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
@@ -98,7 +98,7 @@ def forward_probe(
     error: Exception | None = None
     outcome = _Outcome()
     channel = distributed.SideChannel()
-    find_failure = channel.read_failure if _waits_for_ranks(model) else None
+    find_failure = channel.read_failure if waits_for_ranks(model) else None
     try:
         enter_phase("finding the decoder layers")
         decoder = decoder_of(model, adapter)
@@ -179,10 +179,11 @@ def _forward_batches(
     enter_phase("waiting for the other ranks' forwards")
 
 
-def _waits_for_ranks(model: nn.Module) -> bool:
+def waits_for_ranks(model: nn.Module) -> bool:
     """Whether forwards wait for other ranks: sharded weights, tensor parallelism, DDP with buffers."""
     wrappers = {"DistributedDataParallel", "FullyShardedDataParallel"}
     sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
+    sharded = sharded or bool(find_groups(model).model)
     return sharded or any(kind.__name__ in wrappers for each in model.modules() for kind in type(each).__mro__)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from mir_callback.errors import ConfigError
 from mir_callback.integrations.huggingface import attach_mir
+from mir_callback.probe.processors import handles_images
 
 
 class MIRArgs(BaseModel):
@@ -44,6 +45,8 @@ class MIRPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not there when 
         strategy = getattr(trainer.data_collator, "processing_strategy", None)  # axolotl's collator of images and texts
         for name in logging.root.manager.loggerDict:
             if name.partition(".")[0] == "mir_callback":
-                logging.getLogger(name).filters.clear()  # axolotl's drops what is no warning and not its own
-        attach_mir(trainer, **{"processor": getattr(strategy, "processor", None), **cfg.mir})
+                logger = logging.getLogger(name)  # axolotl's filter drops what is no warning and not its own
+                logger.filters = [each for each in logger.filters if not type(each).__module__.startswith("axolotl")]
+        found = getattr(strategy, "processor", None)
+        attach_mir(trainer, **{"processor": found if handles_images(found) else None, **cfg.mir})
         return []

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
@@ -23,11 +24,11 @@ from transformers import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mir_callback import distributed
-from mir_callback.best_model import FOLDER_NAME, WeightSaver
+from mir_callback.best_model import FOLDER_NAME, WeightSaver, without_compilers
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import log
-from mir_callback.errors import ConfigError
-from mir_callback.history import FILE_NAME, close_earlier
+from mir_callback.errors import ConfigError, MIRError
+from mir_callback.history import FILE_NAME, close_earlier, read_history
 from mir_callback.loggers import Loggers, active_wandb_run
 from mir_callback.monitor import MIRMonitor
 from mir_callback.probe.adapters import Adapter, LiveMasks, find_adapter
@@ -87,6 +88,7 @@ class MIRCallback(TrainerCallback):
         self._trainer: Any = None
         self._monitor: MIRMonitor | None = None  # of the run that trains or has trained last
         self._is_training = False
+        self._start = 0, 0  # step that training started at, samples seen by then
 
     @property
     def history(self) -> list[EvalRecord]:
@@ -151,6 +153,8 @@ class MIRCallback(TrainerCallback):
             keeper = SimpleNamespace(processing_class=processor) if trainer is None else trainer
             adapter = self._adapter_for(kwargs["model"], trainer, keeper)
         folder = run_folder(trainer, args)
+        before = _samples_before(folder, state.global_step, _samples_a_step(args, state, trainer))
+        self._start = state.global_step, before
         close_earlier(folder)  # a Trainer is in one run at a time: one before ended in an error
         self._monitor = MIRMonitor(
             kwargs["model"],
@@ -162,7 +166,7 @@ class MIRCallback(TrainerCallback):
             total_steps=state.max_steps if state.max_steps > 0 else None,
             total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
             start_step=state.global_step,
-            start_status=_status(args, state, trainer),
+            start_status=self._status(args, state),
             log=self._loggers(),
             seed=args.seed,
             data_seed=args.data_seed,
@@ -177,7 +181,7 @@ class MIRCallback(TrainerCallback):
     ) -> TrainerControl:
         """Evaluate if due, and stop training if the rule says so."""
         monitor = self._running()
-        monitor.step(state.global_step, **_status(args, state, self._trainer))
+        monitor.step(state.global_step, **self._status(args, state))
         if control.should_training_stop and "end" in self.config.also_on:
             monitor.evaluate()
         control.should_training_stop = control.should_training_stop or monitor.should_stop
@@ -217,6 +221,23 @@ class MIRCallback(TrainerCallback):
         if self._is_training:
             self._running().close(evaluate=not args.load_best_model_at_end)
         self._is_training = False
+
+    def _status(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """How far training has come, as keyword arguments of :meth:`MIRMonitor.step`.
+
+        The loss is the last one logged, usually of an earlier step, because the Trainer logs after its callbacks.
+        Tokens are known if the Trainer counts them (`include_num_input_tokens_seen`).
+        """
+        is_counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
+        newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        (start, before), now = self._start, state.global_step
+        return {
+            "epoch": state.epoch or 0.0,
+            "loss": newest.get("loss"),
+            "loss_step": newest.get("step"),
+            "samples_seen": before + (now - start) * _samples_a_step(args, state, self._trainer),
+            "tokens_seen": int(state.num_input_tokens_seen) if is_counted else None,
+        }
 
     def _adapter_for(self, model: nn.Module, trainer: Any, keeper: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
@@ -342,10 +363,12 @@ class TrainerSaver:
         """See :class:`WeightSaver`."""
         trainer = self._trainer
         plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        alone = plugin is None and getattr(trainer, "deepspeed", None) is None
+        weights = without_compilers(trainer.model.state_dict()) if alone else {}
+        if not weights and (plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type)):
             trainer.save_model(str(folder), _internal_call=True)  # internal: nothing is pushed to a hub
             return
-        weights = trainer.accelerator.get_state_dict(trainer.model)
+        weights = weights or trainer.accelerator.get_state_dict(trainer.model)
         if trainer.args.should_save:
             trainer._save(str(folder), state_dict=weights)
 
@@ -371,8 +394,9 @@ def _without_template_hook(adapter: Adapter, trainer: Any) -> Adapter:
         with context(), live_masks(model) as live:
             yield live
 
-    adapter.live_masks = without_hook  # type: ignore[method-assign]
-    return adapter
+    wrapped = copy.copy(adapter)  # a user's own may be used elsewhere
+    wrapped.live_masks = without_hook  # type: ignore[method-assign]
+    return wrapped
 
 
 def _has_tracker(trainer: Any) -> bool:
@@ -416,25 +440,33 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
     return write
 
 
-def _status(args: TrainingArguments, state: TrainerState, trainer: Any) -> dict[str, Any]:
-    """How far training has come, as keyword arguments of :meth:`MIRMonitor.step`.
+def _samples_a_step(args: TrainingArguments, state: TrainerState, trainer: Any) -> int:
+    """Samples of an optimizer step over all ranks, accumulation included.
 
-    The loss is the last one logged, usually of an earlier step, because the Trainer logs after its callbacks. Samples
-    are steps times the batch over all ranks, accumulation included; a short batch at an epoch's end counts in full, and
-    ranks that share samples (tensor, context, sequence parallelism) count once. Tokens are known if the Trainer counts
-    them (`include_num_input_tokens_seen`).
+    A short batch at an epoch's end counts in full; ranks that share samples (tensor, context, sequence parallelism)
+    count once.
     """
-    is_counted = getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
-    on_each = getattr(state, "train_batch_size", None) or args.train_batch_size  # lowered by auto_find_batch_size
+    on_each = getattr(trainer, "_train_batch_size", None) or getattr(state, "train_batch_size", None)
     ranks = args.world_size // math.prod(_size_of(trainer, kind) for kind in ("tp", "cp", "sp"))
-    newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    return {
-        "epoch": state.epoch or 0.0,
-        "loss": newest.get("loss"),
-        "loss_step": newest.get("step"),
-        "samples_seen": state.global_step * on_each * args.gradient_accumulation_steps * ranks,
-        "tokens_seen": int(state.num_input_tokens_seen) if is_counted else None,
-    }
+    samples: int = (on_each or args.train_batch_size) * args.gradient_accumulation_steps * ranks
+    return samples
+
+
+def _samples_before(folder: str, step: int, samples_a_step: int) -> int:
+    """Samples up to the step that a run is resumed at; before it, batch and ranks may have been others.
+
+    Ranks: collective; rank 0 reads the history.
+    """
+    records: list[EvalRecord] = []
+    if step and distributed.is_main():
+        with suppress(MIRError, OSError):  # opening it says what is wrong
+            records = read_history(Path(folder) / FILE_NAME)
+    known = [(each.step, each.samples_seen) for each in records if each.samples_seen is not None and each.step <= step]
+    found = step * samples_a_step
+    if len(known) > 1:
+        (earlier, then), (last, seen) = known[-2:]
+        found = seen + round((seen - then) / (last - earlier) * (step - last))
+    return int(distributed.broadcast_object(found))
 
 
 def _size_of(trainer: Any, kind: str) -> int:

@@ -41,7 +41,8 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
     Ranks: every rank must enter it, because releasing weights waits for gathers in flight.
     """
     flags = [(module, module.training) for module in model.modules()]
-    kept = [(module, *_kept_values(module)) for module in model.modules()]
+    # Not of DDP itself, which initializes itself in its first forward and can't do so twice.
+    kept = [(each, *_kept_values(each)) for each in model.modules() if type(each).__name__ != "DistributedDataParallel"]
     shown = [(parameter, parameter.dtype) for parameter in model.parameters() if is_partitioned(parameter)]
     states = _random_states()
     try:
@@ -50,7 +51,13 @@ def preserve_training_state(model: nn.Module, *zero_owners: Any) -> Iterator[Non
             module.training = False
             if getattr(module, _REPACKS, False):
                 setattr(module, _REPACKS, False)  # restored with the other attributes
-        with torch.no_grad(), _eager(model), preserve_fsdp(model), preserve_zero3(*zero_owners):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _eager(model),
+            preserve_fsdp(model),
+            preserve_zero3(*zero_owners),
+        ):
             yield
     finally:
         for module, training in flags:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +25,11 @@ from torch import nn
 from mir_callback import distributed
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
+from mir_callback.model.sharding import is_fsdp1
 
 _SPLIT_WORDS = ("ulysses", "sequence_parallel", "context_parallel", "ring_flash", "ring_attn", "zigzag")
+_DDP_OVER_TENSORS = "torch.distributed.tensor.parallel.ddp._reconstruct_dtensor"
+_WEIGHTS_COMPARED = 16
 _INSTEAD = "Evaluate its checkpoints with `mir eval` instead."
 
 
@@ -51,12 +55,19 @@ def find_share(model: nn.Module) -> SampleShare:
 
     Raises UnsupportedModelError, on every rank, for what can't be measured: decoder layers on other ranks (pipeline
     parallelism), attention that splits sequences in an unknown way, groups that contradict one another or leave open
-    which ranks share samples. Ranks: collective.
+    which ranks share samples, ranks that hold different weights. Ranks: collective.
     """
-    with distributed.fail_together():
+    error, own = None, None
+    try:
         refuse_unmeasurable(model)
-        own = find_groups(model)
-    return assign_share(distributed.gather_objects(own), distributed.rank())
+        own = find_groups(model), _measure_weights(model)
+    except Exception as caught:
+        error = caught
+    groups, weights = zip(*distributed.sync_errors(error, own), strict=True)
+    share = assign_share(groups, distributed.rank())
+    if share.parts == len(groups):
+        _require_same_weights(weights)
+    return share
 
 
 def assign_share(everyone: Sequence[RankGroups], rank: int) -> SampleShare:
@@ -81,6 +92,33 @@ def assign_share(everyone: Sequence[RankGroups], rank: int) -> SampleShare:
     leaders = _connect(model, len(everyone))
     parts = sorted(set(leaders))
     return SampleShare(parts.index(leaders[rank]), len(parts), leaders[rank] == rank)
+
+
+def _measure_weights(model: nn.Module) -> dict[str, float]:
+    """Norms of some weights that this rank holds whole, of trained ones if there are; none under ZeRO-3 and FSDP."""
+    if distributed.world_size() == 1 or any(is_fsdp1(each) for each in model.modules()):
+        return {}
+    whole = [
+        (name, each)
+        for name, each in model.named_parameters()
+        if each.is_floating_point() and not hasattr(each, "ds_id") and not hasattr(each, "device_mesh")
+    ]
+    trained = [(name, each) for name, each in whole if each.requires_grad] or whole
+    chosen = trained[:: max(1, len(trained) // _WEIGHTS_COMPARED)]
+    return {name: torch.linalg.vector_norm(each.detach(), dtype=torch.float64).item() for name, each in chosen}
+
+
+def _require_same_weights(everyone: Sequence[Mapping[str, float]]) -> None:
+    """Refuse ranks that train models of their own. Ranks: pure, with the same error on every rank."""
+    for rank, weights in enumerate(everyone):
+        for name, norm in weights.items():
+            first = everyone[0].get(name, norm)
+            if math.isfinite(norm) and math.isfinite(first) and not math.isclose(norm, first, rel_tol=1e-6):
+                raise UnsupportedModelError(
+                    f"Ranks hold different weights: the norm of {name} is {first:.6g} on rank 0 and {norm:.6g} on rank "
+                    f"{rank}. MIR of such a mixture means nothing. Is the model wrapped in DDP or FSDP, or prepared by "
+                    "Accelerate, and its wrapper used for the forwards of training?"
+                )
 
 
 def find_groups(model: nn.Module) -> RankGroups:
@@ -174,6 +212,11 @@ def refuse_unmeasurable(model: nn.Module) -> None:
             raise _split_by(f"{kind.__module__}.{kind.__name__}")
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for hook in hooks:
+            if _name_of(hook) == _DDP_OVER_TENSORS:
+                raise UnsupportedModelError(
+                    "MIR can't be measured under DDP over tensor parallelism, DDP(model, device_mesh=...): its forward "
+                    f"takes the weights out of their modules. Use fully_shard on that mesh instead. {_INSTEAD}"
+                )
             if _is_split(hook) and not _is_of_accelerate(hook):
                 raise _split_by(_name_of(hook))
     megatron = _megatron()
@@ -263,9 +306,9 @@ def _sharded_over(parameter: Any, gathered: set[tuple[int, ...]]) -> set[tuple[s
     if mesh is None or not hasattr(parameter, "placements") or mesh.get_coordinate() is None:
         return set()
     found = set()
-    for dim, placement in enumerate(parameter.placements):
+    for dim in range(mesh.ndim):
         ranks = _ranks_along(mesh, dim)
-        if not placement.is_replicate() and ranks not in gathered:
+        if ranks not in gathered:
             found.add((f"mesh dimension {mesh.mesh_dim_names[dim] if mesh.mesh_dim_names else dim}", ranks))
     return found
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,8 @@ from torch import nn
 
 from mir_callback.errors import ConfigError
 from mir_callback.model.decoder import unwrap
+
+log = logging.getLogger(__name__)
 
 REMEDY = (
     "Pass processor=AutoProcessor.from_pretrained(...), or --mir_processor FOLDER_OR_NAME, or give the Trainer "
@@ -57,10 +61,11 @@ def kept_by(trainer: Any) -> Any:
     """The first processor of images and text that a Trainer keeps, else its `processing_class`, or None.
 
     Looks at `processing_class` (before transformers 4.46 `tokenizer`), then at `processor` of the data collator, of the
-    callbacks, of the training data and of the model.
+    training data, of the model and of the callbacks. One whose tokenizer is not the Trainer's belongs to another model.
     """
-    kept = [each for _, each in _places(trainer)]
-    return next((each for each in kept if handles_images(each)), kept[0] if kept else None)
+    places = list(_places(trainer))
+    own = places[0][1] if places else None
+    return next((each for _, each in places if handles_images(each) and _agree(own, each)), own)
 
 
 def search_processor(model: nn.Module, trainer: Any) -> Any:
@@ -71,19 +76,49 @@ def search_processor(model: nn.Module, trainer: Any) -> Any:
 
     Ranks: any, each for itself.
     """
-    kept = kept_by(trainer)
+    places = list(_places(trainer))
+    own, kept = places[0][1] if places else None, kept_by(trainer)
     if handles_images(kept):
+        if kept is not own:
+            _note(next(place for place, each in places if each is kept))
         return kept
-    looked = [f"{place} ({'none' if each is None else type(each).__name__})" for place, each in _places(trainer)]
+    looked = [f"{place} ({_describe(own, each)})" for place, each in places]
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     if name:
         try:
-            return load_processor(name, local_only=True)
+            found = load_processor(name, local_only=True)
         except ConfigError as error:
             looked.append(f"the model's files ({error})")
+        else:
+            if _agree(own, found):
+                _note(name)
+                return found
+            looked.append(f"the model's files in {name} ({_describe(own, found)})")
     else:
         looked.append("the model's files (its config has no _name_or_path)")
     raise ConfigError(f"Found no processor of images and text. Looked at: {'; '.join(looked)}. {REMEDY}")
+
+
+@functools.cache
+def _note(place: str) -> None:
+    log.info("the probe is encoded with the processor of %s; another one: processor=, --mir_processor", place)
+
+
+def _describe(own: Any, processor: Any) -> str:
+    if processor is None:
+        return "none"
+    name = type(processor).__name__
+    is_other = handles_images(processor) and not _agree(own, processor)
+    return f"{name}, whose tokenizer is not the Trainer's {type(own).__name__}" if is_other else name
+
+
+def _agree(own: Any, processor: Any) -> bool:
+    """Whether a processor's tokenizer gives the ids of the Trainer's own, which may have tokens more or fewer."""
+    if own is None or own is processor or not hasattr(own, "get_vocab"):
+        return True
+    ours, theirs = own.get_vocab(), processor.tokenizer.get_vocab()
+    common = ours.keys() & theirs.keys()
+    return len(common) >= 0.9 * min(len(ours), len(theirs)) and all(ours[each] == theirs[each] for each in common)
 
 
 def _places(trainer: Any) -> Iterator[tuple[str, Any]]:

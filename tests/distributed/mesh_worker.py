@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlavaForConditionalGeneration, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mir_callback import Probe, evaluate_mir
 from mir_callback.config import MIRConfig
 from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.forward import waits_for_ranks
 from mir_callback.probe.adapters import find_adapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
@@ -187,6 +189,19 @@ def deepspeed_pipeline(model: Any) -> Any:
     return PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=nn.MSELoss())
 
 
+def own_weights(model: Any) -> Any:
+    """Each rank trains a model of its own, as where a loop forgets to wrap it."""
+    return tiny_models.llava(seed=dist.get_rank())[0]
+
+
+def replicas_of_parts(model: Any) -> Any:
+    """DDP over tensor parallelism, of which the inner model is given."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    split_layers(model, mesh["tp"])
+    DistributedDataParallel(model, device_mesh=mesh["dp"])
+    return model
+
+
 def unknown_split(model: Any) -> Any:
     """Attention replaced by a function of some package for sequence parallelism."""
 
@@ -199,7 +214,16 @@ def unknown_split(model: Any) -> Any:
 
 BAD: dict[str, Callable[[Any], Any]] = {
     each.__name__: each
-    for each in (part_of_vocabulary, halves_apart, split_on_rank_0, last_stage, deepspeed_pipeline, unknown_split)
+    for each in (
+        part_of_vocabulary,
+        halves_apart,
+        split_on_rank_0,
+        last_stage,
+        deepspeed_pipeline,
+        own_weights,
+        replicas_of_parts,
+        unknown_split,
+    )
 }
 
 
@@ -256,6 +280,7 @@ def main(folder: str, which: str = "all") -> None:
         processor.tokenizer.padding_side = "left"  # then a mask that is lost shows in the value
         on_ranks = split(model, saved)
         hooks = [list(module._forward_pre_hooks) for module in on_ranks.modules()]
+        assert waits_for_ranks(on_ranks) == (split not in (by_ulysses, by_context_parallelism))
         good[name] = [value(on_ranks, processor, count) for count in COUNTS]
         assert [list(module._forward_pre_hooks) for module in on_ranks.modules()] == hooks
         assert (ALL_ATTENTION_FUNCTIONS["sdpa"] is attention) == (split is not by_ulysses)

@@ -55,6 +55,8 @@ EXPECTED = {
     "deepspeed_pipeline": "UnsupportedModelError: MIR can't be measured under pipeline parallelism",
     "split_afterwards": "ConfigError: The model was split over ranks",
     "inside_context_parallel": "ConfigError: MIR can't be evaluated inside context_parallel",
+    "own_weights": "UnsupportedModelError: Ranks hold different weights: the norm of",
+    "replicas_of_parts": "UnsupportedModelError: MIR can't be measured under DDP over tensor parallelism",
     "unknown_split": "UnsupportedModelError: MIR can't be measured while __main__.unknown_split",
 }
 

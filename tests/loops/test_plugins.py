@@ -103,6 +103,16 @@ def plugin(monkeypatch):
     return importlib.import_module("mir_callback.integrations.axolotl").MIRPlugin()
 
 
+class OthersWarnings(logging.Filter):
+    """Axolotl's, for the loggers of others."""
+
+    def filter(self, record):
+        return record.levelno >= logging.WARNING
+
+
+OthersWarnings.__module__ = "axolotl.logging_config"
+
+
 def test_axolotl_measures_with_the_options_of_its_yaml(tmp_path, probe, plugin):
     module, _, name = plugin.get_input_args().rpartition(".")
     probe.save(tmp_path / "probe.zip")
@@ -120,7 +130,7 @@ def test_axolotl_measures_with_the_options_of_its_yaml(tmp_path, probe, plugin):
 
     trainer.data_collator = Collator()
     logger = logging.getLogger("mir_callback")
-    logger.addFilter(lambda record: record.levelno >= logging.WARNING)  # axolotl's for loggers of others
+    logger.addFilter(OthersWarnings())
     for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
         trainer.add_callback(callback)
     (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, MIRCallback))

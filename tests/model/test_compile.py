@@ -6,13 +6,16 @@ import copy
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.integrations.huggingface import TrainerSaver
+from mir_callback.monitor import _default_saver
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
 from tests.samples import pairs
-from tests.training.runs import collator
+from tests.training.runs import collator, make_trainer
 
 
 class Backend:
@@ -145,3 +148,18 @@ def train(model, batch, evaluate=lambda: None):
         losses.append(loss.item())
     evaluate()
     return losses
+
+
+def test_the_best_weights_of_layers_that_were_replaced_can_be_loaded(tmp_path):
+    model, processor = tiny_models.llava()
+    monitor_saver = _default_saver(layers(model, "eager"))
+    trainer = make_trainer(tmp_path / "run", wrap=lambda _: model)
+    for number, save in enumerate((monitor_saver, TrainerSaver(trainer))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save(folder)
+        loaded = LlavaForConditionalGeneration.from_pretrained(folder)
+        probe = Probe.from_pairs(pairs(4))
+        assert (
+            evaluate_mir(loaded, probe, processor=processor).mir == evaluate_mir(model, probe, processor=processor).mir
+        )

@@ -4,7 +4,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mir_callback.errors import UnsupportedModelError
@@ -27,6 +27,7 @@ def mesh_groups(sizes, dims):
     return [frozenset((f"dim {dim}", row(rest(place, dim), dim)) for dim in dims) for place in places]
 
 
+@settings(deadline=None)
 @given(SIZES, st.data())
 def test_each_part_of_the_samples_has_one_leader_and_all_ranks_along_the_sharded_dimensions(sizes, data):
     sharded = data.draw(st.sets(st.integers(0, len(sizes) - 1)))

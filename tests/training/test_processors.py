@@ -49,6 +49,20 @@ def test_a_processor_is_found_wherever_the_trainer_keeps_it(trainer, place):
     assert search_processor(trainer.model, trainer) is trainer.whole
 
 
+def test_one_with_another_tokenizer_belongs_to_another_model(trainer, tmp_path):
+    put(trainer, "callback")
+    assert kept_by(trainer) is trainer.whole
+    words = trainer.whole.tokenizer.get_vocab()
+    trainer.processing_class = SimpleNamespace(get_vocab=lambda: {word: number + 1 for word, number in words.items()})
+    assert kept_by(trainer) is trainer.processing_class
+    trainer.whole.save_pretrained(tmp_path / "model")
+    trainer.model.config._name_or_path = str(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"callbacks \(LlavaProcessor, whose tokenizer is not.*model's files in"):
+        search_processor(trainer.model, trainer)
+    trainer.processing_class = SimpleNamespace(get_vocab=lambda: {**words, "<one more>": len(words)})
+    assert search_processor(trainer.model, trainer) is trainer.whole
+
+
 def test_one_in_the_models_folder_is_the_last_that_is_looked_for(trainer, probe, tmp_path):
     trainer.whole.save_pretrained(tmp_path / "model")
     trainer.model.config._name_or_path = str(tmp_path / "model")

@@ -49,3 +49,15 @@ def test_a_resumed_run_continues_what_its_records_say(tmp_path):
         (record.tokens_seen, record.samples_seen) for record in straight.history
     ]
     assert [record.loss for record in again.history] == [None, *(logged[step] for step in (1, 3, 5))]
+
+
+def test_samples_are_counted_on_when_a_run_goes_on_with_another_batch(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "steps": 4}
+    MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(first := make_trainer(tmp_path, **options))
+    first.train()
+    other = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+    resumed = make_trainer(tmp_path, **options, **other)
+    callback = MIRCallback(Probe.from_pairs(pairs(4)), every=1).attach(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    step = MICRO_BATCH * ACCUMULATION
+    assert [record.samples_seen for record in callback.history] == [0, step, 2 * step, 2 * step + 1, 2 * step + 2]
