@@ -302,7 +302,9 @@ def require_everywhere(what: str, remedy: str, *, seconds: float = 600.0) -> Non
     """
     if world_size() == 1:
         return
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
+    if store is None:  # MPI
+        return
     if store.add(what, 1) == world_size():
         store.set(f"{what}: all", "")
     try:

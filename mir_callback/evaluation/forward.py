@@ -173,7 +173,7 @@ def _forward_batches(
                 raise ForwardError(
                     f"MIR could not be evaluated: the model's own forward failed on probe samples "
                     f"{', '.join(batch.names)}: {distributed.describe(error)}. If the model works in training, check "
-                    "that the processor belongs to it."
+                    "that the processor belongs to it, or what its adapter's encode returns."
                 ) from error
             bar.update()
     enter_phase("waiting for the other ranks' forwards")

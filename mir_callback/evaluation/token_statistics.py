@@ -169,9 +169,14 @@ def _find_outliers(
 ) -> list[ModalityRows]:
     """One modality of each layer, from this rank's rows, their norms (L, n) and all norms (L, N). Ranks: pure."""
     name = ("vision", "text")[modality]
+    if everyone.shape[1] == 0:
+        raise NumericsError(
+            f"The probe has no {name} tokens: no position of any sample is marked as {name}. Check the model's image token "
+            "id, or what the adapter's encode returns."
+        )
     if everyone.shape[1] < 2:
         raise NumericsError(
-            f"The probe has {everyone.shape[1]} {name} tokens in total, too few for a covariance. Use more samples."
+            f"The probe has one {name} token in total, too few for a covariance. Use more samples."
         )
     bad = (~torch.isfinite(everyone)).sum(dim=1)
     if bool(bad.any()):
