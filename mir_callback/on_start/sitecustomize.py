@@ -3,7 +3,7 @@
 
 `mir_callback.launch` puts this folder on the PYTHONPATH of what it runs, so Python imports this file at its start, and
 the launcher's flags into an environment variable. Processes that import no Trainer get one finder more, and nothing
-else: a Trainer that does not train is left alone, and so are the processes that a training process starts.
+else: a Trainer that does not train is left alone, and so are the processes that a training starts while it lasts.
 """
 
 from __future__ import annotations
@@ -136,10 +136,11 @@ def _attach(trainer: Any, launched: Mapping[str, Any], count: int) -> bool:
 
 
 def _note(folders: Iterable[str], line: str = "") -> None:
+    host, process = _this_process()
     for folder in folders:
-        # On another node than the launcher's there is no such folder.
-        with suppress(OSError), open(os.path.join(folder, f"{'-'.join(map(str, _this_process()))}"), "a") as opened:
-            opened.write(" ".join(line.split()) + "\n" if line else "")
+        with suppress(OSError):  # on another node than the launcher's there is no such folder
+            with open(os.path.join(folder, f"{host}-{process}"), "a") as opened:
+                opened.write(" ".join(line.split()) + "\n" if line else "")
 
 
 def _warn(text: str) -> None:
