@@ -10,13 +10,14 @@ import argparse
 import importlib
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -36,8 +37,8 @@ USAGE = f"""{PROGRAM} FLAGS -- WHAT ITS ARGUMENTS
 DESCRIPTION = """Run unmodified training code with MIR attached to its Trainer.
 
 Before the -- are the flags below, after it is what to run with its own arguments: a Python script, -m and a module,
-or a command. What is written in Python runs in this process, as Python would run it. MIR is attached in the
-processes that train, this one or those that are started."""
+or a command. A script, a module and a command of this Python run in this process, as Python would run them. MIR is
+attached in the processes that train, this one or those that are started."""
 EXAMPLE = f"""examples:
   {PROGRAM} --mir_images textvqa/val --mir_texts cnn/stories --mir_every 50 -- \\
       llava/train/train_mem.py --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain ...
@@ -81,12 +82,25 @@ def find_target(words: list[str]) -> list[str]:
 
 
 def is_python(file: str) -> bool:
-    """Whether a file is a Python script, or a console command written in Python."""
+    """Whether a file is a Python script, or a console command of this Python and no other's."""
     # The first line of an installed command names its Python, or the second if the path is long.
     with open(file, "rb") as opened:
-        first, second = opened.readline(1000), opened.readline(1000)
-    named = second if second.startswith(b"'''exec'") else first
-    return file.endswith(".py") or (first.startswith(b"#!") and b"python" in named)
+        first, second = os.fsdecode(opened.readline(1000)), os.fsdecode(opened.readline(1000))
+    if second.startswith("'''exec'"):
+        named = shlex.split(second)[1:]
+    else:
+        named = first[2:].split() if first.startswith("#!") else []
+    if named and os.path.basename(named[0]) == "env":
+        named = [shutil.which(word) or "" for word in named[1:] if not word.startswith("-") and "=" not in word]
+    return file.endswith(".py") or bool(named and named[0] and _is_this_python(named[0]))
+
+
+def _is_this_python(file: str) -> bool:
+    # Environments share one Python by links: the folder tells them apart, its `python` and `python3` are the same.
+    def resolve(path: str) -> tuple[str, str]:
+        return os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
+
+    return resolve(file) == resolve(sys.executable)
 
 
 def run(target: list[str]) -> None:
@@ -104,13 +118,34 @@ def run(target: list[str]) -> None:
 
 
 def run_process(target: list[str]) -> int:
-    """Run a command; its exit code as a shell has it. SIGTERM, by which cluster managers end a job, goes on to it."""
-    with subprocess.Popen(target) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            code = process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    """Run a command; its exit code as a shell has it.
+
+    The signals by which cluster managers end a job, or ask it for a checkpoint, go on to the command. Ctrl-C reaches it
+    by itself: this process waits until it has ended.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            return
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    # What is ignored stays so, as nohup wants it: the command inherits that, but no handler.
+    before = {each: signal.signal(each, forward) for each in wanted if signal.getsignal(each) != signal.SIG_IGN}
+    try:
+        # The absolute path, as a name without a slash would be looked up on the PATH.
+        process = subprocess.Popen([os.path.abspath(target[0]), *target[1:]])
+        for number in early:
+            process.send_signal(number)
+        code = process.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     return code if code >= 0 else 128 - code
 
 
@@ -120,20 +155,32 @@ def main(words: list[str]) -> None:
     Exits with status 2 and one line on stderr if a flag is invalid or there is nothing to run; else as what was run.
     """
     arguments, target = read_command_line(words)
-    with TemporaryDirectory(prefix="mir-launch-", ignore_cleanup_errors=True) as notes:
+    launcher, notes = os.getpid(), mkdtemp(prefix="mir-launch-")
+    try:
         start(vars(arguments), notes)
-        try:
-            run(target)
-        except Exception as error:
-            _explain(error)
-            raise
-        finally:
-            if os.path.isdir(notes) and not os.listdir(notes):  # after weeks something may have cleaned up
-                log.warning(
-                    "no MIR was measured: %s ended without training a transformers Trainer, in this process or in one "
-                    "that it started. A training loop of its own needs MIRMonitor, see docs/integrations.md",
-                    " ".join(target[: 2 if target[0] == "-m" else 1]),
-                )
+        run(target)
+    except Exception as error:
+        _explain(error)
+        raise
+    finally:
+        if os.getpid() == launcher:  # a process that the script has forked ends here too
+            _read_notes(Path(notes), " ".join(target[: 2 if target[0] == "-m" else 1]))
+            shutil.rmtree(notes, ignore_errors=True)
+
+
+def _read_notes(folder: Path, what: str) -> None:
+    """Warn if nothing was measured, and of each training that was not."""
+    if not folder.is_dir():  # after weeks something may have cleaned up
+        return
+    notes = [each.read_text() for each in folder.iterdir()]
+    if not notes:
+        log.warning(
+            "no MIR was measured: %s ended without training a transformers Trainer, in this process or in one that it "
+            "started. A training loop of its own needs MIRMonitor, see docs/integrations.md",
+            what,
+        )
+    for line in sorted({line for note in notes for line in note.splitlines()}):
+        log.warning("no MIR was measured in a training of %s: %s", what, line)
 
 
 def read_command_line(words: list[str]) -> tuple[Any, list[str]]:

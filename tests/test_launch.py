@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher: what it takes, what it says, and that it runs things as Python would."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
 
 import pytest
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
-from mir_callback import MIRArguments, Probe
+from mir_callback import MIRArguments, Probe, distributed
 from mir_callback.errors import UnsupportedModelError
 from mir_callback.history import read_history
-from mir_callback.launch import find_target, main
-from mir_callback.on_start.sitecustomize import VARIABLE
+from mir_callback.launch import find_target, is_python, main
+from mir_callback.on_start import sitecustomize
+from mir_callback.on_start.sitecustomize import FOLDER, VARIABLE
 from tests.distributed.launch import ROOT, run_process
 from tests.samples import pairs
+from tests.training.runs import make_trainer
 
 REPORT = "import sys, os; print('ran', __name__, os.path.basename(sys.argv[0]), sys.argv[1:], sys.path[0])"
 
@@ -151,52 +155,89 @@ def test_a_module_runs_as_python_would_run_it(launch, tmp_path, probe, monkeypat
     assert "WARNING: no MIR was measured: -m trainers.sft ended" in err
 
 
-@pytest.mark.parametrize(
-    "head", ["#!/usr/bin/env python3", "#!/bin/sh\n'''exec' \"/a path/python\" \"$0\" \"$@\"\n' '''"]
-)
-def test_a_console_command_of_python_runs_in_this_process(launch, command, probe, head):
-    path = command(head, f"{REPORT}\nprint(os.getpid())\nsys.exit(0)")
+LONG = "#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''"
+HERE = os.path.dirname(sys.executable)
+
+
+@pytest.mark.parametrize("head", ["#!{python}", "#!/usr/bin/env python3", "#!/usr/bin/env -S python -u", LONG])
+def test_a_console_command_of_this_python_runs_in_this_process(launch, command, probe, head, monkeypatch):
+    path = command(head.format(python=sys.executable), f"{REPORT}\nprint(os.getpid())\nsys.exit(0)")
+    monkeypatch.setenv("PATH", HERE, prepend=":")
     code, out, err = launch("--mir_probe", probe, "--", "train-it", "train", "a.yaml")
     assert code == 0
     assert out.splitlines() == [f"ran __main__ train-it ['train', 'a.yaml'] {path.parent}", str(os.getpid())]
     assert f"WARNING: no MIR was measured: {path} ended" in err
 
 
+@pytest.mark.parametrize("head", ["#!{python}", "#!/usr/bin/env python3", LONG])
+def test_a_console_command_of_another_environment_is_not_one_of_this_python(tmp_path, command, monkeypatch, head):
+    folder = tmp_path / "another" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python3").symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    assert not is_python(command(head.format(python=folder / "python3")).as_posix())
+    assert is_python(command(f"#!{HERE}/python3").as_posix())
+
+
+def test_the_working_directory_stays_on_the_path_of_what_is_started(launch, script, probe, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "a::b")
+    launch("--mir_probe", probe, "--", script)
+    assert os.environ["PYTHONPATH"] == f"{FOLDER}:a::b"
+
+
 @pytest.mark.parametrize("own", ["", "mir_callback.attach_mir(trainer, sys.argv[2], every=2)"])
 def test_a_trainer_of_the_script_is_measured_once(launch, script, probe, tmp_path, own):
     script.write_text(
-        "import sys, mir_callback\nfrom tests.training.runs import make_trainer\n"
-        f"trainer = make_trainer(sys.argv[1], steps=2)\n{own}\ntrainer.train()\n"
+        "import os, sys, mir_callback\nfrom tests.training.runs import make_trainer\n"
+        f"trainer = make_trainer(sys.argv[1], steps=2)\n{own}\nseen, collate = set(), trainer.data_collator\n"
+        f"trainer.data_collator = lambda items: (seen.add('{VARIABLE}' in os.environ), collate(items))[1]\n"
+        f"trainer.train()\nprint('known', seen, '{VARIABLE}' in os.environ)\n"
     )
-    code, _, err = launch("--mir_probe", probe, "--mir_every", "1", "--", script, tmp_path / "run", probe)
+    code, out, err = launch("--mir_probe", probe, "--mir_every", "1", "--", script, tmp_path / "run", probe)
     assert code is None
     assert "without training" not in err
+    assert err.count("the launcher's flags have no effect") == bool(own)
+    assert out.endswith("known {False} True\n")  # to jobs that are started during the training, and after it
     steps = [record.step for record in read_history(tmp_path / "run" / "mir_history.jsonl")]
     assert steps == ([0, 2] if own else [0, 1, 2])
 
 
+def text_only(trainer):
+    trainer.model = LlamaForCausalLM(trainer.model.config.text_config)
+    ids = trainer.model.dummy_inputs["input_ids"]
+    trainer.data_collator = lambda items: {"input_ids": ids, "labels": ids}
+    return trainer
+
+
 TRAINS_ALL = """
 import sys
-from transformers import LlamaForCausalLM
+from tests.test_launch import text_only
 from tests.training.runs import make_trainer
 
 for name in sys.argv[1:]:
     trainer = make_trainer(name, steps=1)
     if name.endswith("text"):
-        trainer.model = LlamaForCausalLM(trainer.model.config.text_config)
-        ids = trainer.model.dummy_inputs["input_ids"]
-        trainer.data_collator = lambda items: {"input_ids": ids, "labels": ids}
+        text_only(trainer)
     trainer.train()
+    if name.endswith("twice"):
+        trainer.train()
 """
 
 
-def test_each_training_of_a_script_is_measured_but_a_later_one_of_a_text_model(launch, script, probe, tmp_path):
+def test_each_training_of_a_script_is_measured_but_a_later_one_of_a_text_model(
+    launch, script, probe, tmp_path, monkeypatch
+):
     script.write_text(TRAINS_ALL)
-    folders = [tmp_path / name for name in ("one", "two", "text")]
+    waits = []
+    monkeypatch.setattr(distributed, "require_everywhere", lambda *_, seconds: waits.append(seconds))
+    folders = [tmp_path / name for name in ("one", "twice", "text")]
     code, _, err = launch("--mir_probe", probe, "--", script, *folders)
     assert code is None
+    assert waits == [1800] * 4  # the Trainer's ddp_timeout
+    assert "no effect" not in err
     assert [(each / "mir_history.jsonl").exists() for each in folders] == [True, True, False]
-    assert "no MIR in training 3" in err
+    assert "no MIR in training 4" in err
+    assert f"no MIR was measured in a training of {script}: LlamaForCausalLM has no vision tokens" in err
 
 
 def test_a_text_model_ends_a_script_that_trains_it_first(launch, script, probe, tmp_path):
@@ -204,6 +245,81 @@ def test_a_text_model_ends_a_script_that_trains_it_first(launch, script, probe, 
     with pytest.raises(UnsupportedModelError, match="no vision tokens"):
         launch("--mir_probe", probe, "--", script, tmp_path / "text", tmp_path / "one")
     assert not (tmp_path / "one").exists()
+
+
+FORKS = f"""
+import json, os, sys
+child = os.fork()
+if not child:
+    sys.exit(0)
+os.waitpid(child, 0)
+print("notes", os.path.isdir(json.loads(os.environ["{VARIABLE}"])["notes"][-1]))
+"""
+
+
+def test_a_process_that_the_script_forks_does_not_clean_up(launch, script, probe):
+    script.write_text(FORKS)
+    process = os.getpid()
+    try:
+        _, out, err = launch("--mir_probe", probe, "--", script)
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
+    assert out == "notes True\n"
+    assert err.count("no MIR was measured") == 1
+
+
+@pytest.fixture
+def started(launch, monkeypatch, tmp_path):
+    """Puts this process in the place of one that a launcher has started, and returns a Trainer of it."""
+    (tmp_path / "notes").mkdir()
+
+    def start(probe, process=None, notes="notes"):
+        sitecustomize.start({"mir_probe": probe}, tmp_path / notes)
+        launched = json.loads(os.environ[VARIABLE])
+        launched["launcher"][1] = process or os.getppid()
+        monkeypatch.setenv(VARIABLE, json.dumps(launched))
+        return make_trainer(tmp_path / "run", steps=1)
+
+    return start
+
+
+def note_in(folder):
+    (note,) = folder.iterdir()
+    return note.read_text()
+
+
+def test_a_text_model_trains_on_in_a_process_that_launchers_have_started(started, probe, tmp_path, capfd):
+    """Of two launchers, one inside the other, both get the note."""
+    (tmp_path / "inner").mkdir()
+    started(probe)
+    trainer = text_only(started(probe, notes="inner"))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "WARNING: no MIR in training 1 of this process: LlamaForCausalLM" in capfd.readouterr().err
+    for notes in ("notes", "inner"):
+        assert note_in(tmp_path / notes).startswith("LlamaForCausalLM has no vision tokens")
+
+
+def test_nothing_is_attached_once_the_launcher_has_ended(started, probe, tmp_path, capfd):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    trainer = started(probe, process=ended.pid)
+    for _ in range(2):
+        trainer.train()
+    assert capfd.readouterr().err.count("no MIR in this training: the launcher that started") == 1
+    assert not (tmp_path / "run" / "mir_history.jsonl").exists()
+
+
+def test_a_python_that_cannot_import_the_package_trains_on_and_says_so_once(
+    started, probe, tmp_path, capfd, monkeypatch
+):
+    trainer = started(probe)
+    monkeypatch.setitem(sys.modules, "mir_callback.integrations.huggingface", None)
+    for _ in range(2):
+        trainer.train()
+    assert capfd.readouterr().err.count(f"no MIR in this training: {sys.executable} can't import mir_callback") == 1
+    assert "can't import mir_callback" in note_in(tmp_path / "notes")
 
 
 def test_the_exit_code_of_a_script_that_fails_is_its_own(launch, script, probe):
@@ -290,6 +406,36 @@ def test_the_exit_code_of_a_process_that_the_script_starts_is_kept(training, pro
     done = launched("--mir_probe", probe, "--", training[0], "-c", "raise SystemExit(7)")
     assert done.returncode == 7
     assert done.stderr.count("no MIR was measured") == 1
+
+
+WAITS = "i=0; while [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done"
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP", "USR1", "USR2", "INT"])
+def test_a_command_gets_signals_and_is_waited_for(launch, command, probe, name):
+    """Ctrl-C goes to the command too."""
+    to = "$PPID $$" if name == "INT" else "$PPID"
+    command("#!/bin/sh", f"trap 'sleep 0.2; echo saved; exit 5' {name}\nkill -{name} {to}\n{WAITS}")
+    number = getattr(signal, f"SIG{name}")
+    before = signal.getsignal(number)
+    assert launch("--mir_probe", probe, "--", "train-it")[:2] == (5, "saved\n")
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_is_ignored_by_the_command_too(launch, command, probe):
+    command("#!/bin/sh", "kill -HUP $PPID $$\nexit 7")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch("--mir_probe", probe, "--", "train-it")[0] == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_in_the_working_directory_needs_no_slash(launch, command, probe, monkeypatch):
+    path = command("#!/bin/sh", "exit 7")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert launch("--mir_probe", probe, "--", "train-it")[0] == 7
 
 
 @pytest.mark.parametrize(("ends", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
