@@ -182,7 +182,9 @@ def tensors_of(metadata: Any) -> dict[str, Any]:
     """Size, dtype and chunks of each tensor in a checkpoint's metadata, by its name. Ranks: pure."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    return {name: each for name, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)}
+    return {
+        name: each for name, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)
+    }
 
 
 def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+_COPY = 0.1  # of a model's weights, above which another model in the same shards may be the one to measure
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -254,8 +255,8 @@ def read_dcp(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor
     for name in stored:
         starts = [0, *(place + 1 for place, sign in enumerate(name) if sign == ".")]
         hits.update(name[:start] for start in starts if name[start:] in names)
-    # A second one may be whole where the first lacks its frozen weights, so the largest is not always the right one.
-    found = sorted(prefix for prefix, count in hits.items() if count > max(hits.values()) / 2)
+    # A copy, such as an average, may be whole where the model lacks its frozen weights: the largest may be the wrong one.
+    found = sorted(prefix for prefix, count in hits.items() if count > max(hits.values()) * _COPY)
     if len(found) != 1:
         what = (
             f"several models (named {', '.join(prefix or 'without a prefix' for prefix in found)})"
