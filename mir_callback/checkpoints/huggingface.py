@@ -255,7 +255,7 @@ def read_dcp(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor
     for name in stored:
         starts = [0, *(place + 1 for place, sign in enumerate(name) if sign == ".")]
         hits.update(name[:start] for start in starts if name[start:] in names)
-    # A copy, such as an average, may be whole where the model lacks its frozen weights: the largest may be the wrong one.
+    # Averaged weights may be whole where the model itself lacks its frozen ones: the largest may be the wrong one.
     found = sorted(prefix for prefix, count in hits.items() if count > max(hits.values()) * _COPY)
     if len(found) != 1:
         what = (
