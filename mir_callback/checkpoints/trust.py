@@ -54,7 +54,6 @@ class _MetadataUnpickler(pickle._Unpickler):
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # fills memory of whatever size the file names; no metadata has one
 
     def load_build(self) -> None:
         """See pickle."""
@@ -63,7 +62,11 @@ class _MetadataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it changes {changed!r}, which no metadata does")
         super().load_build()  # type: ignore[misc]
 
-    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
+    def load_bytearray8(self) -> None:
+        """Refused, as it fills memory of whatever size the file names."""
+        raise pickle.UnpicklingError("it holds an array of bytes, which no metadata does")
+
+    dispatch.update({pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8})  # type: ignore[dict-item]
 
     def find_class(self, module: str, name: str) -> Any:
         """See pickle."""
