@@ -2,8 +2,8 @@
 """All communication between ranks; the only module that imports torch.distributed. No-ops on a single process.
 
 All functions are collective (every rank must call them, in the same order) except `rank`, `world_size`, `is_main`,
-`describe`, `is_shared`, `ranks_of`, `replicated_like`, `finish` and `read_checkpoint`; of :class:`SideChannel` only the
-constructor is.
+`describe`, `is_shared`, `ranks_of`, `replicated_like`, `finish`, `tensors_of` and `read_checkpoint`; of
+:class:`SideChannel` only the constructor is.
 """
 
 from __future__ import annotations
@@ -178,6 +178,15 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def tensors_of(metadata: Any) -> dict[str, Any]:
+    """Size, dtype and chunks of each tensor in a checkpoint's metadata, by its name. Ranks: pure."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    return {
+        name: each for name, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)
+    }
+
+
 def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """Whole tensors of a checkpoint in the format of torch.distributed.checkpoint, on the CPU. Ranks: each by itself.
 
@@ -185,6 +194,9 @@ def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[s
         folder: of its shards.
         metadata: of it; that on disk is not read.
         names: of the tensors.
+
+    Raises:
+        ConfigError: the chunks of a tensor do not cover it.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -196,6 +208,12 @@ def read_checkpoint(folder: Path, metadata: Any, names: Iterable[str]) -> dict[s
             return metadata
 
     known = {name: metadata.state_dict_metadata[name] for name in names}
+    for name, each in known.items():
+        if not _is_covered(each):
+            raise ConfigError(
+                f"{folder} has only a part of {name}: its {len(each.chunks)} chunks do not make up "
+                f"{list(each.size)}. Use another checkpoint, or save this one again."
+            )
     weights = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in known.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it reads in one process, as it is told to
@@ -324,6 +342,19 @@ def require_same(**options: object) -> None:
                 f"{name} differs between ranks: {values} on ranks 0 to {len(values) - 1}. Use the same files and "
                 "arguments on every rank."
             )
+
+
+def _is_covered(tensor: Any) -> bool:
+    """Whether a tensor's chunks lie within it and leave nothing out; torch leaves the rest uninitialised."""
+    boxes = [[*zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)] for chunk in tensor.chunks]
+    if any(not 0 <= start <= start + length <= end for box in boxes for start, length, end in box):
+        return False
+    if any(all(length == end for _, length, end in box) for box in boxes):
+        return True
+    seen = torch.zeros(tensor.size, dtype=torch.bool)
+    for box in boxes:
+        seen[tuple(slice(start, start + length) for start, length, _ in box)] = True
+    return bool(seen.all())
 
 
 def _another_client(store: Any) -> Any:

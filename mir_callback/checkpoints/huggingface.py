@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -37,11 +38,12 @@ from mir_callback.checkpoints.load import (
     require_complete,
     shorten_message,
 )
-from mir_callback.checkpoints.trust import REMEDY, load_metadata, tensors_of
+from mir_callback.checkpoints.trust import REMEDY, load_metadata
 from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+_COPY = 0.1  # of a model's weights, above which another model in the same shards may be the one to measure
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -164,9 +166,14 @@ def _load_adapter(checkpoint: Checkpoint, base: nn.Module, options: LoadOptions)
         config.inference_mode = False  # so that requires_grad shows which weights were trained
         model = peft.PeftModel(base, config)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        weights = read_shards(checkpoint) if storage == SHARDS else read_dcp(checkpoint, model.state_dict().keys())
-        result = model.load_state_dict(weights, strict=False)
-        require_complete(checkpoint, model, trained - weights.keys(), result.unexpected_keys)
+        full, own = model.state_dict().keys(), peft.get_peft_model_state_dict(model).keys()
+        weights = read_shards(checkpoint) if storage == SHARDS else read_dcp(checkpoint, full | own)
+        if weights.keys() & (own - full):  # the Trainer saves an adapter alone by the names of PEFT's files
+            require_complete(checkpoint, model, own - weights.keys(), weights.keys() - own)
+            peft.set_peft_model_state_dict(model, weights)
+        else:
+            require_complete(checkpoint, model, trained - weights.keys(), weights.keys() - full)
+            model.load_state_dict(weights, strict=False)
     else:
         model = peft.PeftModel.from_pretrained(base, folder)
         renamed = getattr(base, "_checkpoint_conversion_mapping", None)
@@ -237,27 +244,31 @@ def read_dcp(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor
     """The weights of FSDP's shards by the names of a model, on the CPU in their own dtype; optimizers are left out.
 
     What else was saved, and how the model was called in it, does not matter: its weights are those whose names end
-    with the model's. ConfigError if there is no such model among them, or several.
+    with the model's, and all others that are called as part of it. ConfigError if there is no such model among them,
+    or several.
     """
     folder = find_dcp(checkpoint.folder)
     assert folder is not None
     metadata = load_metadata(folder / ".metadata")
-    stored = tensors_of(metadata).keys()
-    first = next(iter(names))
-    prefixes = {name.removesuffix(first) for name in stored if name == first or name.endswith(f".{first}")}
-    hits = {prefix: sum(prefix + name in stored for name in names) for prefix in sorted(prefixes)}
-    found = [prefix for prefix, count in hits.items() if count == max(hits.values())]
+    stored = distributed.tensors_of(metadata).keys()
+    hits: Counter[str] = Counter()
+    for name in stored:
+        starts = [0, *(place + 1 for place, sign in enumerate(name) if sign == ".")]
+        hits.update(name[:start] for start in starts if name[start:] in names)
+    # Averaged weights may be whole where the model itself lacks its frozen ones: the largest may be the wrong one.
+    found = sorted(prefix for prefix, count in hits.items() if count > max(hits.values()) * _COPY)
     if len(found) != 1:
         what = (
-            f"several models ({', '.join(found)})"
+            f"several models (named {', '.join(prefix or 'without a prefix' for prefix in found)})"
             if found
-            else f"no weight {first}, only {', '.join(sorted(stored)[:3])}"
+            else f"no weight {min(names)}, only {', '.join(sorted(stored)[:3])}"
         )
         raise ConfigError(
             f"{folder} has {what}, so the weights cannot be told. Save the model with save_pretrained, whole, and "
             "evaluate that."
         )
-    wanted = [name for name in stored if name.startswith(found[0])] if found[0] else [*(stored & set(names))]
+    tops = {name.partition(".")[0] for name in names}  # without a prefix, optimizers are told by theirs
+    wanted = [name for name in stored if name.startswith(found[0]) and (found[0] or name.partition(".")[0] in tops)]
     weights = distributed.read_checkpoint(folder, metadata, wanted)
     return {name.removeprefix(found[0]): tensor for name, tensor in weights.items()}
 

@@ -59,7 +59,8 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions, device: torch.
     families = (importlib.import_module(name) for name in FAMILIES)
     family: Any = next(family for family in families if family.opens(config))
     try:
-        with redirect_stdout(sys.stderr), refuse_code(trusted=options.trust_checkpoint):  # they print to stdout
+        # They print to stdout.
+        with redirect_stdout(sys.stderr), refuse_code(checkpoint.folder, trusted=options.trust_checkpoint):
             opened: Opened = family.open_checkpoint(checkpoint, options)
             opened.model.to(device).eval()
     except MIRError:

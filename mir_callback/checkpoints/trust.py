@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import pickle
 import re
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import transformers.dynamic_module_utils as remote_code
 
+from mir_callback.distributed import tensors_of
 from mir_callback.errors import ConfigError
 
 REMEDY = "If you trust whoever made it, pass --trust-checkpoint."
@@ -44,8 +47,26 @@ _IN_METADATA = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but what describes tensors."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Makes nothing but what describes tensors, and changes nothing else: also a class that it may use has a state.
+
+    In Python, as the one in C has no `load_build`, and allocates as many memo slots as a file asks for.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """See pickle."""
+        changed = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(changed, type) or not dataclasses.is_dataclass(changed):
+            raise pickle.UnpicklingError(f"it changes {changed!r}, which no metadata does")
+        super().load_build()  # type: ignore[misc]
+
+    def load_bytearray8(self) -> None:
+        """Refused, as it fills memory of whatever size the file names."""
+        raise pickle.UnpicklingError("it holds an array of bytes, which no metadata does")
+
+    dispatch.update({pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8})  # type: ignore[dict-item]
 
     def find_class(self, module: str, name: str) -> Any:
         """See pickle."""
@@ -67,7 +88,7 @@ def load_metadata(path: Path) -> Any:
         outside = [place for place in places if Path(place).name != place]
         if outside:
             raise pickle.UnpicklingError(f"it names files outside of its folder, {outside[0]!r}")
-        sizes = [(each.size.numel() * each.properties.dtype.itemsize) for each in tensors_of(metadata).values()]
+        sizes = [abs(math.prod(each.size)) * each.properties.dtype.itemsize for each in tensors_of(metadata).values()]
         stored = sum((path.parent / place).stat().st_size for place in places)
         if sum(sizes) > stored:
             raise pickle.UnpicklingError(f"its tensors have {sum(sizes)} bytes, its files {stored}")
@@ -76,19 +97,15 @@ def load_metadata(path: Path) -> Any:
     return metadata
 
 
-def tensors_of(metadata: Any) -> dict[str, Any]:
-    """Size and dtype of each tensor, by its name."""
-    return {name: each for name, each in metadata.state_dict_metadata.items() if hasattr(each, "size")}
-
-
 @contextmanager
-def refuse_code(*, trusted: bool) -> Iterator[None]:
+def refuse_code(folder: Path, *, trusted: bool) -> Iterator[None]:
     """Within it, no file that is loaded runs code, whatever the loader asks for: DeepSpeed, LLaVA, transformers, PEFT.
 
     All of them unpickle with `torch.load`, some with `weights_only=False`, and import Python files of a model through
     transformers. Both are replaced for this process meanwhile, so other threads must not load files of their own.
 
     Args:
+        folder: of the checkpoint; named for a file without a name, such as a part of another one.
         trusted: let files run code instead.
 
     Raises:
@@ -104,7 +121,7 @@ def refuse_code(*, trusted: bool) -> Iterator[None]:
     def load_weights(f: Any, *args: Any, **options: Any) -> Any:
         if trusted:
             return load(f, *args, **{**options, "weights_only": False})
-        name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", f)
+        name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", f"a file in {folder}")
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_FROM:
             raise refuse(
                 f"{name} is a pickle, and torch {torch.__version__} may run code in one. Install torch >= 2.6, or "

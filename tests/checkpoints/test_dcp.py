@@ -3,13 +3,19 @@
 
 import pickle
 import shutil
+import tracemalloc
 
+import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mir_callback import Probe, evaluate_mir
 from mir_callback.checkpoints.discover import find_checkpoints
+from mir_callback.checkpoints.trust import load_metadata
+from mir_callback.errors import ConfigError
 from mir_callback.history import read_history
 from tests import tiny_models
 from tests.commands.running import run_command
@@ -39,6 +45,12 @@ def shards(made, tmp_path, monkeypatch):
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run" / "checkpoints" / "epoch=0-step=4.ckpt"
+
+
+def save(states, folder):
+    """Other shards in their place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    dcp.save(states, checkpoint_id=folder, no_dist=True)
 
 
 def mir(capsys, folder, base="base"):
@@ -79,8 +91,42 @@ def test_shard_that_calls_anything_does_not_run(shards, tmp_path, capsys):
         torch.save(Evil(str(tmp_path / "ran")), shard)
         with shard.open("ab") as file:
             file.truncate(size)
-    assert mir(capsys, "run")[0] == 2
+    status, _, error = mir(capsys, "run")
+    assert status == 2
     assert not (tmp_path / "ran").exists()
+    assert f"Refused a file in {shards}" in error
+
+
+def test_metadata_that_changes_a_class_is_refused_and_leaves_it_as_it_is(shards, tmp_path, capsys):
+    name = b"X\x04\0\0\0name"
+    poison = b"cpathlib\nPosixPath\n" + b"N}" + name + name + b"s\x86b0"  # PosixPath.name = "name"
+    plain = pickle.dumps(pickle.loads((shards / ".metadata").read_bytes()), protocol=2)
+    (shards / ".metadata").write_bytes(plain[:2] + poison + plain[2:])
+    before = vars(type(tmp_path)).get("name")
+    try:
+        status, _, error = mir(capsys, "run")
+        assert vars(type(tmp_path)).get("name") is before
+    finally:
+        if before is None and "name" in vars(type(tmp_path)):
+            del type(tmp_path).name
+    assert status == 2
+    assert "PosixPath" in error
+
+
+@pytest.mark.parametrize(
+    "code",
+    [b"\x80\x05\x96" + (1 << 28).to_bytes(8, "little") + b".", b"\x80\x02Nr\x00\x00\x00\x01."],
+    ids=["array of bytes", "place in the memo"],
+)
+def test_metadata_does_not_fill_memory(shards, code):
+    (shards / ".metadata").write_bytes(code)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="metadata"):
+            load_metadata(shards / ".metadata")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 def edit(shards, change):
@@ -102,9 +148,47 @@ def without_a_weight(metadata):
     del metadata.state_dict_metadata["state_dict.vlm.lm_head.weight"]
 
 
+def negative(metadata):
+    huge(metadata)
+    metadata.state_dict_metadata["state_dict.head.weight"].size = torch.Size([-1 << 30, 1 << 10])
+
+
+def cut(change):
+    """Chunks of a weight changed."""
+
+    def changed(metadata):
+        weight = metadata.state_dict_metadata["state_dict.vlm.lm_head.weight"]
+        (chunk,) = weight.chunks
+        weight.chunks = [
+            type(chunk)(torch.Size([offset, 0]), torch.Size([size, chunk.sizes[1]]))
+            for offset, size in change(chunk.sizes[0])
+        ]
+
+    return changed
+
+
+def as_bytes(metadata):
+    """A weight that torch would unpickle, with a size."""
+    weight = metadata.state_dict_metadata["state_dict.vlm.lm_head.weight"]
+    other = BytesStorageMetadata()
+    other.size, other.properties = weight.size, weight.properties
+    metadata.state_dict_metadata["state_dict.vlm.lm_head.weight"] = other
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(outside, "elsewhere"), (huge, "bytes"), (without_a_weight, "lm_head.weight")],
+    [
+        (outside, "elsewhere"),
+        (huge, "bytes"),
+        (negative, "bytes"),
+        (without_a_weight, "missing lm_head.weight"),
+        (as_bytes, "missing lm_head.weight"),
+        (cut(lambda rows: []), "part of state_dict.vlm.lm_head.weight"),
+        (cut(lambda rows: [(0, rows // 2)]), "part of state_dict.vlm.lm_head.weight"),
+        (cut(lambda rows: [(0, rows - 1), (0, rows - 1)]), "part of state_dict.vlm.lm_head.weight"),
+        (cut(lambda rows: [(1, rows)]), "part of state_dict.vlm.lm_head.weight"),
+        (cut(lambda rows: [(rows, -rows)]), "part of state_dict.vlm.lm_head.weight"),
+    ],
 )
 def test_what_does_not_hold_the_model_is_refused_by_name(shards, capsys, change, said):
     edit(shards, change)
@@ -113,14 +197,93 @@ def test_what_does_not_hold_the_model_is_refused_by_name(shards, capsys, change,
     assert said in error
 
 
-def test_two_models_of_one_architecture_are_told_of(shards, capsys):
-    states = {
-        f"{who}.{name}": value for who in ("vlm", "ema") for name, value in tiny_models.llava()[0].state_dict().items()
-    }
-    dcp.save(states, checkpoint_id=shards, no_dist=True)
+@pytest.mark.parametrize("lacking", ["", "vision_tower"])
+def test_two_models_of_one_architecture_are_told_of(shards, capsys, lacking):
+    states = tiny_models.llava()[0].state_dict()
+    trained = {f"vlm.{name}": value for name, value in states.items() if not lacking or lacking not in name}
+    save({**trained, **{f"ema.{name}": value for name, value in states.items()}}, shards)
     status, _, error = mir(capsys, "run")
     assert status == 2
     assert "ema., vlm." in error
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_weights_that_the_model_does_not_have_are_refused_by_name(shards, capsys, prefix):
+    states = tiny_models.llava(layers=5)[0].state_dict()
+    save({f"{prefix}{name}": value for name, value in states.items()}, shards)
+    status, _, error = mir(capsys, "run")
+    assert status == 2
+    assert "unexpected model.language_model.layers.3." in error
+
+
+def test_optimizer_beside_weights_without_a_prefix_is_left_out(made, shards, capsys):
+    states = tiny_models.llava(seed=3)[0].state_dict()
+    others = {f"optim.state.{name}.exp_avg": torch.ones_like(value) for name, value in states.items()}
+    save({**states, **others}, shards)
+    status, _, error = mir(capsys, "run")
+    assert status == 0, error
+    assert read_history("run/mir_eval.jsonl")[0].mir == pytest.approx(made[1], abs=1e-8)
+
+
+@pytest.fixture
+def adapted(shards, tmp_path):
+    """A model with an adapter, its base saved whole, and the settings of the adapter beside the shards."""
+    model, processor = tiny_models.llava(seed=3)
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, lora())
+    model.peft_config["default"].save_pretrained(shards)
+    return model, processor
+
+
+def lora(**options):
+    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}
+    return peft.LoraConfig(**{**settings, "init_lora_weights": False, **options})
+
+
+def trained(model):
+    """Its trained weights, by their names in it."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("states", "prefix"), [(nn.Module.state_dict, ""), (trained, ""), (peft.get_peft_model_state_dict, "model.")]
+)
+def test_adapter_has_the_value_of_its_run_also_without_the_frozen_weights(
+    adapted, shards, tmp_path, capsys, states, prefix
+):
+    model, processor = adapted
+    for weight in trained(model).values():
+        weight += 0.1
+    dcp.save(
+        {f"{prefix}{name}": value for name, value in states(model).items()},
+        checkpoint_id=shards / "pytorch_model_fsdp_0",
+        no_dist=True,
+    )
+    (shards / ".metadata").unlink()
+    status, _, error = mir(capsys, "run")
+    assert status == 0, error
+    expected = evaluate_mir(model, Probe.load(tmp_path / "probe.zip"), processor=processor).mir
+    assert read_history("run/mir_eval.jsonl")[0].mir == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("states", "other", "said"),
+    [
+        (trained, lora(target_modules=["q_proj", "v_proj"]), "unexpected"),
+        (peft.get_peft_model_state_dict, lora(target_modules=["q_proj", "v_proj"]), "unexpected"),
+        (peft.get_peft_model_state_dict, lora(target_modules=["v_proj"]), "missing"),
+        (peft.get_peft_model_state_dict, lora(r=4), "size"),
+    ],
+)
+def test_another_adapter_than_its_settings_say_is_refused(adapted, shards, capsys, states, other, said):
+    weights = states(peft.get_peft_model(tiny_models.llava(seed=3)[0], other))
+    settings = (shards / "adapter_config.json").read_text()
+    save({f"model.{name}": value for name, value in weights.items()}, shards)
+    (shards / "adapter_config.json").write_text(settings)
+    status, _, error = mir(capsys, "run")
+    assert status == 2
+    assert said in error
 
 
 def test_shards_without_an_architecture_say_what_to_pass(shards, capsys):

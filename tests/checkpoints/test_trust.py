@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_a_refusal_that_a_loader_passes_over_is_raised_and_everything_is_put_bac
         except Exception:
             return
 
-    with pytest.raises(ConfigError, match=r"evil\.pt"), refuse_code(trusted=False):
+    with pytest.raises(ConfigError, match=r"evil\.pt"), refuse_code(Path("run"), trusted=False):
         careless()
     assert torch.load is load
     assert not (here / "ran").exists()
@@ -207,7 +208,7 @@ def test_scaled_losses_of_float16_runs_are_known(tmp_path):
 
     scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, False, torch.float16)
     torch.save(scaler, tmp_path / "scaler.pt")
-    with refuse_code(trusted=False):
+    with refuse_code(Path("run"), trusted=False):
         assert torch.load(tmp_path / "scaler.pt", weights_only=False).cur_scale == 2.0**16
 
 
@@ -222,5 +223,5 @@ def test_a_base_model_that_an_adapter_names_is_held_to_the_same_rules(here, caps
 
 def test_a_probe_needs_no_trust(tmp_path):
     Probe.from_pairs(pairs(2)).save(tmp_path / "probe.zip")
-    with refuse_code(trusted=False):
+    with refuse_code(Path("run"), trusted=False):
         assert len(Probe.load(tmp_path / "probe.zip")) == 2
