@@ -301,7 +301,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "`make test-gpu`; ZeRO-2 and ZeRO-3 also [at 7B size](performance.md#measured)",
             ("gpu/test_gpu.py::test_training_is_the_same_to_the_last_bit",),
         ),
-        Support("several GPUs, several nodes", "not tested", "the code is that of several CPU ranks"),
+        Support("several GPUs, several nodes", "not tested", "not tried; several CPU ranks run the same code"),
         Support(
             "Lightning's `FSDPStrategy`",
             "refused",
@@ -311,8 +311,7 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "tensor and expert parallelism: torch, transformers, DeepSpeed AutoTP",
             "tested",
-            "found from the model: its ranks forward the same samples, one of them keeps the rows; with FSDP2 on up to "
-            "four CPU ranks",
+            "found from the model, nothing to set; with FSDP2 on up to four CPU ranks; `keep_best` needs `save_weights=`",
             (
                 "distributed/test_mesh.py::test_value_is_that_of_one_process",
                 "distributed/test_mesh.py::test_training_is_the_same_to_the_last_bit",
