@@ -44,6 +44,7 @@ from mir_callback.probe.adapters import HuggingFaceAdapter
 
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 _COPY = 0.1  # of a model's weights, above which another model in the same shards may be the one to measure
+_PEFT = "base_model.model."  # in the names of weights in a model with an adapter
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -251,6 +252,11 @@ def read_dcp(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Tensor
     assert folder is not None
     metadata = load_metadata(folder / ".metadata")
     stored = distributed.tensors_of(metadata).keys()
+    if any(_PEFT in name for name in stored) and not any(_PEFT in name for name in names):
+        raise ConfigError(
+            f"{folder} has weights of a PEFT adapter, but {checkpoint.folder} no {ADAPTER_CONFIG}: the Trainer leaves "
+            f'it out under FSDP. Write it: model.peft_config["default"].save_pretrained("{checkpoint.folder}").'
+        )
     hits: Counter[str] = Counter()
     for name in stored:
         starts = [0, *(place + 1 for place, sign in enumerate(name) if sign == ".")]

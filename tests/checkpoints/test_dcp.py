@@ -180,7 +180,7 @@ def as_bytes(metadata):
     [
         (outside, "elsewhere"),
         (huge, "bytes"),
-        (negative, "bytes"),
+        (negative, "its tensors have"),
         (without_a_weight, "missing lm_head.weight"),
         (as_bytes, "missing lm_head.weight"),
         (cut(lambda rows: []), "part of state_dict.vlm.lm_head.weight"),
@@ -265,6 +265,13 @@ def test_adapter_has_the_value_of_its_run_also_without_the_frozen_weights(
     assert status == 0, error
     expected = evaluate_mir(model, Probe.load(tmp_path / "probe.zip"), processor=processor).mir
     assert read_history("run/mir_eval.jsonl")[0].mir == pytest.approx(expected, abs=1e-6)
+
+
+def test_adapter_without_its_settings_says_what_to_write(adapted, shards, capsys):
+    save(peft.get_peft_model_state_dict(adapted[0]), shards)
+    status, _, error = mir(capsys, "run")
+    assert status == 2
+    assert "adapter_config.json" in error
 
 
 @pytest.mark.parametrize(
