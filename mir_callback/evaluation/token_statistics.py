@@ -175,9 +175,7 @@ def _find_outliers(
             "id, or what the adapter's encode returns."
         )
     if everyone.shape[1] < 2:
-        raise NumericsError(
-            f"The probe has one {name} token in total, too few for a covariance. Use more samples."
-        )
+        raise NumericsError(f"The probe has one {name} token in total, too few for a covariance. Use more samples.")
     bad = (~torch.isfinite(everyone)).sum(dim=1)
     if bool(bad.any()):
         layer = int(bad.nonzero()[0])

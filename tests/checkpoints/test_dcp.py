@@ -247,7 +247,12 @@ def trained(model):
 
 
 @pytest.mark.parametrize(
-    ("states", "prefix"), [(nn.Module.state_dict, ""), (trained, ""), (peft.get_peft_model_state_dict, "model.")]
+    ("states", "prefix"),
+    [
+        pytest.param(nn.Module.state_dict, "", marks=pytest.mark.slow),
+        (trained, ""),
+        pytest.param(peft.get_peft_model_state_dict, "model.", marks=pytest.mark.slow),
+    ],
 )
 def test_adapter_has_the_value_of_its_run_also_without_the_frozen_weights(
     adapted, shards, tmp_path, capsys, states, prefix
