@@ -311,7 +311,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
         Support(
             "tensor and expert parallelism: torch, transformers, DeepSpeed AutoTP",
             "tested",
-            "found from the model, nothing to set; with FSDP2 on up to four CPU ranks; `keep_best` needs `save_weights=`",
+            "found from the model, nothing to set; with FSDP2 on up to four CPU ranks; `keep_best` needs "
+            "`save_weights=`",
             (
                 "distributed/test_mesh.py::test_value_is_that_of_one_process",
                 "distributed/test_mesh.py::test_training_is_the_same_to_the_last_bit",

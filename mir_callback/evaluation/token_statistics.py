@@ -171,8 +171,8 @@ def _find_outliers(
     name = ("vision", "text")[modality]
     if everyone.shape[1] == 0:
         raise NumericsError(
-            f"The probe has no {name} tokens: no position of any sample is marked as {name}. Check the model's image token "
-            "id, or what the adapter's encode returns."
+            f"The probe has no {name} tokens: no position of any sample is marked as {name}. Check the model's image "
+            "token id, or what the adapter's encode returns."
         )
     if everyone.shape[1] < 2:
         raise NumericsError(f"The probe has one {name} token in total, too few for a covariance. Use more samples.")
