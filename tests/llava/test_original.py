@@ -260,7 +260,10 @@ def test_launcher_names_the_versions_when_llava_met_a_transformers_too_new_for_i
     assert "ImportError: cannot import name 'ALL_LAYERNORM_LAYERS'" in done.stderr
 
 
-@pytest.mark.parametrize(("zero", "probe_from"), [("zero2.json", "folders"), ("zero3.json", "saved")])
+@pytest.mark.parametrize(
+    ("zero", "probe_from"),
+    [pytest.param("zero2.json", "folders", marks=pytest.mark.slow), ("zero3.json", "saved")],
+)
 def test_the_published_recipe_runs_as_written(assets, tmp_path, zero, probe_from):
     probe = Probe.from_folders(assets / "probe" / "images", assets / "probe" / "texts", num_samples=5)
     sources = {

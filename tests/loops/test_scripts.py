@@ -7,10 +7,12 @@ import pytest
 
 from mir_callback.history import read_history
 from tests.distributed.launch import run_process
-from tests.loops.running import SOME_SLOW
+from tests.loops.running import EXAMPLES
 
 
-@pytest.mark.parametrize("name", ["stock_trainer", "trl_sft", *SOME_SLOW])
+@pytest.mark.parametrize(
+    "name", ["stock_trainer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trl_sft", *EXAMPLES))]
+)
 def test_script_leaves_a_history_and_says_where_it_is(tmp_path, name):
     done = run_process([f"examples/{name}.py", "--output", str(tmp_path), "--steps", "4"])
     assert done.returncode == 0, done.stderr[-6000:]

@@ -125,7 +125,7 @@ def run(folder, options, prepare, probe=None):
     }
 
 
-SLOW = ("DoRA", "modules_to_save", "NEFTune", "evaluation on start")
+SLOW = ("DoRA", "modules_to_save", "NEFTune", "evaluation on start", "automatic batch size")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SETUPS])
