@@ -101,7 +101,7 @@ def _measure_weights(model: nn.Module) -> dict[str, float]:
     whole = [
         (name, each)
         for name, each in model.named_parameters()
-        if each.is_floating_point() and not hasattr(each, "ds_id") and not hasattr(each, "device_mesh")
+        if each.is_floating_point() and not (each.is_meta or hasattr(each, "ds_id") or hasattr(each, "device_mesh"))
     ]
     trained = [(name, each) for name, each in whole if each.requires_grad] or whole
     chosen = trained[:: max(1, len(trained) // _WEIGHTS_COMPARED)]
