@@ -12,9 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mir_callback import distributed
-from mir_callback.errors import HistoryError
+from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.fs import free_name, fsync, write_atomic, write_new
+from mir_callback.model.parallelism import find_groups
+from mir_callback.model.sharding import fsdp_states, is_sharded
 from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord, is_count, is_number, lowest_record
 
 # Not `checkpoint-*`, so that the Trainer neither rotates it away nor resumes from it.
@@ -130,6 +134,31 @@ def without_compilers(weights: Mapping[str, Any]) -> dict[str, Any]:
     """
     is_compiled = any(_COMPILED in name for name in weights)
     return {name.replace(_COMPILED, ""): each for name, each in weights.items()} if is_compiled else {}
+
+
+def default_saver(model: nn.Module, processor: Any = None) -> WeightSaver:
+    """`save_pretrained`, if every rank holds the whole model or FSDP2 can gather it; of a processor too if given."""
+    top: Any = model
+    while isinstance(getattr(top, "module", None), nn.Module):
+        top = top.module
+    with_fsdp2 = bool(fsdp_states(model))
+    is_spread = bool(find_groups(model).model) or (is_sharded(model) and not with_fsdp2)
+    if is_spread or not hasattr(top, "save_pretrained"):
+        why = "its weights are sharded" if is_spread else f"{type(top).__name__} has no save_pretrained"
+        raise ConfigError(
+            f"keep_best can't save this model: {why}; pass save_weights, a function that writes the weights into a "
+            "folder and is called on every rank, or attach to a Trainer"
+        )
+
+    def save(folder: Path) -> None:
+        weights = distributed.gather_weights(model) if with_fsdp2 else {}
+        if distributed.is_main():
+            weights = weights or without_compilers(top.state_dict())
+            top.save_pretrained(str(folder), **({"state_dict": weights} if weights else {}))
+            if hasattr(processor, "save_pretrained"):
+                processor.save_pretrained(str(folder))  # `mir eval` needs it
+
+    return save
 
 
 def _is_made_alike(note: Mapping[str, Any], definition: Mapping[str, Any]) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mir_callback import distributed
-from mir_callback.best_model import BestModel, WeightSaver, without_compilers
+from mir_callback.arguments import check_seed, check_status, check_whole, finite_or_none
+from mir_callback.best_model import BestModel, WeightSaver, default_saver
 from mir_callback.clock import Clock
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import dry_run_lines, evaluation_line, start_notes
@@ -31,8 +30,6 @@ from mir_callback.history import FILE_NAME, History
 from mir_callback.loggers import Loggers
 from mir_callback.lr_schedule import find_drops, learning_rate_of, next_drop, next_epoch
 from mir_callback.model.isolation import evaluation_weights
-from mir_callback.model.parallelism import find_groups
-from mir_callback.model.sharding import fsdp_states, is_fsdp1
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.storage import RUN_PROBE
@@ -41,7 +38,6 @@ from mir_callback.record import (
     changed_circumstances,
     explain_jumps,
     is_newly_contradicted,
-    is_seed,
     is_stopped,
     since_last_stop,
 )
@@ -53,7 +49,6 @@ _log = logging.getLogger(__name__)
 
 # What DDP and DeepSpeed, torch.compile, FSDP and recomputing wrappers add to the names of parameters.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_STATUS = ("epoch", "loss", "loss_step", "samples_seen", "tokens_seen")
 
 
 @dataclass(frozen=True)
@@ -155,11 +150,11 @@ class MIRMonitor:
     ) -> None:
         with distributed.fail_together():
             self.config = MIRConfig.from_options(options)
-            start_step = _whole("start_step", start_step)
+            start_step = check_whole("start_step", start_step)
             if total_steps is not None:
-                total_steps = _whole("total_steps", total_steps)
-            _check_status(start_status or {})
-            self._seeds = {"seed": _seed("seed", seed), "data_seed": _seed("data_seed", data_seed)}
+                total_steps = check_whole("total_steps", total_steps)
+            check_status(start_status or {})
+            self._seeds = {"seed": check_seed("seed", seed), "data_seed": check_seed("data_seed", data_seed)}
             if start_step and isinstance(self.config.schedule, EveryEpochs) and "epoch" not in (start_status or {}):
                 raise ConfigError("every=EveryEpochs(...) needs the epoch at start_step: start_status={'epoch': ...}")
         self._model, self._optimizer, self._total_steps = model, optimizer, total_steps
@@ -177,7 +172,7 @@ class MIRMonitor:
                 if not isinstance(probe, Probe):
                     raise ConfigError(f"probe={probe!r:.60} is not a Probe: use Probe.from_folders or Probe.load")
                 self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self.config.for_trackers())
-                saver = (save_weights or _default_saver(model)) if self.config.keep_best else None
+                saver = (save_weights or default_saver(model, processor)) if self.config.keep_best else None
                 adapter = find_adapter(model, processor, adapter=adapter, prompt=self.config.prompt)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
             self._total_epochs, self._drops = total_epochs, self._planned_drops(lr_scheduler)
@@ -247,7 +242,7 @@ class MIRMonitor:
         """
         if epoch is None and isinstance(self.config.schedule, EveryEpochs):
             raise ConfigError("every=EveryEpochs(...) needs the epoch: monitor.step(step, epoch=...)")
-        step = _whole("step", step)
+        step = check_whole("step", step)
         if step < self._now.step:
             raise ConfigError(
                 f"step {step} after step {self._now.step}: count optimizer steps over the whole run, through all "
@@ -365,7 +360,7 @@ class MIRMonitor:
 
     def _training_fields(self) -> dict[str, Any]:
         """How far training has come, as fields of a record."""
-        loss = _number(self._status.get("loss"))
+        loss = finite_or_none(self._status.get("loss"))
         step = None if loss is None else self._status.get("loss_step")
         plan = {
             "max_steps": self._total_steps or None,
@@ -455,45 +450,6 @@ def _warn(message: str) -> None:
         _log.warning("%s", message)
 
 
-def _check_status(status: Mapping[str, Any]) -> None:
-    unknown = sorted(set(status) - set(_STATUS))
-    if unknown:
-        raise ConfigError(f"start_status has no {unknown[0]!r}; it takes {', '.join(_STATUS)}")
-
-
-def _whole(name: str, value: Any) -> int:
-    """A whole number of Python, NumPy or torch."""
-    try:
-        if not isinstance(value, bool) and (whole := operator.index(value)) >= 0:
-            return whole
-    except TypeError:
-        pass
-    raise ConfigError(f"{name}={value!r}: give a whole number of optimizer steps, 0 or more")
-
-
-def _seed(name: str, value: Any) -> int | None:
-    """A seed of Python, NumPy or torch, or None."""
-    if value is None:
-        return None
-    try:
-        if not isinstance(value, bool) and is_seed(whole := operator.index(value)):
-            return whole
-    except TypeError:
-        pass
-    raise ConfigError(f"{name}={value!r:.60}: give the integer that the run was seeded with, or leave it out")
-
-
-def _number(loss: Any) -> float | None:
-    """A loss, from a number or a one-element tensor; None if it is neither or not finite, which ends no run."""
-    try:
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        if loss is not None:
-            _log.warning("the record has no loss: loss=%.60r is not one number: %s", loss, error)
-        return None
-    return value if math.isfinite(value) else None
-
-
 def stage_of(model: nn.Module) -> str:
     """A fingerprint of the names of the trained parameters: it changes when others are trained. Ranks: pure.
 
@@ -510,28 +466,3 @@ def _keep_probe(probe: Probe, path: Path) -> None:
         probe.save(path)
     except ProbeError as error:
         _log.warning("could not save the probe beside the history: %s", error)
-
-
-def _default_saver(model: nn.Module) -> Callable[[Path], None]:
-    """`save_pretrained`, if every rank holds the whole model or FSDP2 can gather it."""
-    top: Any = model
-    while isinstance(getattr(top, "module", None), nn.Module):
-        top = top.module
-    with_fsdp2 = bool(fsdp_states(model))
-    is_sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
-    is_sharded = is_sharded or any(is_fsdp1(each) for each in model.modules())
-    is_split = bool(find_groups(model).model)  # tensor parallelism
-    if is_split or (is_sharded and not with_fsdp2) or not hasattr(top, "save_pretrained"):
-        why = "its weights are sharded" if is_sharded or is_split else f"{type(top).__name__} has no save_pretrained"
-        raise ConfigError(
-            f"keep_best can't save this model: {why}; pass save_weights, a function that writes the weights into a "
-            "folder and is called on every rank, or attach to a Trainer"
-        )
-
-    def save(folder: Path) -> None:
-        weights = distributed.gather_weights(model) if with_fsdp2 else {}
-        if distributed.is_main():
-            weights = weights or without_compilers(top.state_dict())
-            top.save_pretrained(str(folder), **({"state_dict": weights} if weights else {}))
-
-    return save

@@ -22,6 +22,7 @@ EXIT_CODE = 86
 _GRACE_SECONDS = 5.0  # between report and exit, so that the other ranks can report too
 _JOIN_SECONDS = 5.0
 _ASK_SECONDS = 2.0  # between questions whether another rank has failed
+_FORWARDS = 2.0  # a phase that can still end after another rank's failure does within as many of the longest before
 
 
 class _Phase(NamedTuple):
@@ -34,15 +35,18 @@ class _Phase(NamedTuple):
 
 
 _phase = _Phase()
+_longest = 0.0  # seconds of the longest phase so far that waited for other ranks and ended
 
 
 def enter_phase(name: str, find_failure: Callable[[], str | None] | None = None) -> None:
     """Set the current phase of this rank, for the watchdog's report. Cheap; no effect without a watchdog.
 
-    ``find_failure`` is for a phase that waits for other ranks and never ends if one has failed: it returns the failure
-    in words, or None, and is called from the watchdog's thread if the phase takes seconds.
+    ``find_failure`` is for a phase that waits for other ranks and may never end if one has failed: it returns the
+    failure in words, or None, and is called from the watchdog's thread if the phase takes seconds.
     """
-    global _phase
+    global _phase, _longest
+    if _phase.find_failure is not None:
+        _longest = max(_longest, time.perf_counter() - _phase.start)
     _phase = _Phase(name, time.perf_counter(), time.time(), find_failure)
 
 
@@ -83,20 +87,23 @@ class _Watch:
 
     def run(self) -> None:
         """The thread: report a phase after its time, twice its time, four times, ..., and at once if it can't end."""
-        seen, patience, failure, asks = _phase, self._seconds, None, True
+        seen, patience = _phase, self._seconds
+        failure, failed_at, is_reported = None, 0.0, False
         while not self.done.wait(min(max(0.0, seen.start + patience - time.perf_counter()), _ASK_SECONDS)):
             if _phase is not seen:
-                seen, patience, failure, asks = _phase, self._seconds, None, True
+                seen, patience = _phase, self._seconds
+                failure, is_reported = None, False
                 continue
-            age = time.perf_counter() - seen.start
-            is_due = age >= patience
-            if asks and seen.find_failure is not None and age >= _ASK_SECONDS:
-                # Reported at the second sight: a phase that can go on has, in the meantime.
-                is_due, asks = is_due or failure is not None, failure is None
-                failure = failure or seen.find_failure()
+            now = time.perf_counter()
+            is_due = now - seen.start >= patience
+            if seen.find_failure is not None and now - seen.start >= _ASK_SECONDS and not is_reported:
+                if failure is None:
+                    failure, failed_at = seen.find_failure(), now
+                elif now - failed_at >= max(_ASK_SECONDS, _FORWARDS * _longest):
+                    is_due = is_reported = True
             if not is_due or _phase is not seen:
                 continue
-            _write(self._report(seen, failure))
+            _write(self._report(seen, failure if is_reported else None))
             patience *= 2
             if self._abort and not self.done.wait(min(_GRACE_SECONDS, self._seconds)) and _phase is seen:
                 _write(f"[mir] rank {self._rank}: exiting with code {EXIT_CODE} (abort_on_hang)\n")

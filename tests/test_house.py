@@ -21,7 +21,7 @@ FLOORS = [
     ["errors", "fs"],
     ["distributed", "lock", "metric", "watchdog", "record", "trend"],
     ["model", "history", "early_stopping", "second_opinion", "schedule", "lr_schedule"],
-    ["probe", "clock"],
+    ["probe", "clock", "arguments"],
     ["config"],
     ["evaluation"],
     ["best_model", "loggers", "console"],

@@ -22,6 +22,7 @@ def test_phase_is_reported_with_its_stack_at_growing_intervals_when_it_lasts(cap
 
 def test_a_failure_of_another_rank_is_reported_once_where_the_phase_waits_for_it(capfd, monkeypatch):
     monkeypatch.setattr("mir_callback.watchdog._ASK_SECONDS", 0.05)
+    monkeypatch.setattr("mir_callback.watchdog._longest", 0.0)
     with watchdog("evaluation at step 7", 3, 60):
         enter_phase("forward of batch 2 of 9", lambda: "rank 1 failed in its forward: no memory")
         time.sleep(0.5)
@@ -42,6 +43,22 @@ def test_a_phase_that_ends_after_another_rank_has_failed_is_not_reported(capfd, 
         enter_phase("waiting for the other ranks' forwards")
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
+
+
+def test_a_phase_is_given_twice_the_longest_before_it_when_another_rank_has_failed(capfd, monkeypatch):
+    monkeypatch.setattr("mir_callback.watchdog._ASK_SECONDS", 0.05)
+    monkeypatch.setattr("mir_callback.watchdog._longest", 0.0)
+    failures = [None]
+    with watchdog("evaluation", 0, 60):
+        enter_phase("forward of batch 1 of 3", lambda: failures[-1])
+        time.sleep(0.4)
+        failures.append("rank 1 failed in its forward: no memory")
+        enter_phase("forward of batch 2 of 3", lambda: failures[-1])
+        time.sleep(0.6)  # slower than before, and it ends
+        assert capfd.readouterr().err == ""
+        enter_phase("forward of batch 3 of 3", lambda: failures[-1])
+        time.sleep(1.6)
+    assert "STUCK: evaluation: forward of batch 3 of 3" in capfd.readouterr().err
 
 
 def test_nothing_is_said_and_no_thread_is_left_when_phases_are_short(capfd):

@@ -239,7 +239,9 @@ def _recognize_storage(folder: Path) -> str | None:
             return PROJECTOR
     if (folder / "latest").is_file() or any(_is_sharded(path) for path in folder.glob("global_step*")):
         return SHARDS
-    return DCP if find_dcp(folder) else None
+    if find_dcp(folder):
+        return DCP
+    return WHOLE if any((folder / name).is_file() for name in _WHOLE_FILES) else None  # Accelerate's save_state
 
 
 def _is_sharded(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, read_history
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.probe import Probe
+from mir_callback.probe.prompt import is_format
 from mir_callback.record import CIRCUMSTANCES, EvalRecord
 
 # What has to be equal for a value measured during training to be that of the checkpoint, and what to do if it is not.
@@ -49,6 +50,11 @@ class EvalOptions:
     device: torch.device = torch.device("cpu")  # of this rank
     autocast: str | None = None  # bfloat16 or float16, as with bf16=True or fp16=True in training; None for none
     config: MIRConfig = field(default_factory=MIRConfig)
+
+    def with_prompt(self, prompt: str) -> EvalOptions:
+        """The same with this prompt."""
+        loading, config = replace(self.loading, prompt=prompt), replace(self.config, prompt=prompt)
+        return replace(self, loading=loading, config=config)
 
 
 def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord | None:
@@ -146,6 +152,12 @@ class LiveValues:
         except (HistoryError, OSError) as error:
             self.problem = f"values of the run itself are not shown: {error}"
         self._by_step = {record.step: record for record in records if record.mir is not None}
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt that the run's newest value was measured with, as a format string; None if it has none."""
+        prompts = [record.prompt for record in self._by_step.values() if record.prompt is not None]
+        return prompts[-1] if prompts and is_format(prompts[-1]) else None
 
     def find(self, record: EvalRecord, *, step_known: bool) -> tuple[float | None, list[str]]:
         """The run's value at a record's step, if measured the same way; and notes about differences, each once.

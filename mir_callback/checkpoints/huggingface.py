@@ -78,6 +78,7 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
         places.append(source)
     else:
         model = _load_whole(checkpoint, options)
+        places.append(_find_config(checkpoint, storage, options))
     return Opened(model, HuggingFaceAdapter(model, _load_processor(options, places), prompt=options.prompt))
 
 
@@ -87,27 +88,39 @@ def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:
         raise ConfigError(
             f"The base model {folder} has no whole weights. Pass the model that training started from: --base."
         )
-    return _load(checkpoint, _find_class(folder, options), str(folder), DTYPES.get(options.dtype, AUTO))
+    place = _find_config(checkpoint, WHOLE, options)
+    kind, given = _find_class(place, options), {}
+    if place != folder:
+        given["config"] = transformers.AutoConfig.from_pretrained(
+            str(place), trust_remote_code=options.trust_checkpoint
+        )
+    return _load(checkpoint, kind, str(folder), DTYPES.get(options.dtype, AUTO), **given)
+
+
+def _find_config(checkpoint: Checkpoint, storage: str, options: LoadOptions) -> Path:
+    """The folder of a checkpoint's config.json: its own, else the base model's or the run's."""
+    if (checkpoint.folder / "config.json").is_file():
+        return checkpoint.folder
+    if options.base is not None:
+        return fetch_folder(options.base, weights=False, what="--base")
+    if (checkpoint.run / "config.json").is_file():
+        return checkpoint.run
+    also = "" if checkpoint.run == checkpoint.folder else f", and {checkpoint.run} has none either"
+    raise ConfigError(
+        f"{checkpoint.folder} has {storage} without a config.json{also}. Pass a model of the same architecture: --base "
+        "FOLDER_OR_HUB_NAME."
+    )
+
+
+def _read_config(folder: Path, options: LoadOptions) -> Any:
+    return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
 
 
 def _load_shards(checkpoint: Checkpoint, storage: str, options: LoadOptions) -> tuple[nn.Module, Path]:
-    """Load shards into the architecture of the config.json beside them, else of the base model or the run.
-
-    Returns the model and the folder of that config.json.
-    """
-    folder = checkpoint.folder
-    if not (folder / "config.json").is_file():
-        if options.base is not None:
-            folder = fetch_folder(options.base, weights=False, what="--base")
-        elif (checkpoint.run / "config.json").is_file():
-            folder = checkpoint.run
-        else:
-            raise ConfigError(
-                f"{folder} has {storage} without a config.json, and {checkpoint.run} has none either. Pass a model of "
-                "the same architecture: --base FOLDER_OR_HUB_NAME."
-            )
+    """Load shards into the architecture of a config.json; returns the model and the folder of that file."""
+    folder = _find_config(checkpoint, storage, options)
     kind = _find_class(folder, options)
-    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=options.trust_checkpoint)
+    config = _read_config(folder, options)
     stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     dtype = DTYPES.get(options.dtype, stored)
     with torch.device("meta"):

@@ -59,7 +59,7 @@ def add_flags(parser: ArgumentParser) -> None:
         "--prompt",
         metavar="PROMPT",
         help="plain, chat, a format string with {image} and {text}, or the name of a conversation of LLaVA (default: "
-        "plain; for whole models of LLaVA its own default)",
+        "that of the run's history; without one plain, for whole models of LLaVA their own)",
     )
     opening.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: that of the weights)")
     opening.add_argument(
@@ -145,8 +145,11 @@ def _evaluate_run(
 ) -> list[str]:
     """Evaluate the checkpoints of a run that are not known yet; returns the folders that failed. Collective."""
     run, failed = chosen[0].run, []
-    _note(options, f"{run}: probe {probe.fingerprint} ({len(probe)} samples), writing to {results.path}")
     live = LiveValues(run)
+    _note(options, f"{run}: probe {probe.fingerprint} ({len(probe)} samples), writing to {results.path}")
+    if options.prompt is None and live.prompt is not None:
+        how = how.with_prompt(live.prompt)
+        _note(options, f"  the run's prompt: {live.prompt}")
     if live.problem:
         _note(options, f"  NOTE: {live.problem}")
     problem: str | None = None
@@ -202,7 +205,8 @@ def _print(record: EvalRecord, known: bool, live: LiveValues, options: Namespace
     )
     gain = "" if record.vision_gain is None else f"  vision gain {record.vision_gain:.4g}"
     cost = "cached" if known else f"{(record.load_seconds or 0.0) + (record.seconds or 0.0):.1f} s"
-    _write(f"  step {record.step:>7}  {shown}{beside}{gain}  {cost}  {record.checkpoint}", sys.stdout)
+    step = record.step if step_known else "unknown"
+    _write(f"  step {step:>7}  {shown}{beside}{gain}  {cost}  {record.checkpoint}", sys.stdout)
 
 
 def _print_failure(name: str, error: Exception) -> str:

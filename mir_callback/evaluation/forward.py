@@ -21,7 +21,7 @@ from mir_callback.model.capture import HiddenStateCapture, TextLoss
 from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
 from mir_callback.model.parallelism import find_groups, whole_sequences
-from mir_callback.model.sharding import release_leftovers
+from mir_callback.model.sharding import is_sharded, release_leftovers
 from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
 from mir_callback.watchdog import enter_phase
@@ -180,11 +180,9 @@ def _forward_batches(
 
 
 def waits_for_ranks(model: nn.Module) -> bool:
-    """Whether forwards wait for other ranks: sharded weights, tensor parallelism, DDP with buffers."""
-    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel"}
-    sharded = any(hasattr(each, "ds_id") or hasattr(each, "_local_tensor") for each in model.parameters())
-    sharded = sharded or bool(find_groups(model).model)
-    return sharded or any(kind.__name__ in wrappers for each in model.modules() for kind in type(each).__mro__)
+    """Whether forwards wait for other ranks: sharded weights, tensor parallelism of any kind, DDP."""
+    is_ddp = any(kind.__name__ == "DistributedDataParallel" for each in model.modules() for kind in type(each).__mro__)
+    return is_ddp or is_sharded(model) or bool(find_groups(model).model)
 
 
 def _require_same_tokens(batches: Sequence[ProbeBatch], losses: Sequence[Tensor]) -> None:

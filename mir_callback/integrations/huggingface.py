@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
@@ -27,8 +27,9 @@ from mir_callback import distributed
 from mir_callback.best_model import FOLDER_NAME, WeightSaver, without_compilers
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.console import log
-from mir_callback.errors import ConfigError, MIRError
-from mir_callback.history import FILE_NAME, close_earlier, read_history
+from mir_callback.errors import ConfigError
+from mir_callback.history import FILE_NAME, close_earlier
+from mir_callback.integrations.counting import epochs_of, samples_a_step, samples_before
 from mir_callback.loggers import Loggers, active_wandb_run
 from mir_callback.monitor import MIRMonitor
 from mir_callback.probe.adapters import Adapter, LiveMasks, find_adapter
@@ -153,7 +154,7 @@ class MIRCallback(TrainerCallback):
             keeper = SimpleNamespace(processing_class=processor) if trainer is None else trainer
             adapter = self._adapter_for(kwargs["model"], trainer, keeper)
         folder = run_folder(trainer, args)
-        before = _samples_before(folder, state.global_step, _samples_a_step(args, state, trainer))
+        before = samples_before(folder, state.global_step, samples_a_step(args, state, trainer))
         self._start = state.global_step, before
         close_earlier(folder)  # a Trainer is in one run at a time: one before ended in an error
         self._monitor = MIRMonitor(
@@ -164,7 +165,7 @@ class MIRCallback(TrainerCallback):
             lr_scheduler=kwargs.get("lr_scheduler"),
             output_dir=folder,
             total_steps=state.max_steps if state.max_steps > 0 else None,
-            total_epochs=_epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
+            total_epochs=epochs_of(state.max_steps, kwargs.get("train_dataloader"), args),
             start_step=state.global_step,
             start_status=self._status(args, state),
             log=self._loggers(),
@@ -235,7 +236,7 @@ class MIRCallback(TrainerCallback):
             "epoch": state.epoch or 0.0,
             "loss": newest.get("loss"),
             "loss_step": newest.get("step"),
-            "samples_seen": before + (now - start) * _samples_a_step(args, state, self._trainer),
+            "samples_seen": before + (now - start) * samples_a_step(args, state, self._trainer),
             "tokens_seen": int(state.num_input_tokens_seen) if is_counted else None,
         }
 
@@ -438,48 +439,6 @@ def _log_through(trainer: Any, log_layers: bool) -> Callable[[dict[str, float], 
             trainer.control.should_log = should_log
 
     return write
-
-
-def _samples_a_step(args: TrainingArguments, state: TrainerState, trainer: Any) -> int:
-    """Samples of an optimizer step over all ranks, accumulation included.
-
-    A short batch at an epoch's end counts in full; ranks that share samples (tensor, context, sequence parallelism)
-    count once.
-    """
-    on_each = getattr(trainer, "_train_batch_size", None) or getattr(state, "train_batch_size", None)
-    ranks = args.world_size // math.prod(_size_of(trainer, kind) for kind in ("tp", "cp", "sp"))
-    samples: int = (on_each or args.train_batch_size) * args.gradient_accumulation_steps * ranks
-    return samples
-
-
-def _samples_before(folder: str, step: int, samples_a_step: int) -> int:
-    """Samples up to the step that a run is resumed at; before it, batch and ranks may have been others.
-
-    Ranks: collective; rank 0 reads the history.
-    """
-    records: list[EvalRecord] = []
-    if step and distributed.is_main():
-        with suppress(MIRError, OSError):  # opening it says what is wrong
-            records = read_history(Path(folder) / FILE_NAME)
-    known = [(each.step, each.samples_seen) for each in records if each.samples_seen is not None and each.step <= step]
-    found = step * samples_a_step
-    if len(known) > 1:
-        (earlier, then), (last, seen) = known[-2:]
-        found = seen + round((seen - then) / (last - earlier) * (step - last))
-    return int(distributed.broadcast_object(found))
-
-
-def _size_of(trainer: Any, kind: str) -> int:
-    """A Trainer's size of "tp", "cp" or "sp"; 1 where it knows none."""
-    return int(getattr(trainer, f"get_{kind}_size", lambda: 1)())
-
-
-def _epochs_of(max_steps: int, dataloader: Any, args: TrainingArguments) -> float:
-    """How many epochs ``max_steps`` are; the Trainer takes a loader without a length for one epoch."""
-    try:
-        return max_steps / math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    except (TypeError, ZeroDivisionError):
-        return 1.0
 
 
 def _chooses_by_mir(args: TrainingArguments) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 from mir_callback import distributed
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.model.sharding import is_fsdp1
+from mir_callback.model.sharding import is_fsdp1, is_shard
 
 _SPLIT_WORDS = ("ulysses", "sequence_parallel", "context_parallel", "ring_flash", "ring_attn", "zigzag")
 _DDP_OVER_TENSORS = "torch.distributed.tensor.parallel.ddp._reconstruct_dtensor"
@@ -101,7 +101,7 @@ def _measure_weights(model: nn.Module) -> dict[str, float]:
     whole = [
         (name, each)
         for name, each in model.named_parameters()
-        if each.is_floating_point() and not (each.is_meta or hasattr(each, "ds_id") or hasattr(each, "device_mesh"))
+        if each.is_floating_point() and not (each.is_meta or is_shard(each))
     ]
     trained = [(name, each) for name, each in whole if each.requires_grad] or whole
     chosen = trained[:: max(1, len(trained) // _WEIGHTS_COMPARED)]

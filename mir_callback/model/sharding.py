@@ -84,6 +84,16 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return getattr(getattr(parameter, "ds_status", None), "name", None) == "NOT_AVAILABLE"
 
 
+def is_shard(parameter: nn.Parameter) -> bool:
+    """Whether a rank holds only a part of this weight: under ZeRO-3, or as a DTensor of FSDP2 or tensor parallelism."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a rank holds only parts of some weights: as of `is_shard`, or under FSDP1. Ranks: pure."""
+    return any(map(is_shard, model.parameters())) or bool(_fsdp1_wrappers(model))
+
+
 @contextmanager
 def preserve_fsdp(model: nn.Module) -> Iterator[None]:
     """On exit FSDP2 and FSDP1 are as they were before the forwards inside, also if one of them failed.

@@ -207,9 +207,34 @@ def test_another_prompt_than_in_training_is_said_and_not_shown_beside_it(run, ca
     assert status == 0
     assert "prompt was {image}{text} during training and is USER: {image} {text} now: " in told
     assert "in training" not in told.replace("during training", "")
-    status, _, error = mir(capsys, *flags)
+    status, _, error = mir(capsys, *flags)  # the run's own
     assert status == 2
     assert "another prompt: it was 'USER: {image} {text}' at step 2 and is '{image}{text}' now" in error
+
+
+def test_the_prompt_is_that_of_the_runs_history_when_none_is_named(trained, tmp_path, capsys):
+    trainer = make_trainer(tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=2)
+    probe = Probe.load(trained[0] / "probe.zip")
+    live = MIRCallback(probe, every=2, prompt="USER: {image} {text}").attach(trainer)
+    trainer.train()
+    for cached in (0, 1):
+        status, told, error = mir(capsys, tmp_path / "run")
+        assert status == 0, error
+        assert "the run's prompt: USER: {image} {text}" in told
+        assert f"in training {live.history[-1].mir:.4f}" in told
+        assert told.count("  cached  ") == cached
+
+
+def test_weights_of_accelerates_save_state_need_a_config_that_may_be_elsewhere(run, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-2" / "config.json").unlink()
+    flags = ["run/checkpoint-2", "--probe", "probe.zip"]
+    status, _, error = mir(capsys, *flags)
+    assert status == 2
+    assert "checkpoint-2 has whole weights without a config.json, and " in error
+    assert "Pass a model of the same architecture: --base" in error
+    status, told, error = mir(capsys, *flags, "--base", "run/checkpoint-4")
+    assert status == 0, error
+    assert f"in training {run[1].mir:.4f}" in told
 
 
 def test_values_made_differently_or_of_another_run_do_not_enter_a_history(run, own, tmp_path, capsys):

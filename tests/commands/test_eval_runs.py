@@ -83,6 +83,7 @@ def test_finished_model_is_not_compared_with_the_runs_first_value_when_nothing_t
     assert status == 0, error
     assert values() == {0: pytest.approx(live[4], abs=1e-6)}
     assert "NOTE: the step of these weights is unknown" in told
+    assert "step unknown  MIR " in told
     assert "in training" not in told
     (tmp_path / "run" / "mir_history.jsonl").unlink()
     status, told, error = mir(capsys, "run", *PROBE)

@@ -24,6 +24,7 @@ from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ForwardError
 from tests import tiny_models
 from tests.distributed.launch import write_rank
+from tests.matrix.worker import unsharded
 from tests.samples import pairs
 
 PROBE = Probe.from_pairs(pairs(5))
@@ -82,16 +83,6 @@ SETUPS = {
     "within another module": within,
     "FSDP1": first_version,
 }
-
-
-def unsharded(model: nn.Module) -> int:
-    """How many weights are not in their shards."""
-    left = sum(not hasattr(each, "_local_tensor") for each in model.parameters())
-    wrappers = [each for each in model.modules() if isinstance(each, FullyShardedDataParallel)]
-    if not wrappers:
-        return left
-    flats = [each._handle.flat_param for each in wrappers if each._handle is not None]
-    return sum(getattr(flat, "_full_param_padded", flat.new_zeros(0)).untyped_storage().size() > 0 for flat in flats)
 
 
 class Training:

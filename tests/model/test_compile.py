@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mir_callback import Probe, evaluate_mir
+from mir_callback.best_model import default_saver
 from mir_callback.integrations.huggingface import TrainerSaver
-from mir_callback.monitor import _default_saver
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
 from tests.samples import pairs
@@ -152,7 +152,7 @@ def train(model, batch, evaluate=lambda: None):
 
 def test_the_best_weights_of_layers_that_were_replaced_can_be_loaded(tmp_path):
     model, processor = tiny_models.llava()
-    monitor_saver = _default_saver(layers(model, "eager"))
+    monitor_saver = default_saver(layers(model, "eager"))
     trainer = make_trainer(tmp_path / "run", wrap=lambda _: model)
     for number, save in enumerate((monitor_saver, TrainerSaver(trainer))):
         folder = tmp_path / str(number)
