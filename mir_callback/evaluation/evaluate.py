@@ -35,8 +35,9 @@ from mir_callback.metric.influence import compute_mir_influences, compute_standa
 from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import unwrap
 from mir_callback.model.parallelism import find_share
-from mir_callback.probe.adapters import Adapter, decoder_of, find_adapter
+from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
+from mir_callback.probe.encoding import decoder_of
 from mir_callback.probe.probe import Probe
 from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase

@@ -22,8 +22,8 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
 from mir_callback.model.parallelism import find_groups, whole_sequences
 from mir_callback.model.sharding import is_sharded, release_leftovers
-from mir_callback.probe.adapters import Adapter, decoder_of
 from mir_callback.probe.batches import ProbeBatch
+from mir_callback.probe.encoding import Adapter, decoder_of
 from mir_callback.watchdog import enter_phase
 
 

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.model.modality import vision_token_ids
 from mir_callback.model.parallelism import SampleShare
-from mir_callback.probe.adapters import HuggingFaceAdapter, cut_text, image_placeholder
+from mir_callback.probe.adapters import HuggingFaceAdapter, cut_text
 from mir_callback.probe.batches import encode_probe, samples_of
+from mir_callback.probe.markup import find_markup
 from tests import tiny_models
 from tests.samples import SENTENCE, pairs
 
@@ -70,8 +72,8 @@ def test_cut_keeps_the_beginning_and_short_texts_whole(fast):
 
 def test_qwen_image_stands_between_its_wrapper_tokens_with_multimodal_positions():
     model, processor = tiny_models.qwen2_5_vl()
-    placeholder = image_placeholder(processor, processor.tokenizer, model.config)
-    assert placeholder == "<|vision_start|><|image_pad|><|vision_end|>"
+    image = find_markup(processor, processor.tokenizer, model.config, vision_token_ids(model))
+    assert image.written == "<|vision_start|><|image_pad|><|vision_end|>"
     inputs = encode(model, processor, Probe.from_pairs(pairs(2))).batches[0].inputs
     assert {"image_grid_thw", "mm_token_type_ids"} <= inputs.keys()
 
@@ -117,12 +119,13 @@ def test_error_names_the_sample_when_its_text_has_a_special_token(token):
 def test_error_when_processor_belongs_to_another_model():
     model, processor = tiny_models.llava()
     model.config.image_token_index = 7
-    with pytest.raises(ProbeError, match="pair 0 has no vision tokens"):
+    with pytest.raises(ConfigError, match=r"none of the model's image tokens \(7\).*belongs to this model"):
         encode(model, processor, Probe.from_pairs(pairs(1)))
 
 
 def test_error_names_samples_when_the_processor_fails():
     model, processor = tiny_models.llava()
+    adapter = HuggingFaceAdapter(model, processor)
 
     def broken(*args, **kwargs):
         raise RuntimeError("no such size")
@@ -131,7 +134,7 @@ def test_error_names_samples_when_the_processor_fails():
     type(processor.image_processor).__call__, original = broken, type(processor.image_processor).__call__
     try:
         with pytest.raises(ProbeError, match="pair 0, pair 1: RuntimeError: no such size"):
-            encode(model, processor, Probe.from_pairs(pairs(2)))
+            adapter.encode(Probe.from_pairs(pairs(2)).samples, 100)
     finally:
         type(processor.image_processor).__call__ = original
 

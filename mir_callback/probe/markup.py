@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a family writes an image into a prompt, found by trial on a blank image; no list of families.
+
+Processors differ in the token that stands for an image, in whether they put the family's start and end tokens around
+its features or leave that to the prompt, in how they take images, and in what they return only on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.probe.prompt import TEXT
+
+# Of kosmos-2 and its like, whose image features have no token id of their own: where they are.
+POSITION_MASK = "image_embeds_position_mask"
+_PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token")  # attributes of processors, best first
+_BORDERS = (
+    ("vision_start_token", "vision_end_token"),
+    ("image_start_token", "image_end_token"),
+    ("boi_token", "eoi_token"),
+)
+_BLANK = Image.new("RGB", (64, 48), (127, 127, 127))
+
+
+@dataclass(frozen=True)
+class ImageMarkup:
+    """How an image is written.
+
+    Attributes:
+        written: what stands for it in the text that goes to the processor; empty if that places images itself.
+        token: the part of it that the processor replaces by the image's tokens.
+        nested: whether the processor takes a list of images for each text, or one flat list.
+        options: keyword arguments for what the processor returns only on request.
+    """
+
+    written: str
+    token: str
+    nested: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> list[str]:
+        """The tokens that it brings along: the placeholder, and what stands before and after it."""
+        around = self.written.partition(self.token) if self.token else ()
+        return [each for each in around if each]
+
+    def arrange(self, images: list[list[Any]]) -> list[Any]:
+        """The images of each sample as the processor takes them."""
+        return images if self.nested else [image for own in images for image in own]
+
+
+def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[int, ...]) -> ImageMarkup:
+    """How this processor's family writes an image.
+
+    Args:
+        processor: of images and text.
+        tokenizer: its tokenizer.
+        config: of the model.
+        vision_ids: ids of vision tokens; empty if the model names none.
+
+    Raises:
+        ConfigError: the processor takes an image in none of the ways known.
+        UnsupportedModelError: no position of its output is an image's.
+
+    Ranks: pure, but for the processor.
+    """
+    trial = _Trial(processor, vision_ids)
+    itself = trial.run("")
+    tokens = dict.fromkeys(str(each) for name in _PLACEHOLDERS if (each := getattr(processor, name, None)))
+    for token in tokens:
+        found = trial.run(token)
+        # One that places the image anyhow would have it twice, or a placeholder too many.
+        if found is not None and (itself is None or found.count == itself.count):
+            return ImageMarkup(_bordered(token, found, trial, tokenizer, config), token, found.nested, found.options)
+    if itself is not None:
+        return ImageMarkup("", "", itself.nested, itself.options)
+    name = type(processor).__name__
+    if trial.saw_none and not vision_ids:
+        raise UnsupportedModelError(
+            f"The model's configuration names no ids of image tokens, and {name} does not say where images are: they "
+            "are no tokens of the sequence that the model gets. MIR compares vision and text tokens of one sequence. "
+            "If they are in it all the same, write an adapter and pass adapter=..."
+        )
+    if trial.saw_none:
+        ids = ", ".join(map(str, vision_ids))
+        why = f"it gave none of the model's image tokens ({ids}) for a blank image"
+    else:
+        why = f"it failed on a blank image and a word: {trial.errors.get(next(iter(tokens), ''))}"
+    tried = ", ".join(map(repr, tokens)) or "none, as it names no image_token"
+    raise ConfigError(
+        f"The processor {name} can't be used with this model: {why} (image tokens tried: {tried}). Check that it "
+        "belongs to this model, or write an adapter and pass adapter=..."
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the processor made of one image and one word."""
+
+    ids: list[int]
+    count: int  # vision tokens
+    nested: bool
+    options: dict[str, Any]
+
+
+class _Trial:
+    """Runs the processor on a blank image and a word."""
+
+    def __init__(self, processor: Any, vision_ids: tuple[int, ...]) -> None:
+        self._processor, self._vision_ids = processor, vision_ids
+        self.errors: dict[str, str] = {}
+        self.saw_none = False
+
+    def run(self, written: str) -> _Outcome | None:
+        """The outcome with this text before the word; None if the processor fails or no token is the image's."""
+        for nested in (True, False):
+            call = self._caller(f"{written}{TEXT}", nested)
+            try:
+                encoded = call({})
+                options = {name: True for name in self._on_request(encoded)}
+                if options and call(options).keys() > encoded.keys():
+                    encoded = call(options)
+                else:
+                    options = {}
+                ids = encoded["input_ids"][0]
+                count = int(vision_of(encoded, self._vision_ids)[0].sum())
+            except Exception as error:  # of anybody's processor: any kind
+                self.errors.setdefault(written, f"{type(error).__name__}: {error}"[:300])
+                continue
+            if count:
+                return _Outcome(ids.tolist(), count, nested, options)
+            self.saw_none = True
+        return None
+
+    def _caller(self, text: str, nested: bool) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
+        images = [[_BLANK]] if nested else [_BLANK]
+        return lambda options: self._processor(images=images, text=[text], return_tensors="pt", **options)
+
+    def _on_request(self, encoded: Mapping[str, Any]) -> Iterator[str]:
+        for name in getattr(self._processor, "model_input_names", None) or ():
+            if name.endswith("token_type_ids") and name not in encoded:
+                yield f"return_{name}"
+
+
+def vision_of(encoded: Mapping[str, Any], vision_ids: tuple[int, ...]) -> Tensor:
+    """Which positions (B, S) of a processor's output are an image's. Ranks: pure."""
+    ids: Tensor = encoded["input_ids"]
+    if POSITION_MASK in encoded:
+        return torch.as_tensor(encoded[POSITION_MASK]) != 0
+    return torch.isin(ids, torch.tensor(vision_ids, dtype=ids.dtype))
+
+
+def _bordered(token: str, found: _Outcome, trial: _Trial, tokenizer: Any, config: Any) -> str:
+    """The placeholder with the family's start and end tokens, unless its processor adds them itself."""
+    for start, end in _borders(trial._processor, tokenizer, config):
+        known = tokenizer.convert_tokens_to_ids([start, end])
+        if set(known) & set(found.ids):
+            return token
+        outcome = trial.run(f"{start}{token}{end}")
+        if outcome is not None and outcome.count == found.count and set(known) <= set(outcome.ids):
+            return f"{start}{token}{end}"
+    written = _from_chat_template(trial._processor, tokenizer, token)
+    outcome = trial.run(written) if written is not None else None
+    return token if written is None or outcome is None or outcome.count != found.count else written
+
+
+def _borders(processor: Any, tokenizer: Any, config: Any) -> Iterator[tuple[str, str]]:
+    """Pairs of tokens that may have to stand around an image: of the configuration, then of the processor."""
+    for pair in _BORDERS[:2]:
+        ids = [getattr(config, f"{name}_id", None) for name in pair]
+        if all(isinstance(each, int) for each in ids):
+            named = tokenizer.convert_ids_to_tokens(ids)
+            if all(isinstance(each, str) for each in named):
+                yield named[0], named[1]
+    known = tokenizer.get_vocab()
+    for pair in _BORDERS:
+        tokens = [getattr(processor, name, None) for name in pair]
+        if all(str(each) in known for each in tokens):
+            yield str(tokens[0]), str(tokens[1])
+
+
+def _from_chat_template(processor: Any, tokenizer: Any, token: str) -> str | None:
+    """What the chat template writes for an image, if special tokens stand around the placeholder; else None."""
+    image, text = {"type": "image"}, {"type": "text", "text": TEXT}
+    if getattr(processor, "chat_template", None) is None:
+        return None
+    try:
+        whole, without = (
+            str(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+            for content in ([image, text], [text])
+        )
+    except Exception:  # of Jinja and of the template itself: any kind
+        return None
+    before = len(commonprefix([whole, without]))
+    after = len(commonprefix([whole[before:][::-1], without[before:][::-1]]))
+    written = whole[before : len(whole) - after].strip()
+    special = tuple(each for each in tokenizer.get_added_vocab() if each != token)
+    is_bordered = written.startswith(special) and written.endswith(special)
+    return written if is_bordered and written.count(token) == 1 else None
