@@ -31,12 +31,12 @@ def _tokenizer() -> Any:
     return tokenizer({}, [*places, "<|image|>", "<|video|>"])
 
 
-def _model(kind: str, tok: Any, text: dict[str, Any] | None = None) -> Any:
+def _model(kind: str, tok: Any, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         text_config={**sizes(tok), "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": _ROPE}
         | (text or {}),
-        vision_config=_VISION,
+        vision_config=_VISION | (vision or {}),
         image_token_id=tok.convert_tokens_to_ids("<|image|>"),
         video_token_id=tok.convert_tokens_to_ids("<|video|>"),
         image_start_token_id=tok.convert_tokens_to_ids("<|begin_of_image|>"),
@@ -47,13 +47,15 @@ def _model(kind: str, tok: Any, text: dict[str, Any] | None = None) -> Any:
     return transformers.AutoModelForImageTextToText.from_config(config)
 
 
-def _images(kind: str) -> Any:
-    return getattr(transformers, f"{kind}ImageProcessorPil")(patch_size=8, size=_EDGES)
+def _images(kind: str, limits: dict[str, Any] | None = None) -> Any:
+    return getattr(transformers, f"{kind}ImageProcessorPil")(patch_size=8, **(limits or {"size": _EDGES}))
 
 
-def _processor(processor: str, kind: str, tok: Any) -> Any:
-    videos = getattr(transformers, f"{kind}VideoProcessor")(patch_size=8, size=_EDGES, max_image_size=_EDGES)
-    return getattr(transformers, f"{processor}Processor")(_images(kind), tok, videos)
+def _processor(processor: str, kind: str, tok: Any, limits: dict[str, Any] | None = None) -> Any:
+    videos = getattr(transformers, f"{kind}VideoProcessor")(
+        patch_size=8, max_image_size=_EDGES, **(limits or {"size": _EDGES})
+    )
+    return getattr(transformers, f"{processor}Processor")(_images(kind, limits), tok, videos)
 
 
 def glm4v() -> tuple[Any, Any]:
@@ -86,10 +88,26 @@ def glmga() -> tuple[Any, Any]:
     return _model("Glmga", tok), _processor("Glm46V", "Glmga", tok)
 
 
+def glm5_next() -> tuple[Any, Any]:
+    """Four residual streams, and linear and sparse attention."""
+    tok = _tokenizer()
+    text = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, **_EXPERTS}
+    index = {"index_topk": 16, "index_kpool": 1, "index_head_dim": 16, "index_n_heads": 16}
+    linear = {"linear_head_dim": 16, "linear_num_heads": 2, "rope_parameters": None}
+    layers = {
+        "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "indexer_types": ["full"] * 3,
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+    }
+    model = _model("Glm5Next", tok, {**text, **index, **linear, **layers}, {"projection_intermediate_size": 48})
+    return model, _processor("Glm5Next", "Glm5Next", tok, {"min_image_tokens": 4, "max_image_tokens": 16})
+
+
 FAMILIES = [
     Family("glm4v", glm4v, _PROMPT, short=True),
     Family("glm4v_moe", glm4v_moe, _PROMPT),
     Family("glm46v", glm46v, _PROMPT),
     Family("glm_ocr", glm_ocr, _PROMPT),
     Family("glmga", glmga, _PROMPT),
+    Family("glm5_next", glm5_next, refused="residual streams"),
 ]

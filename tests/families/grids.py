@@ -35,9 +35,9 @@ def _qwen_images() -> Any:
     return transformers.Qwen2VLImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
 
 
-def _qwen_videos(kind: str) -> Any:
+def _qwen_videos(kind: str, **options: Any) -> Any:
     processor = getattr(transformers, f"{kind}VideoProcessor")
-    return processor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64 * 4})
+    return processor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64 * 4}, **options)
 
 
 def ernie4_5_vl_moe() -> tuple[Any, Any]:
@@ -119,7 +119,8 @@ def dots3_note() -> tuple[Any, Any]:
             **text,
             "index_topk": 16,
             "index_head_dim": 16,
-            "index_n_heads": 2,
+            # Each position has a score above zero from some head, so none are tied.
+            "index_n_heads": 16,
             "sliding_window": 16,
             **{f"swa_{name}": value for name, value in sliding.items()},
         },
@@ -142,7 +143,7 @@ def dots3_note() -> tuple[Any, Any]:
     processor = transformers.Dots3NoteProcessor(
         images,
         tok,
-        _qwen_videos("Qwen3VL"),
+        _qwen_videos("Qwen3VL", temporal_patch_size=1),
         transformers.Dots3NoteFeatureExtractor(),
         chat_template=_TEMPLATE % _DOTS,
     )
@@ -170,5 +171,11 @@ FAMILIES = [
     Family("exaone4_5", exaone4_5, _EXAONE + "{text}"),
     Family("kimi_k25", kimi_k25, _KIMI + "{text}", note="the word image of the markup is in the chat template only"),
     Family("dots3_note", dots3_note, _DOTS + "{text}", note="the markup is in the chat template only"),
-    Family("hunyuan_vl", hunyuan_vl, "".join(_HUNYUAN.values()) + "{text}"),
+    Family(
+        "hunyuan_vl",
+        hunyuan_vl,
+        "".join(_HUNYUAN.values()) + "{text}",
+        alone=True,
+        note="counts images through a batch, so that a sample's positions depend on those before it",
+    ),
 ]

@@ -103,6 +103,56 @@ def qwen3_5_moe() -> tuple[Any, Any]:
     return model, transformers.Qwen3VLProcessor(_images(), tok, _videos("Qwen3VL"))
 
 
+def _omni(kind: str, tok: Any, text: dict[str, Any], vision: dict[str, Any], audio: dict[str, Any]) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    small = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    index = "index" if kind == "Qwen2_5Omni" else "id"
+    config = getattr(transformers, f"{kind}ThinkerConfig")(
+        text_config={**sizes(tok), **text},
+        vision_config=vision,
+        audio_config={**small, "num_mel_bins": 16, "output_dim": HIDDEN, **audio},
+        **{f"{name}_token_{index}": getattr(tok, f"{name}_token_id") for name in ("image", "video", "audio")},
+        audio_start_token_id=tok.audio_bos_token_id,
+        audio_end_token_id=tok.audio_eos_token_id,
+        vision_start_token_id=tok.vision_bos_token_id,
+        vision_end_token_id=tok.vision_eos_token_id,
+    )
+    sound = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    processor = getattr(transformers, f"{kind}Processor")(_images(), _videos(), sound, tok)
+    return getattr(transformers, f"{kind}ThinkerForConditionalGeneration")(config), processor
+
+
+def qwen2_5_omni() -> tuple[Any, Any]:
+    """The thinker of Qwen2.5-Omni: images, video and sound."""
+    wrappers = [f"{what}_{side}" for what in ("vision", "audio") for side in ("bos", "eos")]
+    names = {f"{name}_token": f"<|{name}|>" for name in wrappers}
+    tok = tokenizer(names | {f"{name}_token": f"<|{name.upper()}|>" for name in ("image", "video", "audio")}, [])
+    rope = {**_ROPE, "mrope_section": [2, 1, 1]}
+    return _omni("Qwen2_5Omni", tok, {"rope_parameters": rope}, _WINDOWS, {})
+
+
+def qwen3_omni_moe() -> tuple[Any, Any]:
+    """The thinker of Qwen3-Omni."""
+    wrappers = {"bos": "start", "eos": "end"}
+    names = {
+        f"{what}_{side}_token": f"<|{what}_{wrappers[side]}|>" for what in ("vision", "audio") for side in wrappers
+    }
+    tok = tokenizer(names | {f"{name}_token": f"<|{name}_pad|>" for name in ("image", "video", "audio")}, [])
+    rope = {**_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {**_LEARNED, "deepstack_visual_indexes": [0, 1]}
+    return _omni("Qwen3OmniMoe", tok, {"rope_parameters": rope, **_EXPERTS}, vision, {"downsample_hidden_size": 8})
+
+
+def qwen4_exp() -> tuple[Any, Any]:
+    """Four residual streams, mixed before and after each block."""
+    tok = _tokenizer()
+    text = {**_LINEAR, "full_attention_interval": 3, **_EXPERTS, "shared_expert_intermediate_size": 32}
+    index = {"n_heads": 4, "kv_heads": 1, "head_dim": 16, "budget": 16, "compress_ratio": 4}
+    text |= {"hc_count": 4, "hc_lowrank": 8, **{f"indexer_{name}": value for name, value in index.items()}}
+    model = _model("Qwen4Exp", tok, text, _LEARNED)
+    return model, transformers.Qwen3VLProcessor(_images(), tok, _videos("Qwen3VL"))
+
+
 FAMILIES = [
     Family("qwen2_vl", qwen2_vl, _PROMPT),
     Family("qwen2_5_vl", tiny_models.qwen2_5_vl, _PROMPT, short=True),
@@ -111,4 +161,7 @@ FAMILIES = [
     Family("qwen3_vl_moe", qwen3_vl_moe, _PROMPT, note="vision features added between layers too"),
     Family("qwen3_5", qwen3_5, _PROMPT, short=True, note="linear attention"),
     Family("qwen3_5_moe", qwen3_5_moe, _PROMPT, note="linear attention"),
+    Family("qwen2_5_omni_thinker", qwen2_5_omni, "<|vision_bos|><|IMAGE|><|vision_eos|>{text}"),
+    Family("qwen3_omni_moe_thinker", qwen3_omni_moe, _PROMPT, note="vision features added between layers too"),
+    Family("qwen4_exp", qwen4_exp, refused="residual streams"),
 ]
