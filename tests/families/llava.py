@@ -58,8 +58,66 @@ def llava_onevision() -> tuple[Any, Any]:
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def llava_next_video() -> tuple[Any, Any]:
+    """As LLaVA-NeXT; the frames of a video are pooled."""
+    tok = tokenizer({"image_token": "<image>", "video_token": "<video>"}, [])
+    model = _clip_llama(
+        "LlavaNextVideo",
+        tok,
+        video_token_index=tok.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=_PINPOINTS,
+    )
+    images = transformers.LlavaNextImageProcessorPil(**_SQUARE, image_grid_pinpoints=_PINPOINTS)
+    videos = transformers.LlavaNextVideoVideoProcessor(**_SQUARE)
+    return model, transformers.LlavaNextVideoProcessor(videos, images, tok, **_PATCHES)
+
+
+def vipllava() -> tuple[Any, Any]:
+    """Features of several layers of CLIP side by side."""
+    tok = tokenizer({"image_token": "<image>"}, [])
+    images = transformers.CLIPImageProcessorPil(**_SQUARE)
+    processor = transformers.LlavaProcessor(images, tok, **_PATCHES)
+    return _clip_llama("VipLlava", tok, vision_feature_layer=[-2, -1, 1]), processor
+
+
+def video_llava() -> tuple[Any, Any]:
+    """Two towers, one for images and one for videos."""
+    tok = tokenizer({"image_token": "<image>", "video_token": "<video>"}, [])
+    model = _clip_llama("VideoLlava", tok, video_token_index=tok.convert_tokens_to_ids("<video>"))
+    images, videos = transformers.VideoLlavaImageProcessor(**_SQUARE), transformers.VideoLlavaVideoProcessor(**_SQUARE)
+    return model, transformers.VideoLlavaProcessor(images, videos, tok, **_PATCHES)
+
+
+def fast_vlm() -> tuple[Any, Any]:
+    """LLaVA's processor, a convolutional tower of timm's and Qwen2."""
+    torch.manual_seed(0)
+    tok = tokenizer({"image_token": "<image>"}, [])
+    config = transformers.FastVlmConfig(
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_t8",
+            "hidden_size": 64,
+            "model_args": {"inference_mode": True, "embed_dims": (8, 8, 16, 32), "layers": (1, 1, 1, 1)},
+        },
+        text_config={"model_type": "qwen2", **sizes(tok)},
+        image_token_index=tok.convert_tokens_to_ids("<image>"),
+        image_seq_length=9,
+    )
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    processor = transformers.LlavaProcessor(
+        images, tok, patch_size=32, vision_feature_select_strategy="full", num_additional_image_tokens=0
+    )
+    return transformers.FastVlmForConditionalGeneration(config), processor
+
+
 FAMILIES = [
     Family("llava", tiny_models.llava, "<image>{text}", short=True),
     Family("llava_next", llava_next, "<image>{text}", short=True, note="tiles; the learned newlines count as vision"),
     Family("llava_onevision", llava_onevision, "<image>{text}", short=True, note="tiles, newlines as vision"),
+    Family("llava_next_video", llava_next_video, "<image>{text}", note="tiles, newlines as vision"),
+    Family("vipllava", vipllava, "<image>{text}"),
+    Family("video_llava", video_llava, "<image>{text}"),
+    Family("fast_vlm", fast_vlm, "<image>{text}"),
 ]

@@ -63,7 +63,23 @@ def mistral3() -> tuple[Any, Any]:
     return transformers.Mistral3ForConditionalGeneration(config), _processor(tok, merge=2)
 
 
+def lighton_ocr() -> tuple[Any, Any]:
+    """A Qwen3 decoder, without tokens between the rows."""
+    torch.manual_seed(0)
+    names = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>"}
+    tok = tokenizer(names, [])
+    config = transformers.LightOnOcrConfig(
+        vision_config=_TOWER,
+        text_config={"model_type": "qwen3", "head_dim": 8, **sizes(tok)},
+        image_token_id=tok.image_token_id,
+    )
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
+    processor = transformers.LightOnOcrProcessor(images, tok, patch_size=8, spatial_merge_size=2)
+    return transformers.LightOnOcrForConditionalGeneration(config), processor
+
+
 FAMILIES = [
     Family("llava (pixtral)", llava_pixtral, "[IMG]{text}"),
     Family("mistral3", mistral3, "[IMG]{text}", short=True, note="the breaks between rows count as neither"),
+    Family("lighton_ocr", lighton_ocr, "<|image_pad|>{text}"),
 ]
