@@ -31,8 +31,8 @@ from transformers import (
 
 HIDDEN = 32
 LAYERS = 3
-# A vision tower of 4 x 4 patches.
-_TOWER = {
+# A vision tower of 4 x 4 patches, as CLIP's and SigLIP's configurations name its sizes.
+TOWER = {
     "hidden_size": 24,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -46,11 +46,13 @@ _WORDS = (
 )
 
 
-class ImageQwenProcessor(Qwen2_5_VLProcessor):
-    """The real processor without its video part, which would need torchvision."""
+def without_video(kind: type) -> Any:
+    """A real processor class without its video part, which would need torchvision."""
 
-    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if name == "video_processor" else kind.check_argument_for_proper_class(self, name, argument)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
 
 
 def tokenizer(special: dict[str, str], extra: list[str]) -> PreTrainedTokenizerFast:
@@ -75,9 +77,9 @@ def llava(dropout: float = 0.0, seed: int = 0, layers: int = LAYERS, hidden: int
     """LLaVA: CLIP tower of 4 x 4 patches, MLP projector, Llama."""
     torch.manual_seed(seed)
     tok = tokenizer({"image_token": "<image>"}, [])
-    vision = CLIPVisionConfig(**_TOWER)
-    sizes = {**_sizes(tok), "num_hidden_layers": layers, "hidden_size": hidden}
-    text = LlamaConfig(**sizes, attention_dropout=dropout)
+    vision = CLIPVisionConfig(**TOWER)
+    decoder = {**sizes(tok), "num_hidden_layers": layers, "hidden_size": hidden}
+    text = LlamaConfig(**decoder, attention_dropout=dropout)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -98,7 +100,7 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
     tok = tokenizer(special, ["<|vision_start|>", "<|vision_end|>"])
     config = Qwen2_5_VLConfig(
         text_config={
-            **_sizes(tok),
+            **sizes(tok),
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
         },
         vision_config={
@@ -117,7 +119,7 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
         vision_end_token_id=tok.convert_tokens_to_ids("<|vision_end|>"),
     )
     images = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
-    return Qwen2_5_VLForConditionalGeneration(config), ImageQwenProcessor(images, tok)
+    return Qwen2_5_VLForConditionalGeneration(config), without_video(Qwen2_5_VLProcessor)(images, tok)
 
 
 def idefics3(seed: int = 0) -> tuple[Any, Any]:
@@ -131,8 +133,8 @@ def idefics3(seed: int = 0) -> tuple[Any, Any]:
     }
     tok = tokenizer(special, [])
     config = Idefics3Config(
-        text_config={"model_type": "llama", **_sizes(tok)},
-        vision_config=_TOWER,
+        text_config={"model_type": "llama", **sizes(tok)},
+        vision_config=TOWER,
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
@@ -145,8 +147,8 @@ def paligemma(seed: int = 0) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     tok = tokenizer({"image_token": "<image>"}, [])
     config = PaliGemmaConfig(
-        text_config={"model_type": "gemma", "head_dim": 8, **_sizes(tok)},
-        vision_config={"model_type": "siglip_vision_model", **_TOWER},
+        text_config={"model_type": "gemma", "head_dim": 8, **sizes(tok)},
+        vision_config={"model_type": "siglip_vision_model", **TOWER},
         image_token_index=tok.convert_tokens_to_ids("<image>"),
         projection_dim=HIDDEN,
     )
@@ -155,7 +157,8 @@ def paligemma(seed: int = 0) -> tuple[Any, Any]:
     return PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(images, tok)
 
 
-def _sizes(tok: PreTrainedTokenizerFast) -> dict[str, int]:
+def sizes(tok: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Sizes of a decoder for a tokenizer, as its configuration names them."""
     return {
         "vocab_size": len(tok),
         "hidden_size": HIDDEN,
