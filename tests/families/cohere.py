@@ -57,13 +57,21 @@ def cohere2_vision() -> tuple[Any, Any]:
     return Cohere2VisionForConditionalGeneration(config), Cohere2VisionProcessor(images, tok)
 
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+
 def cohere_compass() -> tuple[Any, Any]:
     """Compass: dynamic resolution, features added between layers."""
     torch.manual_seed(0)
     marks = ["<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>"]
     tok = tokenizer({}, marks)
     config = CohereCompassConfig(
-        text_config={**sizes(tok), "sliding_window": 16},
+        text_config={
+            **sizes(tok),
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"sliding_attention": _MROPE, "full_attention": None},
+        },
         vision_config={
             "depth": 2,
             "hidden_size": 32,

@@ -99,8 +99,8 @@ def perception_lm() -> tuple[Any, Any]:
         architecture="vit_pe_core_large_patch14_336",
         model_args={
             "embed_dim": 32,
-            "img_size": [32, 32],
-            "patch_size": 8,
+            "img_size": [48, 48],
+            "patch_size": 12,
             "depth": 2,
             "num_heads": 2,
             "global_pool": "",
@@ -115,17 +115,19 @@ def perception_lm() -> tuple[Any, Any]:
         projector_pooling_ratio=2,
         **ids(tok, image_token_id="<|image|>", video_token_id="<|video|>"),
     )
-    images = PerceptionLMImageProcessor(tile_size=32, max_num_tiles=4)
-    processor = without_video(PerceptionLMProcessor)(None, images, tok, patch_size=8, pooling_ratio=2)
+    images = PerceptionLMImageProcessor(tile_size=48, max_num_tiles=3)
+    processor = without_video(PerceptionLMProcessor)(None, images, tok, patch_size=12, pooling_ratio=2)
     return PerceptionLMForConditionalGeneration(config), processor
 
 
 def mllama() -> tuple[Any, Any]:
     """Llama 3.2 Vision: layers that attend to the image."""
     torch.manual_seed(0)
-    tok = tokenizer({}, ["<|image|>", "<|python_tag|>"])
+    tok = tokenizer({}, ["<|python_tag|>"])
+    text = sizes(tok)
+    tok.add_tokens(["<|image|>"], special_tokens=True)  # its id is the first one beyond the vocabulary
     config = MllamaConfig(
-        text_config={**sizes(tok), "cross_attention_layers": [1]},
+        text_config={**text, "cross_attention_layers": [1]},
         vision_config={
             "hidden_size": 24,
             "intermediate_size": 48,
@@ -210,7 +212,7 @@ def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
 FAMILIES = [
     Family("llama4", llama4, "<|image|>{text}", encode=_in_float32),
     Family("chameleon", chameleon, "<image>{text}", short=True),
-    Family("perception_lm", perception_lm, "<|image|>{text}"),
+    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True),
     Family("mllama", mllama, refused="cross-attention"),
     Family("muse_glimmer", muse_glimmer, "<|patch|>{text}"),
     Family("muse_spark", muse_spark, "<|patch|>{text}"),

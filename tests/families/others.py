@@ -199,5 +199,5 @@ FAMILIES = [
     Family("emu3", emu3, "<image>{text}", alone=True),
     Family("janus", janus, "<image_placeholder>{text}"),
     Family("inkling_mm_model", inkling, "<|content_image|><|unused_200054|>{text}"),
-    Family("inkling2", inkling2, "<|content_image|><|unused_200054|>{text}"),
+    Family("inkling2", inkling2, "<|unused_200054|>{text}"),
 ]
