@@ -41,7 +41,6 @@ def idefics() -> tuple[Any, Any]:
     config = IdeficsConfig(
         **{field: value for field, value in sizes(tok).items() if field != "num_key_value_heads"},
         vision_config={"embed_dim": 24, **{field: value for field, value in TOWER.items() if field != "hidden_size"}},
-        cross_layer_interval=2,
     )
     images = IdeficsImageProcessorPil(image_size=32)
     return IdeficsForVisionText2Text(config), IdeficsProcessor(images, tok, image_size=32)
