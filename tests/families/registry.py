@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-NO_ENTRIES = ("conftest", "registry", "reference", "torchvision_ops", "run")
+NO_ENTRIES = ("conftest", "parts", "registry", "reference", "torchvision_ops", "run")
 
 
 @dataclass(frozen=True)
