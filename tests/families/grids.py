@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+from tests.families import qwen
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, sizes, tokenizer
 
 _VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
@@ -31,15 +33,6 @@ _HUNYUAN = {
 }
 
 
-def _qwen_images() -> Any:
-    return transformers.Qwen2VLImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
-
-
-def _qwen_videos(kind: str, **options: Any) -> Any:
-    processor = getattr(transformers, f"{kind}VideoProcessor")
-    return processor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64 * 4}, **options)
-
-
 def ernie4_5_vl_moe() -> tuple[Any, Any]:
     """ERNIE 4.5 VL: other experts for image tokens than for text."""
     torch.manual_seed(0)
@@ -53,12 +46,9 @@ def ernie4_5_vl_moe() -> tuple[Any, Any]:
         vision_config=_VISION,
         **{f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in special.items()},
     )
-    images = transformers.Ernie4_5_VLMoeImageProcessorPil(
-        patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    )
-    videos = transformers.Ernie4_5_VLMoeVideoProcessor(
-        patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}, draw_on_frames=False
-    )
+    limits = {"patch_size": 8, "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+    images = transformers.Ernie4_5_VLMoeImageProcessorPil(**limits)
+    videos = transformers.Ernie4_5_VLMoeVideoProcessor(**limits, draw_on_frames=False)
     processor = transformers.Ernie4_5_VLMoeProcessor(images, tok, videos)
     return transformers.Ernie4_5_VLMoeForConditionalGeneration(config), processor
 
@@ -76,9 +66,7 @@ def exaone4_5() -> tuple[Any, Any]:
         vision_start_token_id=tok.convert_tokens_to_ids("<vision>"),
         vision_end_token_id=tok.convert_tokens_to_ids("</vision>"),
     )
-    processor = transformers.Exaone4_5_Processor(
-        _qwen_images(), tok, _qwen_videos("Qwen2VL"), chat_template=_TEMPLATE % _EXAONE
-    )
+    processor = transformers.Exaone4_5_Processor(qwen.images(), tok, qwen.videos(), chat_template=_TEMPLATE % _EXAONE)
     return transformers.Exaone4_5_ForConditionalGeneration(config), processor
 
 
@@ -87,10 +75,9 @@ def kimi_k25() -> tuple[Any, Any]:
     torch.manual_seed(0)
     places = ["<|media_begin|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>"]
     tok = tokenizer({}, [*places, "<|kimi_k25_video_placeholder|>"])
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.Kimi_K25Config(
         text_config={"model_type": "deepseek_v3", **sizes(tok), **_LATENT, **_EXPERTS, "n_group": 1, "topk_group": 1},
-        vision_config={**vision, "patch_size": 8, "pos_emb_height": 8, "pos_emb_width": 8},
+        vision_config={**_SMALL, "patch_size": 8, "pos_emb_height": 8, "pos_emb_width": 8},
         projection_hidden_size=32,
         image_token_id=tok.convert_tokens_to_ids("<|media_pad|>"),
         video_token_id=tok.convert_tokens_to_ids("<|kimi_k25_video_placeholder|>"),
@@ -111,7 +98,6 @@ def dots3_note() -> tuple[Any, Any]:
     """dots3: images, video and sound, sparse attention."""
     torch.manual_seed(0)
     tok = tokenizer({}, ["<|img|>", "<|endofimg|>", "<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>"])
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**sizes(tok), **_LATENT, **_EXPERTS, "head_dim": 8, "shared_experts_intermediate_size": 32}
     sliding = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, **_LATENT}
     config = transformers.Dots3NoteConfig(
@@ -125,25 +111,22 @@ def dots3_note() -> tuple[Any, Any]:
             **{f"swa_{name}": value for name, value in sliding.items()},
         },
         vision_config={
-            **small,
+            **_SMALL,
             "patch_size": 8,
             "moe_intermediate_size": 16,
             "pyramid_num_routed": [-1, 2],
             "adapter_in_dim": 32,
             "adapter_out_dim": HIDDEN,
         },
-        audio_config={**small, "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": HIDDEN},
+        audio_config={**_SMALL, "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": HIDDEN},
         image_token_id=tok.convert_tokens_to_ids("<|imgpad|>"),
         video_token_id=tok.convert_tokens_to_ids("<|video_pad|>"),
         audio_token_id=tok.convert_tokens_to_ids("<|audio_comp_pad|>"),
     )
-    images = transformers.Qwen2VLImageProcessorPil(
-        patch_size=8, temporal_patch_size=1, min_pixels=32 * 32, max_pixels=64 * 64
-    )
     processor = transformers.Dots3NoteProcessor(
-        images,
+        qwen.images(temporal_patch_size=1),
         tok,
-        _qwen_videos("Qwen3VL", temporal_patch_size=1),
+        qwen.videos("Qwen3VL", temporal_patch_size=1),
         transformers.Dots3NoteFeatureExtractor(),
         chat_template=_TEMPLATE % _DOTS,
     )
@@ -154,10 +137,9 @@ def hunyuan_vl() -> tuple[Any, Any]:
     """HunyuanOCR: newlines and two more tokens among the image's, positions on four axes."""
     torch.manual_seed(0)
     tok = tokenizer(_HUNYUAN, [])
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.HunYuanVLConfig(
         text_config={**sizes(tok), "head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}},
-        vision_config={**vision, "patch_size": 8, "out_hidden_size": HIDDEN, "max_image_size": 64},
+        vision_config={**_SMALL, "patch_size": 8, "out_hidden_size": HIDDEN, "max_image_size": 64},
         image_token_id=tok.image_token_id,
         im_start_id=tok.image_start_token_id,
         im_end_id=tok.image_end_token_id,
@@ -167,7 +149,12 @@ def hunyuan_vl() -> tuple[Any, Any]:
 
 
 FAMILIES = [
-    Family("ernie4_5_vl_moe", ernie4_5_vl_moe, "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{text}"),
+    Family(
+        "ernie4_5_vl_moe",
+        ernie4_5_vl_moe,
+        "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{text}",
+        note="experts for image tokens, the start and end tokens among them",
+    ),
     Family("exaone4_5", exaone4_5, _EXAONE + "{text}"),
     Family("kimi_k25", kimi_k25, _KIMI + "{text}", note="the word image of the markup is in the chat template only"),
     Family("dots3_note", dots3_note, _DOTS + "{text}", note="the markup is in the chat template only"),

@@ -79,7 +79,7 @@ def lighton_ocr() -> tuple[Any, Any]:
 
 
 FAMILIES = [
-    Family("llava (pixtral)", llava_pixtral, "[IMG]{text}"),
+    Family("llava (pixtral)", llava_pixtral, "[IMG]{text}", note="the breaks between rows count as neither"),
     Family("mistral3", mistral3, "[IMG]{text}", short=True, note="the breaks between rows count as neither"),
     Family("lighton_ocr", lighton_ocr, "<|image_pad|>{text}"),
 ]

@@ -45,14 +45,15 @@ def _model(kind: str, tok: Any, text: dict[str, Any], vision: dict[str, Any]) ->
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
-def _images() -> Any:
-    return transformers.Qwen2VLImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
+def images(**options: Any) -> Any:
+    """Qwen's image processor, for images of 16 to 64 patches."""
+    return transformers.Qwen2VLImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64, **options)
 
 
-def _videos(kind: str = "Qwen2VL") -> Any:
+def videos(kind: str = "Qwen2VL", **options: Any) -> Any:
     """A video processor, which needs torchvision."""
-    kind = getattr(transformers, f"{kind}VideoProcessor")
-    return kind(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64 * 4})
+    processor = getattr(transformers, f"{kind}VideoProcessor")
+    return processor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64 * 4}, **options)
 
 
 def qwen2_vl() -> tuple[Any, Any]:
@@ -60,7 +61,7 @@ def qwen2_vl() -> tuple[Any, Any]:
     tok = _tokenizer()
     vision = {**_VISION, "embed_dim": 32, "hidden_size": HIDDEN, "mlp_ratio": 2}
     model = _model("Qwen2VL", tok, {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}, vision)
-    return model, transformers.Qwen2VLProcessor(_images(), tok, _videos())
+    return model, transformers.Qwen2VLProcessor(images(), tok, videos())
 
 
 def qwen2_5_vl_sliding() -> tuple[Any, Any]:
@@ -68,7 +69,7 @@ def qwen2_5_vl_sliding() -> tuple[Any, Any]:
     tok = _tokenizer()
     text = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}, "use_sliding_window": True}
     model = _model("Qwen2_5_VL", tok, {**text, "sliding_window": 8, "max_window_layers": 2}, _WINDOWS)
-    return model, transformers.Qwen2_5_VLProcessor(_images(), tok, _videos())
+    return model, transformers.Qwen2_5_VLProcessor(images(), tok, videos())
 
 
 def qwen3_vl() -> tuple[Any, Any]:
@@ -76,7 +77,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     tok = _tokenizer()
     text = {"head_dim": 16, "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
     model = _model("Qwen3VL", tok, text, {**_LEARNED, "deepstack_visual_indexes": [0, 1]})
-    return model, without_video(transformers.Qwen3VLProcessor)(_images(), tok)
+    return model, without_video(transformers.Qwen3VLProcessor)(images(), tok)
 
 
 def qwen3_vl_moe() -> tuple[Any, Any]:
@@ -85,14 +86,14 @@ def qwen3_vl_moe() -> tuple[Any, Any]:
     rope = {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     text = {"head_dim": 16, "rope_parameters": rope, **_EXPERTS}
     model = _model("Qwen3VLMoe", tok, text, {**_LEARNED, "deepstack_visual_indexes": [0, 1]})
-    return model, transformers.Qwen3VLProcessor(_images(), tok, _videos("Qwen3VL"))
+    return model, transformers.Qwen3VLProcessor(images(), tok, videos("Qwen3VL"))
 
 
 def qwen3_5() -> tuple[Any, Any]:
     """Linear attention in two layers of three."""
     tok = _tokenizer()
     model = _model("Qwen3_5", tok, {**_LINEAR, "full_attention_interval": 3}, _LEARNED)
-    return model, without_video(transformers.Qwen3VLProcessor)(_images(), tok)
+    return model, without_video(transformers.Qwen3VLProcessor)(images(), tok)
 
 
 def qwen3_5_moe() -> tuple[Any, Any]:
@@ -100,7 +101,7 @@ def qwen3_5_moe() -> tuple[Any, Any]:
     tok = _tokenizer()
     text = {**_LINEAR, "full_attention_interval": 3, **_EXPERTS, "shared_expert_intermediate_size": 32}
     model = _model("Qwen3_5Moe", tok, text, _LEARNED)
-    return model, transformers.Qwen3VLProcessor(_images(), tok, _videos("Qwen3VL"))
+    return model, transformers.Qwen3VLProcessor(images(), tok, videos("Qwen3VL"))
 
 
 def _omni(kind: str, tok: Any, text: dict[str, Any], vision: dict[str, Any], audio: dict[str, Any]) -> tuple[Any, Any]:
@@ -118,7 +119,7 @@ def _omni(kind: str, tok: Any, text: dict[str, Any], vision: dict[str, Any], aud
         vision_end_token_id=tok.vision_eos_token_id,
     )
     sound = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
-    processor = getattr(transformers, f"{kind}Processor")(_images(), _videos(), sound, tok)
+    processor = getattr(transformers, f"{kind}Processor")(images(), videos(), sound, tok)
     return getattr(transformers, f"{kind}ThinkerForConditionalGeneration")(config), processor
 
 
@@ -150,7 +151,7 @@ def qwen4_exp() -> tuple[Any, Any]:
     index = {"n_heads": 4, "kv_heads": 1, "head_dim": 16, "budget": 16, "compress_ratio": 4}
     text |= {"hc_count": 4, "hc_lowrank": 8, **{f"indexer_{name}": value for name, value in index.items()}}
     model = _model("Qwen4Exp", tok, text, _LEARNED)
-    return model, transformers.Qwen3VLProcessor(_images(), tok, _videos("Qwen3VL"))
+    return model, transformers.Qwen3VLProcessor(images(), tok, videos("Qwen3VL"))
 
 
 FAMILIES = [
