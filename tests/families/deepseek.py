@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek's, and Unlimited-OCR, which is built on DeepSeek-OCR."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -24,10 +26,10 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, _sizes, tokenizer
+from tests.tiny_models import TOWER, sizes, tokenizer
 
 SQUARE = {"height": 32, "width": 32}
-SIGLIP = {"model_type": "siglip_vision_model", **_TOWER}
+SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
 SAM = {
     "hidden_size": 24,
     "output_channels": 8,
@@ -52,7 +54,7 @@ def deepseek_vl() -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<image_placeholder>"}, [])
     config = DeepseekVLConfig(
-        text_config={"model_type": "llama", **_sizes(tok)}, vision_config=SIGLIP, image_token_id=tok.image_token_id
+        text_config={"model_type": "llama", **sizes(tok)}, vision_config=SIGLIP, image_token_id=tok.image_token_id
     )
     images = DeepseekVLImageProcessorPil(size=SQUARE)
     return DeepseekVLForConditionalGeneration(config), DeepseekVLProcessor(images, tok, num_image_tokens=16)
@@ -63,7 +65,7 @@ def deepseek_vl_hybrid() -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<image_placeholder>"}, [])
     config = DeepseekVLHybridConfig(
-        text_config={"model_type": "llama", **_sizes(tok)},
+        text_config={"model_type": "llama", **sizes(tok)},
         vision_config=SIGLIP,
         high_res_vision_config={"model_type": "sam_vision_model", **SAM, "image_size": 64, "patch_size": 8},
         image_token_id=tok.image_token_id,
@@ -77,10 +79,10 @@ def deepseek_ocr2() -> tuple[Any, Any]:
     """DeepSeek-OCR 2: a language model as the vision encoder; local tiles, then the whole image, then a separator."""
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<image>"}, [])
-    encoder = {**_sizes(tok), "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    encoder = {**sizes(tok), "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     sam = {**SAM, "image_size": 192, "patch_size": 4, "downsample_channels": [16, 24]}
     config = DeepseekOcr2Config(
-        text_config={**_sizes(tok), **EXPERTS},
+        text_config={**sizes(tok), **EXPERTS},
         vision_config={"sam_config": sam, "encoder_config": encoder},
         image_token_id=tok.image_token_id,
     )
@@ -93,9 +95,9 @@ def unlimited_ocr() -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<image>"}, [])
     sam = {**SAM, "image_size": 64, "patch_size": 4, "downsample_channels": (16, 24)}
-    encoder = {**_TOWER, "image_size": 64, "patch_size": 16}
+    encoder = {**TOWER, "image_size": 64, "patch_size": 16}
     config = UnlimitedOcrConfig(
-        text_config={**_sizes(tok), **EXPERTS, "sliding_window": 8},
+        text_config={**sizes(tok), **EXPERTS, "sliding_window": 8},
         vision_config={"sam_config": sam, "encoder_config": encoder},
         image_token_id=tok.image_token_id,
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of documents and charts."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, _sizes, tokenizer
+from tests.tiny_models import TOWER, sizes, tokenizer
 
 SQUARE = {"height": 32, "width": 32}
 # A SAM-like tower of 8 x 8 patches, whose projector makes 2 x 2 of them.
@@ -48,7 +50,7 @@ CHART_TEMPLATE = f"""{{% for message in messages %}}<|im_start|>{{{{ message.rol
 def _got(kind: type) -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({}, ["<img>", "</img>", "<imgpad>", "<|im_start|>", "<|im_end|>"])
-    text = {"model_type": "qwen2", **_sizes(tok)}
+    text = {"model_type": "qwen2", **sizes(tok)}
     config = kind(text_config=text, vision_config=SAM, image_token_index=tok.convert_tokens_to_ids("<imgpad>"))
     return GotOcr2ForConditionalGeneration(config), tok
 
@@ -74,8 +76,8 @@ def qianfan_ocr() -> tuple[Any, Any]:
     special = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tok = tokenizer(special, [])
     config = QianfanOCRConfig(
-        text_config={"model_type": "qwen3", "head_dim": 8, **_sizes(tok)},
-        vision_config={**_TOWER, "drop_path_rate": 0.0},
+        text_config={"model_type": "qwen3", "head_dim": 8, **sizes(tok)},
+        vision_config={**TOWER, "drop_path_rate": 0.0},
         image_token_id=tok.context_image_token_id,
         image_seq_length=4,
     )
@@ -91,8 +93,8 @@ def paddleocr_vl() -> tuple[Any, Any]:
     video, start, end = tok.convert_tokens_to_ids(names)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
     config = PaddleOCRVLConfig(
-        text_config={**_sizes(tok), "head_dim": 8, "rope_parameters": rope},
-        vision_config={**_TOWER, "num_hidden_layers": 2},
+        text_config={**sizes(tok), "head_dim": 8, "rope_parameters": rope},
+        vision_config={**TOWER, "num_hidden_layers": 2},
         image_token_id=tok.image_token_id,
         video_token_id=video,
         vision_start_token_id=start,

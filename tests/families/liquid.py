@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Liquid AI's hybrids of convolutions and attention."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _sizes, tokenizer
+from tests.tiny_models import sizes, tokenizer
 
 PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
 
@@ -33,7 +35,7 @@ def lfm2_vl() -> tuple[Any, Any]:
         "image_thumbnail_token": "<|img_thumbnail|>",
     }
     tok = tokenizer(special, tiles)
-    text = {"model_type": "lfm2", **_sizes(tok), "layer_types": ["conv", "full_attention", "conv"]}
+    text = {"model_type": "lfm2", **sizes(tok), "layer_types": ["conv", "full_attention", "conv"]}
     vision = {
         "model_type": "siglip2_vision_model",
         "hidden_size": 24,
@@ -78,7 +80,7 @@ def lfm3_vl() -> tuple[Any, Any]:
         "layer_types": ["conv", "conv", "full_attention"],
     }
     config = Lfm3VlConfig(
-        text_config={"model_type": "lfm3", **_sizes(tok), "head_dim": 8, "sliding_window": 8, "layer_types": kinds},
+        text_config={"model_type": "lfm3", **sizes(tok), "head_dim": 8, "sliding_window": 8, "layer_types": kinds},
         vision_config=vision,
         projector_hidden_size=48,
         **{f"{name}_id": tok.convert_tokens_to_ids(token) for name, token in names.items()},

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of makers with one or two models each."""
 
+from __future__ import annotations
+
 import string
 from typing import Any
 
@@ -39,7 +41,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, HIDDEN, _sizes, tokenizer
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
 PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
 SQUARE = {"height": 32, "width": 32}
@@ -58,7 +60,7 @@ def fuyu() -> tuple[Any, Any]:
     raw = Tokenizer(models.Unigram(vocab, unk_id=0))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tok = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    text = {"model_type": "persimmon", **_sizes(tok)}
+    text = {"model_type": "persimmon", **sizes(tok)}
     image_id = tok.convert_tokens_to_ids("|SPEAKER|")
     config = FuyuConfig(text_config=text, image_size=64, patch_size=16, image_token_id=image_id)
     images = FuyuImageProcessor(size={"height": 64, "width": 64}, patch_size={"height": 16, "width": 16})
@@ -81,7 +83,7 @@ def hyperclovax_vision_v2() -> tuple[Any, Any]:
         "fullatt_block_indexes": [1],
     }
     config = HyperCLOVAXVisionV2Config(
-        text_config={"model_type": "hyperclovax", **_sizes(tok)},
+        text_config={"model_type": "hyperclovax", **sizes(tok)},
         vision_config=vision,
         image_token_id=tok.image_token_id,
         video_token_id=tok.video_token_id,
@@ -97,7 +99,7 @@ def minimax_m3_vl() -> tuple[Any, Any]:
     names = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
     tok = tokenizer({}, names)
     text = {
-        **_sizes(tok),
+        **sizes(tok),
         "head_dim": 8,
         "rotary_dim": 4,
         "dense_intermediate_size": 64,
@@ -111,7 +113,7 @@ def minimax_m3_vl() -> tuple[Any, Any]:
         "index_block_size": 4,
         "index_topk_blocks": 16,
     }
-    vision = {**_TOWER, "hidden_size": 32, "num_hidden_layers": 2, "image_size": 64}
+    vision = {**TOWER, "hidden_size": 32, "num_hidden_layers": 2, "image_size": 64}
     config = MiniMaxM3VLConfig(
         text_config=text,
         vision_config=vision,
@@ -134,7 +136,7 @@ def molmo2() -> tuple[Any, Any]:
     adapter = {**tower, "text_hidden_size": HIDDEN, "vision_feature_layer": [1, 0]}
     ids = {name: tok.convert_tokens_to_ids(f"<{token}>") for name, token in MOLMO_IDS.items()}
     config = Molmo2Config(
-        text_config={**_sizes(tok), "head_dim": 8, "additional_vocab_size": 8},
+        text_config={**sizes(tok), "head_dim": 8, "additional_vocab_size": 8},
         vision_config={**tower, "num_hidden_layers": 2, "image_size": [32, 32], "patch_size": 8},
         adapter_config=adapter,
         **ids,
@@ -159,7 +161,7 @@ def step3p7() -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({}, ["<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>"])
     text = {
-        **_sizes(tok),
+        **sizes(tok),
         "head_dim": 8,
         "sliding_window": 8,
         "num_sliding_attention_heads": 8,
@@ -190,8 +192,8 @@ def video_llama_3() -> tuple[Any, Any]:
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}, [])
     config = VideoLlama3Config(
-        text_config={"model_type": "qwen2", **_sizes(tok)},
-        vision_config={key: value for key, value in _TOWER.items() if key != "image_size"},
+        text_config={"model_type": "qwen2", **sizes(tok)},
+        vision_config={key: value for key, value in TOWER.items() if key != "image_size"},
         image_token_id=tok.image_token_id,
         video_token_id=tok.video_token_id,
     )

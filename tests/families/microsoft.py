@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Microsoft's: Kosmos, Phi-4-multimodal, and the captioners and document models that have no image in the sequence."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, HIDDEN, LAYERS, _sizes, tokenizer
+from tests.tiny_models import HIDDEN, LAYERS, TOWER, sizes, tokenizer
 
 
 def _clip() -> CLIPImageProcessorPil:
@@ -57,7 +59,7 @@ def kosmos_2() -> tuple[Any, Any]:
     tok = tokenizer({}, ["<unk>"])
     tok.unk_token = "<unk>"
     processor = Kosmos2Processor(_clip(), tok, num_patch_index_tokens=4)
-    config = Kosmos2Config(text_config=_kosmos_text(tok), vision_config=_TOWER)
+    config = Kosmos2Config(text_config=_kosmos_text(tok), vision_config=TOWER)
     return Kosmos2ForConditionalGeneration(config), processor
 
 
@@ -85,7 +87,7 @@ def phi4_multimodal() -> tuple[Any, Any]:
     """Phi-4-multimodal: the vision tower is inside the decoder; its processor assumes 32 x 32 patches a crop."""
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<|image|>", "audio_token": "<|audio|>"}, [])
-    vision = {**_TOWER, "patch_size": 14, "image_size": 448, "image_token_id": tok.image_token_id}
+    vision = {**TOWER, "patch_size": 14, "image_size": 448, "image_token_id": tok.image_token_id}
     audio = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -96,8 +98,8 @@ def phi4_multimodal() -> tuple[Any, Any]:
         "nemo_conv_channels": 16,
         "audio_token_id": tok.audio_token_id,
     }
-    sizes = {**_sizes(tok), "max_position_embeddings": 2048}
-    config = Phi4MultimodalConfig(vision_config=vision, audio_config=audio, **sizes)
+    text = {**sizes(tok), "max_position_embeddings": 2048}
+    config = Phi4MultimodalConfig(vision_config=vision, audio_config=audio, **text)
     processor = Phi4MultimodalProcessor(Phi4MultimodalImageProcessor(), Phi4MultimodalFeatureExtractor(), tok)
     return Phi4MultimodalForCausalLM(config), processor
 
@@ -106,15 +108,15 @@ def git() -> tuple[Any, Any]:
     """GIT: image states go before the text's, without ids."""
     torch.manual_seed(0)
     tok = tokenizer({}, [])
-    return GitForCausalLM(GitConfig(vision_config=_TOWER, **_sizes(tok))), GitProcessor(_clip(), tok)
+    return GitForCausalLM(GitConfig(vision_config=TOWER, **sizes(tok))), GitProcessor(_clip(), tok)
 
 
 def florence2() -> tuple[Any, Any]:
     """Florence-2: the image goes to the encoder."""
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<image>"}, [])
-    sizes = {"encoder_layers": 2, "decoder_layers": LAYERS, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    text = BartConfig(vocab_size=len(tok), d_model=HIDDEN, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes)
+    layers = {"encoder_layers": 2, "decoder_layers": LAYERS, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    text = BartConfig(vocab_size=len(tok), d_model=HIDDEN, encoder_ffn_dim=64, decoder_ffn_dim=64, **layers)
     widths = {"embed_dim": (8, 8, 8, 16), "num_heads": (1, 1, 1, 2), "num_groups": (1, 1, 1, 2)}
     vision = {"depths": (1, 1, 1, 1), **widths, "window_size": 1, "projection_dim": HIDDEN}
     config = Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=tok.image_token_id)
@@ -127,7 +129,7 @@ def udop() -> tuple[Any, Any]:
     """UDOP: a document's words with their boxes, in an encoder."""
     torch.manual_seed(0)
     tok = tokenizer({}, [])
-    sizes = {
+    widths = {
         "d_model": HIDDEN,
         "d_kv": 8,
         "d_ff": 64,
@@ -135,7 +137,7 @@ def udop() -> tuple[Any, Any]:
         "num_heads": 4,
         "decoder_start_token_id": 0,
     }
-    config = UdopConfig(vocab_size=len(tok), image_size=32, patch_size=8, **sizes)
+    config = UdopConfig(vocab_size=len(tok), image_size=32, patch_size=8, **widths)
     images = LayoutLMv3ImageProcessorPil(apply_ocr=False, size={"height": 32, "width": 32})
     return UdopForConditionalGeneration(config), UdopProcessor(images, tok)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiniCPM-V: slices, each between markers that the processor adds, and a Qwen3.5 decoder."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _sizes, tokenizer
+from tests.tiny_models import sizes, tokenizer
 
 NAMES = {
     "image_token": "<|image_pad|>",
@@ -41,7 +43,7 @@ def _make(config: type, model: type, processor: type, images: type, videos: type
     tok = tokenizer(NAMES, [])
     text = {
         "model_type": "qwen3_5_text",
-        **_sizes(tok),
+        **sizes(tok),
         "head_dim": 16,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_key_head_dim": 8,
@@ -59,9 +61,9 @@ def _make(config: type, model: type, processor: type, images: type, videos: type
         "patch_size": 8,
     }
     ids = {"image_token_id": tok.image_token_id, "video_token_id": tok.video_token_id}
-    sizes = {"scale_resolution": 32, "patch_size": 8, "max_slice_nums": 4}
+    slices = {"scale_resolution": 32, "patch_size": 8, "max_slice_nums": 4}
     whole = config(text_config=text, vision_config=vision, insert_layer_id=1, **ids, **more)
-    return model(whole), processor(images(**sizes), videos(**sizes), tok)
+    return model(whole), processor(images(**slices), videos(**slices), tok)
 
 
 def minicpmv4_6() -> tuple[Any, Any]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN, LAYERS, _sizes, tokenizer
+from tests.tiny_models import HIDDEN, LAYERS, sizes, tokenizer
 
 QWEN_MARKUP = "<|vision_start|><|image_pad|><|vision_end|>{text}"
 PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
@@ -55,13 +57,13 @@ def cosmos3_edge() -> tuple[Any, Any]:
         "num_patches": 16,
     }
     config = Cosmos3EdgeConfig(
-        text_config={**_sizes(tok), "head_dim": 8, "rope_parameters": rope},
+        text_config={**sizes(tok), "head_dim": 8, "rope_parameters": rope},
         vision_config=vision,
         projector_hidden_size=48,
         **ids,
     )
-    sizes = {"patch_size": 8, "size": PIXELS}
-    processor = Cosmos3EdgeProcessor(Cosmos3EdgeImageProcessorPil(**sizes), tok, Cosmos3EdgeVideoProcessor(**sizes))
+    grid = {"patch_size": 8, "size": PIXELS}
+    processor = Cosmos3EdgeProcessor(Cosmos3EdgeImageProcessorPil(**grid), tok, Cosmos3EdgeVideoProcessor(**grid))
     return Cosmos3EdgeForConditionalGeneration(config), processor
 
 
@@ -84,7 +86,7 @@ def cosmos3_omni() -> tuple[Any, Any]:
         "deepstack_visual_indexes": list(range(LAYERS - 1)),
     }
     config = Cosmos3OmniConfig(
-        text_config={**_sizes(tok), "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **ids
+        text_config={**sizes(tok), "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **ids
     )
     images = Qwen2VLImageProcessorPil(patch_size=8, size=PIXELS)
     processor = Qwen3VLProcessor(images, tok, Qwen3VLVideoProcessor(patch_size=8, size=PIXELS))
@@ -97,7 +99,7 @@ def nemotron_h_omni() -> tuple[Any, Any]:
     special = {"image_token": "<image>", "image_start_token": "<img>", "image_end_token": "</img>"}
     tok = tokenizer(special, ["<so_embedding>", "<so_start>", "<so_end>"])
     text = {
-        **_sizes(tok),
+        **sizes(tok),
         "model_type": "nemotron_h",
         "layers_block_type": ["linear_attention", "full_attention", "mlp"],
         "head_dim": 8,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the same mapping that have no image features among the tokens of a decoder, of makers without a file."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, HIDDEN, LAYERS, _sizes, tokenizer
+from tests.tiny_models import HIDDEN, LAYERS, TOWER, sizes, tokenizer
 
 SQUARE = {"height": 32, "width": 32}
 
@@ -41,7 +43,7 @@ def evolla() -> tuple[Any, Any]:
     protein = {"vocab_size": 33, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     resampler = {"resampler_depth": 1, "resampler_dim_head": 8, "resampler_heads": 2, "resampler_num_latents": 4}
     config = EvollaConfig(
-        **_sizes(tok),
+        **sizes(tok),
         protein_encoder_config={**protein, "intermediate_size": 48},
         aligner_num_add_layers=1,
         **resampler,
@@ -56,12 +58,12 @@ def pi0() -> tuple[Any, Any]:
     images = PI0ImageProcessor(size={"max_height": 32, "max_width": 32}, pad_size=SQUARE)
     images.image_seq_length = 16
     processor = PI0Processor(images, tok, chunk_size=4)
-    text = {"model_type": "gemma", **_sizes(tok), "head_dim": 8}
+    text = {"model_type": "gemma", **sizes(tok), "head_dim": 8}
     config = PI0Config(
         vlm_config={
             "model_type": "paligemma",
             "text_config": text,
-            "vision_config": {"model_type": "siglip_vision_model", **_TOWER},
+            "vision_config": {"model_type": "siglip_vision_model", **TOWER},
             "projection_dim": HIDDEN,
             "image_token_id": processor.image_token_id,
         },
@@ -75,11 +77,11 @@ def pix2struct() -> tuple[Any, Any]:
     """Pix2Struct: the text is drawn into the image."""
     torch.manual_seed(0)
     tok = tokenizer({}, [])
-    sizes = {"hidden_size": HIDDEN, "d_kv": 8, "d_ff": 64}
+    widths = {"hidden_size": HIDDEN, "d_kv": 8, "d_ff": 64}
     config = Pix2StructConfig(
-        text_config={"vocab_size": len(tok), **sizes, "num_layers": LAYERS, "num_heads": 4},
+        text_config={"vocab_size": len(tok), **widths, "num_layers": LAYERS, "num_heads": 4},
         vision_config={
-            **sizes,
+            **widths,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "patch_embed_hidden_size": 8 * 8 * 3,
@@ -122,7 +124,7 @@ def vision_encoder_decoder() -> tuple[Any, Any]:
     decoder = TrOCRConfig(
         vocab_size=len(tok), d_model=HIDDEN, decoder_layers=LAYERS, decoder_attention_heads=4, decoder_ffn_dim=64
     )
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**_TOWER), decoder)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**TOWER), decoder)
     return VisionEncoderDecoderModel(config), TrOCRProcessor(ViTImageProcessorPil(size=SQUARE), tok)
 
 

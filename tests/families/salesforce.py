@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BLIP and its descendants, whose processors place the image themselves."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from tests.families.registry import Family
-from tests.tiny_models import _TOWER, HIDDEN, LAYERS, _sizes, tokenizer
+from tests.tiny_models import HIDDEN, LAYERS, TOWER, sizes, tokenizer
 
 QUERIES = 4
 QFORMER = {
@@ -35,7 +37,7 @@ QFORMER = {
     "intermediate_size": 48,
     "initializer_range": 0.2,
 }
-VISION = {**_TOWER, "initializer_range": 0.2}
+VISION = {**TOWER, "initializer_range": 0.2}
 
 
 def _images() -> BlipImageProcessorPil:
@@ -52,8 +54,8 @@ def _parts(token: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _t5(tok: Any) -> dict[str, Any]:
-    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": 4}
-    return dict(T5Config(vocab_size=len(tok), decoder_start_token_id=0, **sizes).to_dict())
+    text = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": 4}
+    return dict(T5Config(vocab_size=len(tok), decoder_start_token_id=0, **text).to_dict())
 
 
 def _warm(model: Any) -> Any:
@@ -65,7 +67,7 @@ def _warm(model: Any) -> Any:
 def blip_2() -> tuple[Any, Any]:
     """BLIP-2 with an OPT decoder, which has learned positions."""
     tok, parts = _parts("image")
-    text = {**_sizes(tok), "ffn_dim": 64, "word_embed_proj_dim": HIDDEN}
+    text = {**sizes(tok), "ffn_dim": 64, "word_embed_proj_dim": HIDDEN}
     config = Blip2Config(text_config=OPTConfig(**text).to_dict(), **parts)
     return _warm(Blip2ForConditionalGeneration(config)), Blip2Processor(_images(), tok, num_query_tokens=QUERIES)
 
@@ -89,15 +91,15 @@ def blip() -> tuple[Any, Any]:
     """BLIP: a captioner whose text decoder attends to the image."""
     torch.manual_seed(0)
     tok = tokenizer({}, [])
-    text = {**_sizes(tok), "encoder_hidden_size": 24}
-    config = BlipConfig(text_config=text, vision_config=_TOWER)
+    text = {**sizes(tok), "encoder_hidden_size": 24}
+    config = BlipConfig(text_config=text, vision_config=TOWER)
     return BlipForConditionalGeneration(config), BlipProcessor(_images(), tok)
 
 
 def instructblip() -> tuple[Any, Any]:
     """InstructBLIP with a Llama decoder; its Q-Former reads the text too."""
     tok, parts = _parts("image")
-    config = InstructBlipConfig(text_config=LlamaConfig(**_sizes(tok)).to_dict(), **parts)
+    config = InstructBlipConfig(text_config=LlamaConfig(**sizes(tok)).to_dict(), **parts)
     tok.padding_side = "left"  # as Llama's
     processor = InstructBlipProcessor(_images(), tok, tokenizer({}, []), num_query_tokens=QUERIES)
     return _warm(InstructBlipForConditionalGeneration(config)), processor
@@ -106,7 +108,7 @@ def instructblip() -> tuple[Any, Any]:
 def instructblipvideo() -> tuple[Any, Any]:
     """InstructBLIP over four frames."""
     tok, parts = _parts("video")
-    config = InstructBlipVideoConfig(text_config=LlamaConfig(**_sizes(tok)).to_dict(), **parts)
+    config = InstructBlipVideoConfig(text_config=LlamaConfig(**sizes(tok)).to_dict(), **parts)
     videos = InstructBlipVideoVideoProcessor(size={"height": 32, "width": 32})
     processor = InstructBlipVideoProcessor(videos, tok, tokenizer({}, []), num_query_tokens=QUERIES)
     return _warm(InstructBlipVideoForConditionalGeneration(config)), processor
