@@ -144,7 +144,7 @@ def udop() -> tuple[Any, Any]:
 
 FAMILIES = [
     Family("florence2", florence2, refused="encoder-decoder"),
-    Family("git", git, refused="no tokens of the sequence"),
+    Family("git", git, refused="no vision tokens"),
     Family("kosmos-2", kosmos_2, "{text}", vision_at=_kosmos_vision, note="the processor places the image"),
     Family("kosmos-2.5", kosmos_2_5, "{text}", vision_at=_kosmos_vision, note="the processor places the image"),
     Family(
