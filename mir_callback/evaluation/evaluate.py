@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 
 from mir_callback import distributed
 from mir_callback.config import MIRConfig, with_options
-from mir_callback.errors import ConfigError
+from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.evaluation.batch_check import find_encoding_fault, find_forward_fault, unlike_pair
 from mir_callback.evaluation.forward import OutOfMemory, forward_probe
 from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
@@ -213,9 +215,14 @@ class Evaluator:
         self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
-            encoded = encode_probe(
-                probe, adapter, share=self._share, batch_size=config.batch_size, other_images=config.vision_gain
-            )
+            encode = partial(encode_probe, probe, adapter, share=self._share, other_images=config.vision_gain)
+            fault = None
+            try:
+                encoded = encode(batch_size=config.batch_size)
+            except ProbeError as error:
+                if config.batch_size == 1:
+                    raise
+                encoded, fault = encode(batch_size=1), str(error)
             if config.num_losses and any(batch.text_ids is None for batch in encoded.batches):
                 option = "vision_gain" if config.vision_gain else "probe_loss"
                 raise ConfigError(
@@ -230,13 +237,17 @@ class Evaluator:
         options = {name: getattr(config, name) for name in _ALIKE_ON_RANKS}
         self._prompt: str | None = getattr(adapter, "prompt", None)
         distributed.require_same(probe_fingerprint=encoded.fingerprint, prompt=self._prompt, **options)
-        everyone = distributed.gather_objects((encoded.digests, encoded.pixel_digests, find_machine()))
-        tokens, pixels, machines = zip(*everyone, strict=True)
+        everyone = distributed.gather_objects(
+            (encoded.digests, encoded.pixel_digests, find_machine(), encoded.shard.sizes)
+        )
+        tokens, pixels, machines, sizes = zip(*everyone, strict=True)
         self._encoded = replace(encoded, digests=sum(tokens, ()), pixel_digests=sum(pixels, ()))  # of all ranks
         self._ranks_here = machines.count(find_machine())
         self._num_layers = len(decoder.layers)
         self._expected = expected
         self._probe, self._adapter, self._config = probe, adapter, config
+        self._unlike: Probe | None = None  # two samples to compare in a batch and alone, before the first evaluation
+        self._find_encoding_fault(fault, sum(sizes, []))
 
     @property
     def batches(self) -> Sequence[ProbeBatch]:
@@ -267,6 +278,7 @@ class Evaluator:
         losses: tuple[Tensor, ...] = ()
         samples: SampleRows | None = None
         hidden = not (progress and distributed.is_main())
+        self._check_batches(model, optimizer, peak)
         with _Bar(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
             while len(results) < self._num_layers:
                 batches = self.batches, self._encoded.other_images.batches if self._encoded.other_images else ()
@@ -323,6 +335,43 @@ class Evaluator:
             **find_losses(text_losses),
         )
 
+    def _find_encoding_fault(self, fault: str | None, sizes: list[tuple[int, int, int]]) -> None:
+        """Encode one sample at a time if the adapter can't encode them in batches; ``fault`` is this rank's."""
+        shard = self._encoded.shard
+        if self._config.batch_size > 1 and len(shard.samples) > 1:
+            self._unlike = unlike_pair(self._probe, sizes)
+        with distributed.fail_together():
+            if fault is None and self._unlike is not None:
+                fault = find_encoding_fault(self._unlike, self._adapter)
+        found = next(filter(None, distributed.gather_objects(fault)), None)
+        if found is not None:
+            self._unlike = None
+            self._encode_one_by_one(found)
+
+    def _check_batches(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
+        """Once: forward one sample at a time from now on if a batch gives samples what they don't get alone."""
+        if self._unlike is None:
+            return
+        pair, self._unlike = self._unlike, None
+        config = replace(self._config, probe_loss=False, vision_gain=False)
+        with _Bar(total=0, disable=True) as bar:
+            known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
+            fault = find_forward_fault(model, pair, *known)
+        if fault is not None:
+            self._encode_one_by_one(fault)
+
+    def _encode_one_by_one(self, fault: str) -> None:
+        if self._encoded.shard.batch_size > 1:
+            self._encode_anew(1)
+        log.info("NOTE: one sample of the probe per forward, as samples in a batch change one another: %s", fault)
+
+    def _encode_anew(self, batch_size: int) -> None:
+        enter_phase(f"encoding the probe in batches of {batch_size}")
+        with distributed.fail_together():
+            known = (self._probe, self._adapter, self._encoded.shard.samples, batch_size)
+            shard, others = encode_shards(*known, other_images=self._config.vision_gain)
+        self._encoded = replace(self._encoded, shard=shard, other_images=others)
+
     def _halve_batches(self, shortage: OutOfMemory, device: torch.device) -> None:
         """Halve the batch size on all ranks, or raise if it is 1."""
         shard = self._encoded.shard
@@ -333,10 +382,7 @@ class Evaluator:
             if shortage.error is not None:
                 free_memory(shortage.error, device)
                 gc.collect()
-            enter_phase(f"encoding the probe in batches of {before // 2}")
-            known = (self._probe, self._adapter, shard.samples, before // 2)
-            shard, others = encode_shards(*known, other_images=self._config.vision_gain)
-        self._encoded = replace(self._encoded, shard=shard, other_images=others)
+        self._encode_anew(before // 2)
         if distributed.is_main():
             messages = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(shortage.messages) if each)
             log.warning(

@@ -45,6 +45,7 @@ class _Forward:
     first_input: Tensor | None = None
     last_output: Tensor | None = None
     after_norm: Tensor | None = None
+    misshapen: tuple[int, tuple[int, ...]] | None = None  # the first layer with other positions, and its output's shape
 
 
 class HiddenStateCapture:
@@ -85,8 +86,10 @@ class HiddenStateCapture:
                 self._hooks.close()
                 raise _no_loss(f"{type(model).__name__} has no output embeddings")
             self._hooks.callback(head.register_forward_pre_hook(self._head_hook).remove)
-        elif head is not None and _logits_argument(model) is None:
+        elif head is not None:
+            # Not by `logits_to_keep`, with which a decoder may leave out positions of its last layers too.
             self._hooks.callback(head.register_forward_pre_hook(_last_position).remove)
+        self._few_logits = head is None
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -122,7 +125,7 @@ class HiddenStateCapture:
         """
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
         self._forward = seen
-        outputs = model(**inputs, **_lean_outputs(self._decoder.model, all_logits=self._text_loss is not None))
+        outputs = model(**inputs, **_lean_outputs(self._decoder.model, few_logits=self._few_logits))
         distributed.finish(outputs)
         self._check_calls(seen)
         final = seen.last_output if seen.after_norm is None else seen.after_norm
@@ -143,11 +146,12 @@ class HiddenStateCapture:
                 return
             seen.calls.append(index)
             state = distributed.whole(output[0] if isinstance(output, tuple) else output)
-            if index == self._last:
+            if seen.masks is None or state.shape[:-1] != seen.masks.vision.shape:
+                seen.misshapen = seen.misshapen or (index, tuple(state.shape))  # refused after the forward
+            elif index == self._last:
                 seen.last_output = state
-            elif self._keep_rows and seen.masks is not None and state.shape[:-1] == seen.masks.vision.shape:
-                # At once, because some families add features in place after the layer has returned. A different shape
-                # is refused after the forward, with a reason.
+            elif self._keep_rows:
+                # At once, because some families add features in place after the layer has returned.
                 self._keep_rows(index, state.flatten(0, 1), seen.positions)
 
         return hook
@@ -196,11 +200,14 @@ class HiddenStateCapture:
             )
         assert seen.vision is not None  # the first layer ran
         shape = (*seen.vision.shape, self._decoder.hidden_size)
-        got = None if seen.first_input is None else tuple(seen.first_input.shape)
+        got = () if seen.first_input is None else tuple(seen.first_input.shape)
         if got != shape:
+            raise UnsupportedModelError(f"{name} is not supported: {_explain_shape(got, shape)}")
+        if seen.misshapen is not None:
+            layer, found = seen.misshapen
             raise UnsupportedModelError(
-                f"{name}: the first decoder layer got hidden states of shape {got}, but input_ids imply {shape}. A "
-                "model that inserts image features into its sequence itself needs an adapter."
+                f"{name} is not supported: its decoder layer {layer + 1} returned hidden states of shape {found}, and "
+                f"input_ids imply {shape}."
             )
         if self._verified:
             return
@@ -280,6 +287,17 @@ class TextLoss:
         self.samples.append(torch.stack([sums, self._counts.double()], dim=1)[keep].cpu())
 
 
+def _explain_shape(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Why a first decoder layer got hidden states of another shape than (B, S, d)."""
+    *positions, hidden = expected
+    found = f"its first decoder layer got hidden states of shape {got}, where input_ids imply {expected}"
+    if len(got) > 3 or (list(got[:-1]) == positions and got[-1] != hidden):
+        return f"it has several residual streams between its layers ({found}), and MIR is defined for one."
+    return (
+        f"{found}. An encoder-decoder has two sequences; a model that inserts image features itself needs an adapter."
+    )
+
+
 def _no_loss(why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"probe_loss and vision_gain can't be measured here: {why}. Set probe_loss=False and vision_gain=False."
@@ -290,11 +308,11 @@ def _nothing() -> None:
     """Default of a method that a model may lack."""
 
 
-def _lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
-    """Keyword arguments that save memory in the forward: no cache, and logits of one position unless all are needed."""
+def _lean_outputs(model: nn.Module, *, few_logits: bool) -> dict[str, Any]:
+    """Keyword arguments that save memory in the forward: no cache, and on request logits of one position."""
     lean: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
     logits = _logits_argument(model)
-    if logits is not None and not all_logits:
+    if logits is not None and few_logits:
         lean[logits] = 1
     return lean
 
@@ -313,5 +331,5 @@ def _accepts(model: nn.Module, name: str) -> bool:
 
 
 def _last_position(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For models without such an argument: logits of one position, as all would be B x S x vocabulary floats."""
+    """Logits of one position, as all would be B x S x vocabulary floats."""
     return (args[0][:, -1:], *args[1:])

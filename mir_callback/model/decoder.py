@@ -80,6 +80,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     config = text_config(top)
     wanted = getattr(config, "num_hidden_layers", None)
     root = _decoder_root(top)
+    if wanted is None:
+        raise UnsupportedModelError(
+            f"{type(top).__name__} has no decoder layers that its config tells of (num_hidden_layers of its language "
+            "model). MIR needs a decoder-only language model."
+        )
     found = [
         (name, module)
         for name, module in root.named_modules()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from mir_callback.model.decoder import find_decoder
 
 _CROSS = ("cross_attn", "crossattn", "cross_attention", "crossattention")
 _VISION = ("vision", "visual", "qformer", "perceiver", "resampler")
+_NEED = "MIR compares vision tokens with text tokens of one sequence, the decoder's."
 _ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 
 
@@ -28,43 +28,41 @@ class ModalityMasks:
 def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     """Sorted ids of the image placeholders in ``input_ids``, from the model's configuration and its sub-configurations.
 
-    Empty for a model with a vision tower whose configuration names none, as kosmos-2's. Raises UnsupportedModelError
-    for a model without either. Ranks: pure.
+    Empty for a model with a vision tower whose configuration names none, as kosmos-2's.
+
+    Raises:
+        UnsupportedModelError: images are no tokens of the decoder's sequence: a text-only model, an encoder-decoder,
+            cross-attention.
+
+    Ranks: pure.
     """
-    config: Any = getattr(model, "config", None)
+    kind, config = type(model).__name__, getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    if any(getattr(part, "is_encoder_decoder", False) for part in configs):
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder: images are in the encoder's sequence, text in the decoder's. {_NEED}"
+        )
     ids = {getattr(part, field, None) for part in configs for field in _ID_FIELDS}
     found = tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
     if not found and getattr(config, "vision_config", None) is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no vision tokens: its config has none of {', '.join(_ID_FIELDS)}. MIR "
-            "compares vision tokens with text tokens, so it needs a vision-language model whose image features are "
-            "part of the language model's input sequence."
+            f"{kind} has no vision tokens: its config has no vision_config and none of {', '.join(_ID_FIELDS)}. {_NEED}"
         )
+    crossing = _find_cross_attention(model)
+    if crossing is not None:
+        raise UnsupportedModelError(f"{kind} mixes images in by cross-attention ({crossing}). {_NEED}")
     return found
 
 
-def require_one_sequence(model: nn.Module) -> None:
-    """Refuse a model of transformers whose images never become positions of its decoder's sequence.
-
-    Raises UnsupportedModelError for encoder-decoders and cross-attention. Ranks: pure.
-    """
-    config: Any = getattr(model, "config", None)
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
-    kind = type(model).__name__
-    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
-        raise UnsupportedModelError(
-            f"{kind} is an encoder-decoder: its images are in the encoder's sequence, its text in the decoder's. MIR "
-            "compares vision and text tokens of one sequence, so it needs a decoder-only language model."
-        )
-    decoder = find_decoder(model)
-    owner = model.get_submodule(decoder.path.rpartition(".")[0])
-    for name, _ in owner.named_modules():
-        if any(word in name.lower() for word in _CROSS) and not any(word in name.lower() for word in _VISION):
-            raise UnsupportedModelError(
-                f"{kind} mixes images in by cross-attention ({decoder.path.rpartition('.')[0]}.{name}), so they are no "
-                "tokens of its sequence. MIR compares vision and text tokens of one sequence."
-            )
+def _find_cross_attention(model: nn.Module) -> str | None:
+    """The name of a module of the decoder that attends to another sequence; None without."""
+    owner = find_decoder(model).path.rpartition(".")[0]
+    name: str
+    for name, _ in model.get_submodule(owner).named_modules(prefix=owner):
+        words = name.lower()
+        if any(word in words for word in _CROSS) and not any(word in words for word in _VISION):
+            return name
+    return None
 
 
 def modality_masks(input_ids: Tensor, attention_mask: Tensor, vision_ids: tuple[int, ...]) -> ModalityMasks:

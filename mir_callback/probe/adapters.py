@@ -20,7 +20,7 @@ from torch import nn
 
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.model.modality import require_one_sequence, vision_token_ids
+from mir_callback.model.modality import vision_token_ids
 from mir_callback.model.parallelism import refuse_unmeasurable
 from mir_callback.probe.encoding import AdaptedBatch, Adapter, LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.huggingface import HuggingFaceAdapter, require_processor
@@ -135,7 +135,6 @@ def find_adapter(
             "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
     vision_token_ids(unwrap(model))  # first: a text-only model has no processor that could be missing
-    require_one_sequence(unwrap(model))
     processor = search_processor(model, keeper) if processor is None else processor
     return HuggingFaceAdapter(model, processor, prompt=prompt)
 

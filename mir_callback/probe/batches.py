@@ -63,6 +63,17 @@ class RankShard:
         return [index for index, keep in self.samples if keep]
 
     @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Of each kept sample its place in the probe, its vision tokens (0 if only a forward shows them) and tokens."""
+        vision = [
+            int(count)
+            for batch in self.batches
+            for count in (torch.zeros(len(batch.keep)) if batch.masks is None else batch.masks.vision.sum(dim=1))
+        ]
+        known = zip(self.samples, vision, map(len, self.token_ids), strict=True)
+        return [(index, count, tokens) for (index, keep), count, tokens in known if keep]
+
+    @property
     def row_counts(self) -> tuple[int, int] | None:
         """Vision and text tokens of the kept samples, or None if only a forward shows them."""
         masks = [(batch.masks, batch.keep) for batch in self.batches]

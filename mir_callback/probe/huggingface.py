@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.model.decoder import text_config, unwrap
-from mir_callback.model.modality import ModalityMasks, masks_of, require_one_sequence, vision_token_ids
+from mir_callback.model.modality import ModalityMasks, masks_of, vision_token_ids
 from mir_callback.probe.encoding import AdaptedBatch, LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.markup import find_markup, vision_of
 from mir_callback.probe.probe import Sample
@@ -66,7 +66,6 @@ class HuggingFaceAdapter:
         self._sees_ahead = getattr(top.config, "model_type", None) in _SEE_AHEAD
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
         self._vision_ids = vision_token_ids(top)  # first: a text-only model has no processor that could be missing
-        require_one_sequence(top)
         self._processor = processor
         self._tokenizer = require_processor(processor)
         self._image = find_markup(processor, self._tokenizer, top.config, self._vision_ids)

@@ -25,6 +25,9 @@ _PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token")  # attri
 _BORDERS = (
     ("vision_start_token", "vision_end_token"),
     ("image_start_token", "image_end_token"),
+    ("image_bos_token", "image_eos_token"),
+    ("start_image_token", "end_image_token"),
+    ("img_start_token", "img_end_token"),
     ("boi_token", "eoi_token"),
 )
 _BLANK = Image.new("RGB", (64, 48), (127, 127, 127))
@@ -74,20 +77,23 @@ def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[i
     """
     trial = _Trial(processor, vision_ids)
     itself = trial.run("")
-    tokens = dict.fromkeys(str(each) for name in _PLACEHOLDERS if (each := getattr(processor, name, None)))
+    tokens = _placeholders(processor, tokenizer, vision_ids)
     for token in tokens:
-        found = trial.run(token)
-        # One that places the image anyhow would have it twice, or a placeholder too many.
-        if found is not None and (itself is None or found.count == itself.count):
-            return ImageMarkup(_bordered(token, found, trial, tokenizer, config), token, found.nested, found.options)
+        bare = trial.run(token)
+        # One that places images itself takes a placeholder for words, or for another image.
+        if bare is not None and itself is not None and bare.ids != itself.ids:
+            continue
+        written = _bordered(token, bare, trial, tokenizer, config)
+        if written is not None:
+            return written
     if itself is not None:
         return ImageMarkup("", "", itself.nested, itself.options)
     name = type(processor).__name__
     if trial.saw_none and not vision_ids:
         raise UnsupportedModelError(
-            f"The model's configuration names no ids of image tokens, and {name} does not say where images are: they "
-            "are no tokens of the sequence that the model gets. MIR compares vision and text tokens of one sequence. "
-            "If they are in it all the same, write an adapter and pass adapter=..."
+            f"The model has no vision tokens: its configuration names no ids of them, and {name} does not say where "
+            "images are in its sequence. MIR compares vision tokens with text tokens of one sequence. If they are "
+            "in it all the same, write an adapter and pass adapter=..."
         )
     if trial.saw_none:
         ids = ", ".join(map(str, vision_ids))
@@ -115,7 +121,7 @@ class _Trial:
     """Runs the processor on a blank image and a word."""
 
     def __init__(self, processor: Any, vision_ids: tuple[int, ...]) -> None:
-        self._processor, self._vision_ids = processor, vision_ids
+        self.processor, self._vision_ids = processor, vision_ids
         self.errors: dict[str, str] = {}
         self.saw_none = False
 
@@ -130,7 +136,9 @@ class _Trial:
                     encoded = call(options)
                 else:
                     options = {}
-                ids = encoded["input_ids"][0]
+                ids, *others = encoded["input_ids"]
+                if others:
+                    raise ValueError(f"it makes {1 + len(others)} texts of one")
                 count = int(vision_of(encoded, self._vision_ids)[0].sum())
             except Exception as error:  # of anybody's processor: any kind
                 self.errors.setdefault(written, f"{type(error).__name__}: {error}"[:300])
@@ -142,10 +150,10 @@ class _Trial:
 
     def _caller(self, text: str, nested: bool) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
         images = [[_BLANK]] if nested else [_BLANK]
-        return lambda options: self._processor(images=images, text=[text], return_tensors="pt", **options)
+        return lambda options: self.processor(images=images, text=[text], return_tensors="pt", **options)
 
     def _on_request(self, encoded: Mapping[str, Any]) -> Iterator[str]:
-        for name in getattr(self._processor, "model_input_names", None) or ():
+        for name in getattr(self.processor, "model_input_names", None) or ():
             if name.endswith("token_type_ids") and name not in encoded:
                 yield f"return_{name}"
 
@@ -154,32 +162,39 @@ def vision_of(encoded: Mapping[str, Any], vision_ids: tuple[int, ...]) -> Tensor
     """Which positions (B, S) of a processor's output are an image's. Ranks: pure."""
     ids: Tensor = encoded["input_ids"]
     if POSITION_MASK in encoded:
-        return torch.as_tensor(encoded[POSITION_MASK]) != 0
+        return torch.as_tensor(encoded[POSITION_MASK]) == 1  # -1: the tokens around an image
     return torch.isin(ids, torch.tensor(vision_ids, dtype=ids.dtype))
 
 
-def _bordered(token: str, found: _Outcome, trial: _Trial, tokenizer: Any, config: Any) -> str:
-    """The placeholder with the family's start and end tokens, unless its processor adds them itself."""
-    for start, end in _borders(trial._processor, tokenizer, config):
-        known = tokenizer.convert_tokens_to_ids([start, end])
-        if set(known) & set(found.ids):
-            return token
-        outcome = trial.run(f"{start}{token}{end}")
-        if outcome is not None and outcome.count == found.count and set(known) <= set(outcome.ids):
-            return f"{start}{token}{end}"
-    written = _from_chat_template(trial._processor, tokenizer, token)
-    outcome = trial.run(written) if written is not None else None
-    return token if written is None or outcome is None or outcome.count != found.count else written
+def _placeholders(processor: Any, tokenizer: Any, vision_ids: tuple[int, ...]) -> list[str]:
+    """Tokens that may stand for an image, best first: those that the processor names, then the model's own."""
+    named = [str(each) for name in _PLACEHOLDERS if (each := getattr(processor, name, None))]
+    own = [each for each in tokenizer.convert_ids_to_tokens(list(vision_ids)) if isinstance(each, str)]
+    return list(dict.fromkeys([*named, *own]))
+
+
+def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, config: Any) -> ImageMarkup | None:
+    """The placeholder with what the family has around it, unless its processor adds that itself; None if none works."""
+    from_template = _from_chat_template(trial.processor, tokenizer, token)
+    around = list(_borders(trial.processor, tokenizer, config))
+    candidates = [from_template] if from_template is not None else []
+    candidates += [f"{start}{token}{end}" for start, end in around]
+    if bare is not None and any(set(tokenizer.convert_tokens_to_ids(list(pair))) & set(bare.ids) for pair in around):
+        candidates = []
+    for written in candidates:
+        found, listed = trial.run(written), written.count(token)
+        if found is not None and (bare is None or found.count == (bare.count if listed == 1 else listed)):
+            return ImageMarkup(written, token, found.nested, found.options)
+    return None if bare is None else ImageMarkup(token, token, bare.nested, bare.options)
 
 
 def _borders(processor: Any, tokenizer: Any, config: Any) -> Iterator[tuple[str, str]]:
     """Pairs of tokens that may have to stand around an image: of the configuration, then of the processor."""
-    for pair in _BORDERS[:2]:
-        ids = [getattr(config, f"{name}_id", None) for name in pair]
-        if all(isinstance(each, int) for each in ids):
-            named = tokenizer.convert_ids_to_tokens(ids)
-            if all(isinstance(each, str) for each in named):
-                yield named[0], named[1]
+    for pair in _BORDERS:
+        ids = [each for name in pair if isinstance(each := getattr(config, f"{name}_id", None), int)]
+        named = tokenizer.convert_ids_to_tokens(ids)
+        if ids and all(isinstance(each, str) for each in named):
+            yield named[0], "".join(named[1:])
     known = tokenizer.get_vocab()
     for pair in _BORDERS:
         tokens = [getattr(processor, name, None) for name in pair]
@@ -204,4 +219,5 @@ def _from_chat_template(processor: Any, tokenizer: Any, token: str) -> str | Non
     written = whole[before : len(whole) - after].strip()
     special = tuple(each for each in tokenizer.get_added_vocab() if each != token)
     is_bordered = written.startswith(special) and written.endswith(special)
-    return written if is_bordered and written.count(token) == 1 else None
+    run = token * written.count(token)  # some write one for each of the image's tokens
+    return written if is_bordered and run and run in written else None

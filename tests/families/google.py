@@ -76,6 +76,8 @@ def paligemma2() -> tuple[Any, Any]:
         projection_dim=HIDDEN,
     )
     return PaliGemmaForConditionalGeneration(config), processor
+
+
 _MIXED = ["sliding_attention", "full_attention", "full_attention"]
 _SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
 _GEMMA4_TOWER = {

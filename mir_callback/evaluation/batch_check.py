@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a batch give each sample what it gets alone? If not, values would depend on the batch size.
+
+Some families pad images to the largest of the batch before they encode them, count positions over the whole batch, or
+let a vision tower attend to padding; some can't stack images of different sizes at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mir_callback import distributed
+from mir_callback.config import MIRConfig
+from mir_callback.errors import MIRError
+from mir_callback.evaluation.forward import ProbePass, forward_probe
+from mir_callback.evaluation.hidden_states import ExpectedRows
+from mir_callback.evaluation.memory import PeakMemory
+from mir_callback.model.parallelism import SampleShare
+from mir_callback.probe.batches import EncodedProbe, encode_probe
+from mir_callback.probe.encoding import Adapter
+from mir_callback.probe.probe import Probe
+
+# How far rows may differ, relative to the norm of all, by the precision of the forwards.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+_TENSOR_FLOAT = 3e-3  # float32 where convolutions may round to 10 bits
+
+
+def unlike_pair(probe: Probe, sizes: Sequence[tuple[int, int, int]]) -> Probe | None:
+    """The two samples that differ most, as a probe; None if there are not two. Ranks: pure.
+
+    Args:
+        probe: all samples.
+        sizes: index, vision tokens and tokens of every sample; see :attr:`RankShard.sizes`.
+    """
+    if len(probe) < 2:
+        return None
+    order = [index for _, _, index in sorted((vision, tokens, index) for index, vision, tokens in sizes)]
+    return Probe((probe.samples[order[0]], probe.samples[order[-1]]), probe.max_text_tokens)
+
+
+def find_encoding_fault(pair: Probe, adapter: Adapter) -> str | None:
+    """Why the adapter can't encode two samples as one batch, or encodes them otherwise than alone; None if it can.
+
+    An error of a sample alone is raised. Ranks: any, each for itself.
+    """
+    alone = _encode(pair, adapter, 1)
+    try:
+        together = _encode(pair, adapter, 2)
+    except MIRError as error:
+        return str(error)
+    for name, own, batched in zip(
+        (sample.name for sample in pair.samples), alone.shard.token_ids, together.shard.token_ids, strict=True
+    ):
+        if not torch.equal(own, batched):
+            return f"{name} has {len(batched)} tokens beside another sample and {len(own)} alone, or others"
+    return None
+
+
+def find_forward_fault(
+    model: nn.Module,
+    pair: Probe,
+    adapter: Adapter,
+    config: MIRConfig,
+    ranks_here: int,
+    optimizer: Any,
+    bar: tqdm,
+    peak: PeakMemory,
+) -> str | None:
+    """What the model's layers make otherwise of two samples in a batch than of each alone; None if nothing.
+
+    Compares the first and the last layer. None also if memory runs out: the evaluation itself says so then.
+
+    Ranks: collective; the same on every rank.
+    """
+    found: list[list[tuple[Tensor, Tensor]]] = []
+    for batch_size in (2, 1):
+        batches = _encode(pair, adapter, batch_size).batches
+        known = (ExpectedRows(None, exact=False), config, ranks_here)
+        passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
+        if not isinstance(passed, ProbePass) or not passed.layers:
+            return None
+        ends = sorted({passed.layers[0], passed.layers[-1]})
+        found.append([passed.take(range(layer, layer + 1))[0] for layer in ends])
+    together, alone = found
+    rows = [both for layers in zip(together, alone, strict=True) for both in zip(*layers, strict=True)]
+    worst = max(distributed.gather_objects(max(_difference(*both) for both in rows)))
+    dtype, device = together[0][0].dtype, together[0][0].device.type
+    allowed = _TENSOR_FLOAT if dtype == torch.float32 and device != "cpu" else _TOLERANCE.get(dtype, 0.2)
+    if worst <= allowed:
+        return None
+    names = " and ".join(sample.name for sample in pair.samples)
+    return f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
+
+
+def _difference(batched: Tensor, own: Tensor) -> float:
+    if batched.shape != own.shape:
+        return float("inf")
+    return float((batched.double() - own.double()).norm() / own.double().norm().clamp_min(1e-30))
+
+
+def _encode(pair: Probe, adapter: Adapter, batch_size: int) -> EncodedProbe:
+    return encode_probe(pair, adapter, share=SampleShare(), batch_size=batch_size)
