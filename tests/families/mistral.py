@@ -44,7 +44,6 @@ def mistral_large4() -> tuple[Any, Any]:
         text_config={
             **sizes(tok),
             **text,
-            "index_topk": 8,
             "index_head_dim": 16,
             "index_n_heads": 2,
             "no_rope_layers": [1, 1, 0],
