@@ -17,10 +17,12 @@ from transformers import (
     Emu3Processor,
     Inkling2Config,
     Inkling2ForConditionalGeneration,
+    Inkling2ImageProcessor,
     Inkling2Processor,
     InklingConfig,
     InklingFeatureExtractor,
     InklingForConditionalGeneration,
+    InklingImageProcessor,
     InklingProcessor,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -32,9 +34,9 @@ from transformers import (
     Ovis2Processor,
 )
 
-from tests.families.parts import TOWER, ids, sizes, tokenizer
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
 
 def aria() -> tuple[Any, Any]:
@@ -48,7 +50,7 @@ def aria() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|img|>"),
     )
     processor = AriaProcessor(AriaImageProcessorPil(), tok, size_conversion={980: 8})
-    return AriaForConditionalGeneration(config), processor
+    return varied(AriaForConditionalGeneration(config)), processor
 
 
 def ovis2() -> tuple[Any, Any]:
@@ -65,7 +67,7 @@ def ovis2() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<IMG_ATOM>"),
     )
     images = Ovis2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=True)
-    return Ovis2ForConditionalGeneration(config), Ovis2Processor(images, tok, image_seq_length=4)
+    return varied(Ovis2ForConditionalGeneration(config)), Ovis2Processor(images, tok, image_seq_length=4)
 
 
 def emu3() -> tuple[Any, Any]:
@@ -93,7 +95,7 @@ def emu3() -> tuple[Any, Any]:
         vocabulary_map=tok.get_vocab(),
     )
     images = Emu3ImageProcessor(min_pixels=32 * 32, max_pixels=64 * 64)
-    return Emu3ForConditionalGeneration(config), Emu3Processor(images, tok)
+    return varied(Emu3ForConditionalGeneration(config)), Emu3Processor(images, tok)
 
 
 def janus() -> tuple[Any, Any]:
@@ -121,13 +123,11 @@ def janus() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<image_placeholder>"),
     )
     images = JanusImageProcessorPil(size={"height": 32, "width": 32})
-    return JanusForConditionalGeneration(config), JanusProcessor(images, tok, num_image_tokens=16)
+    return varied(JanusForConditionalGeneration(config)), JanusProcessor(images, tok, num_image_tokens=16)
 
 
 def inkling() -> tuple[Any, Any]:
     """Inkling: patches of 40 pixels, relative positions, experts, convolutions in the decoder."""
-    from transformers import InklingImageProcessor
-
     torch.manual_seed(0)
     marks = ["<|content_image|>", "<|unused_200054|>", "<|content_audio_input|>", "<|unused_200053|>"]
     tok = tokenizer({}, marks)
@@ -154,13 +154,11 @@ def inkling() -> tuple[Any, Any]:
         **ids(tok, audio_token_id="<|unused_200053|>", audio_bos_token_id="<|content_audio_input|>"),
     )
     processor = InklingProcessor(InklingFeatureExtractor(), InklingImageProcessor(), tok)
-    return InklingForConditionalGeneration(config), processor
+    return varied(InklingForConditionalGeneration(config)), processor
 
 
 def inkling2() -> tuple[Any, Any]:
     """Inkling 2: dynamic resolution, layers that read the sums of earlier blocks."""
-    from transformers import Inkling2ImageProcessor
-
     torch.manual_seed(0)
     tok = tokenizer({}, ["<|content_image|>", "<|unused_200054|>"])
     config = Inkling2Config(
@@ -190,7 +188,7 @@ def inkling2() -> tuple[Any, Any]:
         },
         **ids(tok, image_token_id="<|unused_200054|>"),
     )
-    return Inkling2ForConditionalGeneration(config), Inkling2Processor(Inkling2ImageProcessor(), tok)
+    return varied(Inkling2ForConditionalGeneration(config)), Inkling2Processor(Inkling2ImageProcessor(), tok)
 
 
 FAMILIES = [
