@@ -282,11 +282,11 @@ FAMILIES = [
     Family("paligemma", tiny_models.paligemma, "<image>{text}", short=True),
     Family("paligemma (PaliGemma 2)", paligemma2, "<image>{text}"),
     Family("gemma3", gemma3, "<start_of_image>{text}", short=True),
-    Family("shieldgemma2", shieldgemma2, refused="text"),
+    Family("shieldgemma2", shieldgemma2, refused="text", note="its processor asks questions of its own"),
     Family("t5gemma2", t5gemma2, refused="encoder-decoder"),
     Family("gemma3n", gemma3n, refused="residual streams"),
     Family("gemma4", gemma4, "<|image|>{text}", short=True),
     Family("gemma4 (A4B)", gemma4_moe, "<|image|>{text}"),
     Family("gemma4_unified", gemma4_unified, "<|image|>{text}"),
-    Family("diffusion_gemma", diffusion_gemma, refused="encoder"),
+    Family("diffusion_gemma", diffusion_gemma, refused="encoder", note="its decoder refines a random canvas"),
 ]

@@ -214,7 +214,7 @@ def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
 FAMILIES = [
     Family("llama4", llama4, "<|image|>{text}", encode=_in_float32),
     Family("chameleon", chameleon, "<image>{text}", short=True),
-    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True),
+    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True, note="no batch of different tile counts"),
     Family("mllama", mllama, refused="cross-attention"),
     Family("muse_glimmer", muse_glimmer, "<|patch|>{text}"),
     Family("muse_spark", muse_spark, "<|patch|>{text}"),

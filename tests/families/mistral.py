@@ -63,6 +63,6 @@ def mistral4() -> tuple[Any, Any]:
 
 
 FAMILIES = [
-    Family("mistral_large4", mistral_large4, "[IMG]{text}"),
-    Family("mistral4", mistral4, refused="no vision tokens"),
+    Family("mistral_large4", mistral_large4, "[IMG]{text}", note="attends to all tokens up to 2048, then to some"),
+    Family("mistral4", mistral4, refused="no vision tokens", note="reads text only"),
 ]

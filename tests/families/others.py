@@ -126,11 +126,20 @@ def janus() -> tuple[Any, Any]:
     return varied(JanusForConditionalGeneration(config)), JanusProcessor(images, tok, num_image_tokens=16)
 
 
+# Each part of a message is a message of its own.
+_INKLING_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "<|message_{{ 'user' if message.role == 'user' else 'model' }}|>"
+    "{{ '<|content_image|><|unused_200054|>' if part.type == 'image' else '<|content_text|>' + part.text }}"
+    "<|end_message|>{% endfor %}{% endfor %}"
+)
+
+
 def inkling() -> tuple[Any, Any]:
     """Inkling: patches of 40 pixels, relative positions, experts, convolutions in the decoder."""
     torch.manual_seed(0)
     marks = ["<|content_image|>", "<|unused_200054|>", "<|content_audio_input|>", "<|unused_200053|>"]
-    tok = tokenizer({}, marks)
+    tok = tokenizer({}, [*marks, "<|message_user|>", "<|message_model|>", "<|content_text|>", "<|end_message|>"])
     config = InklingConfig(
         text_config={
             **{field: value for field, value in sizes(tok).items() if field != "intermediate_size"},
@@ -153,7 +162,8 @@ def inkling() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|unused_200054|>", image_bos_token_id="<|content_image|>"),
         **ids(tok, audio_token_id="<|unused_200053|>", audio_bos_token_id="<|content_audio_input|>"),
     )
-    processor = InklingProcessor(InklingFeatureExtractor(), InklingImageProcessor(), tok)
+    parts = InklingFeatureExtractor(), InklingImageProcessor(), tok
+    processor = InklingProcessor(*parts, chat_template=_INKLING_TEMPLATE)
     return varied(InklingForConditionalGeneration(config)), processor
 
 
@@ -194,7 +204,7 @@ def inkling2() -> tuple[Any, Any]:
 FAMILIES = [
     Family("aria", aria, "<|img|>{text}"),
     Family("ovis2", ovis2, "<image>{text}"),
-    Family("emu3", emu3, "<image>{text}", alone=True),
+    Family("emu3", emu3, "<image>{text}", alone=True, note="an image's codes depend on the largest in its batch"),
     Family("janus", janus, "<image_placeholder>{text}"),
     Family("inkling_mm_model", inkling, "<|content_image|><|unused_200054|>{text}"),
     Family("inkling2", inkling2, "<|unused_200054|>{text}"),
