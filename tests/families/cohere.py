@@ -12,17 +12,19 @@ from transformers import (
     AyaVisionProcessor,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
+    Cohere2VisionImageProcessor,
     Cohere2VisionProcessor,
     CohereCompassConfig,
     CohereCompassForConditionalGeneration,
     CohereCompassImageProcessorPil,
     CohereCompassProcessor,
+    CohereCompassVideoProcessor,
     GotOcr2ImageProcessorPil,
 )
 
-from tests.families.parts import TOWER, ids, sizes, tokenizer, without_video
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
 
 def aya_vision() -> tuple[Any, Any]:
@@ -37,13 +39,11 @@ def aya_vision() -> tuple[Any, Any]:
     )
     images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=True)
     processor = AyaVisionProcessor(images, tok, patch_size=8, img_size=32, downsample_factor=2)
-    return AyaVisionForConditionalGeneration(config), processor
+    return varied(AyaVisionForConditionalGeneration(config)), processor
 
 
 def cohere2_vision() -> tuple[Any, Any]:
     """Command A Vision: tiles that end with a line break."""
-    from transformers import Cohere2VisionImageProcessor
-
     torch.manual_seed(0)
     marks = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
     tok = tokenizer({**marks, "img_line_break_token": "<|IMG_LINE_BREAK|>"}, [])
@@ -54,7 +54,7 @@ def cohere2_vision() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|IMG_PATCH|>"),
     )
     images = Cohere2VisionImageProcessor(size={"height": 32, "width": 32}, max_patches=4, patch_size=2)
-    return Cohere2VisionForConditionalGeneration(config), Cohere2VisionProcessor(images, tok)
+    return varied(Cohere2VisionForConditionalGeneration(config)), Cohere2VisionProcessor(images, tok)
 
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -86,7 +86,8 @@ def cohere_compass() -> tuple[Any, Any]:
         **ids(tok, vision_start_token_id="<|VISION_START|>", vision_end_token_id="<|VISION_END|>"),
     )
     images = CohereCompassImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
-    return CohereCompassForConditionalGeneration(config), without_video(CohereCompassProcessor)(images, tok, None)
+    videos = CohereCompassVideoProcessor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128})
+    return varied(CohereCompassForConditionalGeneration(config)), CohereCompassProcessor(images, tok, videos)
 
 
 FAMILIES = [

@@ -25,7 +25,10 @@ from transformers import (
     Gemma4UnifiedAudioFeatureExtractor,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedImageProcessor,
     Gemma4UnifiedProcessor,
+    Gemma4UnifiedVideoProcessor,
+    Gemma4VideoProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -38,9 +41,9 @@ from transformers import (
 )
 
 from tests import tiny_models
-from tests.families.parts import TOWER, ids, sizes, tokenizer, without_video
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer, without_video
 
 _GEMMA3 = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 _GEMMA4 = {
@@ -75,7 +78,7 @@ def paligemma2() -> tuple[Any, Any]:
         image_token_index=tok.convert_tokens_to_ids("<image>"),
         projection_dim=HIDDEN,
     )
-    return PaliGemmaForConditionalGeneration(config), processor
+    return varied(PaliGemmaForConditionalGeneration(config)), processor
 
 
 _MIXED = ["sliding_attention", "full_attention", "full_attention"]
@@ -109,7 +112,8 @@ def _gemma3_parts() -> tuple[Any, dict[str, Any], Any]:
 def gemma3() -> tuple[Any, Any]:
     """Gemma 3: pooled SigLIP features, sliding windows, attention in both directions within an image."""
     tok, parts, images = _gemma3_parts()
-    return Gemma3ForConditionalGeneration(Gemma3Config(**parts)), Gemma3Processor(images, tok, image_seq_length=4)
+    model = varied(Gemma3ForConditionalGeneration(Gemma3Config(**parts)))
+    return model, Gemma3Processor(images, tok, image_seq_length=4)
 
 
 def shieldgemma2() -> tuple[Any, Any]:
@@ -120,7 +124,7 @@ def shieldgemma2() -> tuple[Any, Any]:
         "{{ '<start_of_image>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
     )
     processor = ShieldGemma2Processor(images, tok, chat_template=template, image_seq_length=4)
-    return Gemma3ForConditionalGeneration(ShieldGemma2Config(**parts)), processor
+    return varied(Gemma3ForConditionalGeneration(ShieldGemma2Config(**parts))), processor
 
 
 def t5gemma2() -> tuple[Any, Any]:
@@ -128,7 +132,7 @@ def t5gemma2() -> tuple[Any, Any]:
     tok, parts, images = _gemma3_parts()
     decoder = parts["text_config"]
     config = T5Gemma2Config(encoder=parts, decoder=decoder, image_token_index=parts["image_token_index"])
-    return T5Gemma2ForConditionalGeneration(config), Gemma3Processor(images, tok, image_seq_length=4)
+    return varied(T5Gemma2ForConditionalGeneration(config)), Gemma3Processor(images, tok, image_seq_length=4)
 
 
 def gemma3n() -> tuple[Any, Any]:
@@ -183,7 +187,7 @@ def gemma3n() -> tuple[Any, Any]:
     )
     images = SiglipImageProcessorPil(size={"height": 64, "width": 64})
     processor = Gemma3nProcessor(Gemma3nAudioFeatureExtractor(), images, tok, image_seq_length=4)
-    return Gemma3nForConditionalGeneration(config), processor
+    return varied(Gemma3nForConditionalGeneration(config)), processor
 
 
 def _gemma4_tokenizer() -> Any:
@@ -191,9 +195,12 @@ def _gemma4_tokenizer() -> Any:
     return tokenizer(_GEMMA4, ["<|video|>"])
 
 
-def _gemma4_processor(tok: Any) -> Any:
+def _gemma4_processor(tok: Any, *, videos: bool = True) -> Any:
     images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70)
-    return without_video(Gemma4Processor)(Gemma4AudioFeatureExtractor(), images, tok, None)
+    if not videos:
+        return without_video(Gemma4Processor)(Gemma4AudioFeatureExtractor(), images, tok, None)
+    processor = Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70)
+    return Gemma4Processor(Gemma4AudioFeatureExtractor(), images, tok, processor)
 
 
 def gemma4() -> tuple[Any, Any]:
@@ -210,7 +217,7 @@ def gemma4() -> tuple[Any, Any]:
         vision_config=_GEMMA4_TOWER,
         **ids(tok, **_GEMMA4_IDS),
     )
-    return Gemma4ForConditionalGeneration(config), _gemma4_processor(tok)
+    return varied(Gemma4ForConditionalGeneration(config)), _gemma4_processor(tok, videos=False)
 
 
 def gemma4_moe() -> tuple[Any, Any]:
@@ -227,13 +234,11 @@ def gemma4_moe() -> tuple[Any, Any]:
         vision_config=_GEMMA4_TOWER,
         **ids(tok, **_GEMMA4_IDS),
     )
-    return Gemma4ForConditionalGeneration(config), _gemma4_processor(tok)
+    return varied(Gemma4ForConditionalGeneration(config)), _gemma4_processor(tok)
 
 
 def gemma4_unified() -> tuple[Any, Any]:
     """Gemma 4 without towers: patches are projected into the decoder."""
-    from transformers import Gemma4UnifiedImageProcessor
-
     tok = _gemma4_tokenizer()
     config = Gemma4UnifiedConfig(
         text_config={**sizes(tok), **_GEMMA4_TEXT},
@@ -247,8 +252,9 @@ def gemma4_unified() -> tuple[Any, Any]:
         **ids(tok, **_GEMMA4_IDS),
     )
     images = Gemma4UnifiedImageProcessor(patch_size=4, max_soft_tokens=70)
-    processor = without_video(Gemma4UnifiedProcessor)(Gemma4UnifiedAudioFeatureExtractor(), images, tok, None)
-    return Gemma4UnifiedForConditionalGeneration(config), processor
+    videos = Gemma4UnifiedVideoProcessor(patch_size=4, max_soft_tokens=70)
+    processor = Gemma4UnifiedProcessor(Gemma4UnifiedAudioFeatureExtractor(), images, tok, videos)
+    return varied(Gemma4UnifiedForConditionalGeneration(config)), processor
 
 
 def diffusion_gemma() -> tuple[Any, Any]:
@@ -260,7 +266,7 @@ def diffusion_gemma() -> tuple[Any, Any]:
         canvas_length=8,
         **{field: value for field, value in ids(tok, **_GEMMA4_IDS).items() if field in _IMAGE_IDS},
     )
-    return DiffusionGemmaForBlockDiffusion(config), _gemma4_processor(tok)
+    return varied(DiffusionGemmaForBlockDiffusion(config)), _gemma4_processor(tok)
 
 
 _GEMMA4_TEXT = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "layer_types": _MIXED}
@@ -276,11 +282,11 @@ FAMILIES = [
     Family("paligemma", tiny_models.paligemma, "<image>{text}", short=True),
     Family("paligemma (PaliGemma 2)", paligemma2, "<image>{text}"),
     Family("gemma3", gemma3, "<start_of_image>{text}", short=True),
-    Family("shieldgemma2", shieldgemma2, refused="text"),
+    Family("shieldgemma2", shieldgemma2, refused="text", note="its processor asks questions of its own"),
     Family("t5gemma2", t5gemma2, refused="encoder-decoder"),
     Family("gemma3n", gemma3n, refused="residual streams"),
     Family("gemma4", gemma4, "<|image|>{text}", short=True),
     Family("gemma4 (A4B)", gemma4_moe, "<|image|>{text}"),
     Family("gemma4_unified", gemma4_unified, "<|image|>{text}"),
-    Family("diffusion_gemma", diffusion_gemma, refused="encoder"),
+    Family("diffusion_gemma", diffusion_gemma, refused="encoder", note="its decoder refines a random canvas"),
 ]

@@ -13,6 +13,7 @@ from transformers import (
     ChameleonProcessor,
     Llama4Config,
     Llama4ForConditionalGeneration,
+    Llama4ImageProcessor,
     Llama4Processor,
     LlamaConfig,
     MllamaConfig,
@@ -21,26 +22,28 @@ from transformers import (
     MllamaProcessor,
     MuseGlimmerConfig,
     MuseGlimmerForConditionalGeneration,
+    MuseGlimmerImageProcessor,
     MuseGlimmerProcessor,
+    MuseGlimmerVideoProcessor,
     MuseSparkConfig,
     MuseSparkFeatureExtractor,
     MuseSparkForConditionalGeneration,
     MuseSparkProcessor,
     PerceptionLMConfig,
     PerceptionLMForConditionalGeneration,
+    PerceptionLMImageProcessor,
     PerceptionLMProcessor,
+    PerceptionLMVideoProcessor,
     TimmWrapperConfig,
 )
 
-from tests.families.parts import TOWER, ids, sizes, tokenizer, without_video
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
 
 def llama4() -> tuple[Any, Any]:
     """Llama 4: tiles with separators and a thumbnail, experts, attention in chunks."""
-    from transformers import Llama4ImageProcessor
-
     torch.manual_seed(0)
     marks = ["<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
     tok = tokenizer({}, ["<|image|>", *marks])
@@ -63,7 +66,7 @@ def llama4() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|patch|>", boi_token_index="<|image_start|>", eoi_token_index="<|image_end|>"),
     )
     images = Llama4ImageProcessor(size={"height": 32, "width": 32}, max_patches=4)
-    return Llama4ForConditionalGeneration(config), Llama4Processor(images, tok, patch_size=8)
+    return varied(Llama4ForConditionalGeneration(config)), Llama4Processor(images, tok, patch_size=8)
 
 
 def chameleon() -> tuple[Any, Any]:
@@ -86,13 +89,11 @@ def chameleon() -> tuple[Any, Any]:
         },
     )
     images = ChameleonImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    return ChameleonForConditionalGeneration(config), ChameleonProcessor(images, tok, image_seq_length=16)
+    return varied(ChameleonForConditionalGeneration(config)), ChameleonProcessor(images, tok, image_seq_length=16)
 
 
 def perception_lm() -> tuple[Any, Any]:
     """Perception LM: tiles and a thumbnail, a tower of timm."""
-    from transformers import PerceptionLMImageProcessor
-
     torch.manual_seed(0)
     tok = tokenizer({"image_token": "<|image|>", "video_token": "<|video|>"}, [])
     tower = TimmWrapperConfig(
@@ -116,8 +117,9 @@ def perception_lm() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|image|>", video_token_id="<|video|>"),
     )
     images = PerceptionLMImageProcessor(tile_size=48, max_num_tiles=3)
-    processor = without_video(PerceptionLMProcessor)(None, images, tok, patch_size=12, pooling_ratio=2)
-    return PerceptionLMForConditionalGeneration(config), processor
+    videos = PerceptionLMVideoProcessor(size={"height": 48, "width": 48})
+    processor = PerceptionLMProcessor(videos, images, tok, patch_size=12, pooling_ratio=2)
+    return varied(PerceptionLMForConditionalGeneration(config)), processor
 
 
 def mllama() -> tuple[Any, Any]:
@@ -144,7 +146,7 @@ def mllama() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|image|>"),
     )
     images = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
-    return MllamaForConditionalGeneration(config), MllamaProcessor(images, tok)
+    return varied(MllamaForConditionalGeneration(config)), MllamaProcessor(images, tok)
 
 
 _MUSE_MARKS = (
@@ -163,10 +165,12 @@ _MUSE_TOWER = {
 }
 
 
+def _muse_videos() -> Any:
+    return MuseGlimmerVideoProcessor(patch_size=8)
+
+
 def muse_glimmer() -> tuple[Any, Any]:
     """Muse Glimmer: dynamic resolution, sliding windows."""
-    from transformers import MuseGlimmerImageProcessor
-
     torch.manual_seed(0)
     tok = tokenizer({}, _MUSE_MARKS)
     config = MuseGlimmerConfig(
@@ -177,13 +181,11 @@ def muse_glimmer() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|patch|>", video_token_id="<|video|>"),
     )
     images = MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=16)
-    return MuseGlimmerForConditionalGeneration(config), without_video(MuseGlimmerProcessor)(images, None, tok)
+    return varied(MuseGlimmerForConditionalGeneration(config)), MuseGlimmerProcessor(images, _muse_videos(), tok)
 
 
 def muse_spark() -> tuple[Any, Any]:
     """Muse Spark: as Muse Glimmer, with experts."""
-    from transformers import MuseGlimmerImageProcessor
-
     torch.manual_seed(0)
     tok = tokenizer({}, _MUSE_MARKS)
     text = {"head_dim": 8, "sliding_window": 16, "moe_intermediate_size": 32, "num_local_experts": 4}
@@ -200,8 +202,8 @@ def muse_spark() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|patch|>", video_token_id="<|video|>", audio_token_id="<|audio|>"),
     )
     images = MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=16)
-    processor = without_video(MuseSparkProcessor)(images, None, tok, MuseSparkFeatureExtractor())
-    return MuseSparkForConditionalGeneration(config), processor
+    processor = MuseSparkProcessor(images, _muse_videos(), tok, MuseSparkFeatureExtractor())
+    return varied(MuseSparkForConditionalGeneration(config)), processor
 
 
 def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
 FAMILIES = [
     Family("llama4", llama4, "<|image|>{text}", encode=_in_float32),
     Family("chameleon", chameleon, "<image>{text}", short=True),
-    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True),
+    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True, note="no batch of different tile counts"),
     Family("mllama", mllama, refused="cross-attention"),
     Family("muse_glimmer", muse_glimmer, "<|patch|>{text}"),
     Family("muse_spark", muse_spark, "<|patch|>{text}"),

@@ -15,8 +15,9 @@ from transformers import (
     PixtralProcessor,
 )
 
-from tests.families.parts import TOWER, ids, sizes, tokenizer
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
+from tests.tiny_models import TOWER, sizes, tokenizer
 
 _EXPERTS = {
     "kv_lora_rank": 8,
@@ -44,7 +45,6 @@ def mistral_large4() -> tuple[Any, Any]:
         text_config={
             **sizes(tok),
             **text,
-            "index_topk": 8,
             "index_head_dim": 16,
             "index_n_heads": 2,
             "no_rope_layers": [1, 1, 0],
@@ -52,17 +52,17 @@ def mistral_large4() -> tuple[Any, Any]:
         vision_config={"model_type": "pixtral", **TOWER, "image_size": 64},
         **ids(tok, image_token_index="[IMG]"),
     )
-    return MistralLarge4ForConditionalGeneration(config), _processor(tok)
+    return varied(MistralLarge4ForConditionalGeneration(config)), _processor(tok)
 
 
 def mistral4() -> tuple[Any, Any]:
     """Mistral Small 4's decoder, which the mapping lists: it reads text only."""
     torch.manual_seed(0)
     tok = tokenizer({}, ["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
-    return Mistral4ForCausalLM(Mistral4Config(**sizes(tok), **_EXPERTS)), _processor(tok)
+    return varied(Mistral4ForCausalLM(Mistral4Config(**sizes(tok), **_EXPERTS))), _processor(tok)
 
 
 FAMILIES = [
-    Family("mistral_large4", mistral_large4, "[IMG]{text}"),
-    Family("mistral4", mistral4, refused="no vision tokens"),
+    Family("mistral_large4", mistral_large4, "[IMG]{text}", note="attends to all tokens up to 2048, then to some"),
+    Family("mistral4", mistral4, refused="no vision tokens", note="reads text only"),
 ]

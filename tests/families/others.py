@@ -17,10 +17,12 @@ from transformers import (
     Emu3Processor,
     Inkling2Config,
     Inkling2ForConditionalGeneration,
+    Inkling2ImageProcessor,
     Inkling2Processor,
     InklingConfig,
     InklingFeatureExtractor,
     InklingForConditionalGeneration,
+    InklingImageProcessor,
     InklingProcessor,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -32,9 +34,9 @@ from transformers import (
     Ovis2Processor,
 )
 
-from tests.families.parts import TOWER, ids, sizes, tokenizer
+from tests.families.parts import ids, varied
 from tests.families.registry import Family
-from tests.tiny_models import HIDDEN
+from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
 
 def aria() -> tuple[Any, Any]:
@@ -48,7 +50,7 @@ def aria() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|img|>"),
     )
     processor = AriaProcessor(AriaImageProcessorPil(), tok, size_conversion={980: 8})
-    return AriaForConditionalGeneration(config), processor
+    return varied(AriaForConditionalGeneration(config)), processor
 
 
 def ovis2() -> tuple[Any, Any]:
@@ -65,7 +67,7 @@ def ovis2() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<IMG_ATOM>"),
     )
     images = Ovis2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=True)
-    return Ovis2ForConditionalGeneration(config), Ovis2Processor(images, tok, image_seq_length=4)
+    return varied(Ovis2ForConditionalGeneration(config)), Ovis2Processor(images, tok, image_seq_length=4)
 
 
 def emu3() -> tuple[Any, Any]:
@@ -93,7 +95,7 @@ def emu3() -> tuple[Any, Any]:
         vocabulary_map=tok.get_vocab(),
     )
     images = Emu3ImageProcessor(min_pixels=32 * 32, max_pixels=64 * 64)
-    return Emu3ForConditionalGeneration(config), Emu3Processor(images, tok)
+    return varied(Emu3ForConditionalGeneration(config)), Emu3Processor(images, tok)
 
 
 def janus() -> tuple[Any, Any]:
@@ -121,16 +123,23 @@ def janus() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<image_placeholder>"),
     )
     images = JanusImageProcessorPil(size={"height": 32, "width": 32})
-    return JanusForConditionalGeneration(config), JanusProcessor(images, tok, num_image_tokens=16)
+    return varied(JanusForConditionalGeneration(config)), JanusProcessor(images, tok, num_image_tokens=16)
+
+
+# Each part of a message is a message of its own.
+_INKLING_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "<|message_{{ 'user' if message.role == 'user' else 'model' }}|>"
+    "{{ '<|content_image|><|unused_200054|>' if part.type == 'image' else '<|content_text|>' + part.text }}"
+    "<|end_message|>{% endfor %}{% endfor %}"
+)
 
 
 def inkling() -> tuple[Any, Any]:
     """Inkling: patches of 40 pixels, relative positions, experts, convolutions in the decoder."""
-    from transformers import InklingImageProcessor
-
     torch.manual_seed(0)
     marks = ["<|content_image|>", "<|unused_200054|>", "<|content_audio_input|>", "<|unused_200053|>"]
-    tok = tokenizer({}, marks)
+    tok = tokenizer({}, [*marks, "<|message_user|>", "<|message_model|>", "<|content_text|>", "<|end_message|>"])
     config = InklingConfig(
         text_config={
             **{field: value for field, value in sizes(tok).items() if field != "intermediate_size"},
@@ -153,14 +162,13 @@ def inkling() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|unused_200054|>", image_bos_token_id="<|content_image|>"),
         **ids(tok, audio_token_id="<|unused_200053|>", audio_bos_token_id="<|content_audio_input|>"),
     )
-    processor = InklingProcessor(InklingFeatureExtractor(), InklingImageProcessor(), tok)
-    return InklingForConditionalGeneration(config), processor
+    parts = InklingFeatureExtractor(), InklingImageProcessor(), tok
+    processor = InklingProcessor(*parts, chat_template=_INKLING_TEMPLATE)
+    return varied(InklingForConditionalGeneration(config)), processor
 
 
 def inkling2() -> tuple[Any, Any]:
     """Inkling 2: dynamic resolution, layers that read the sums of earlier blocks."""
-    from transformers import Inkling2ImageProcessor
-
     torch.manual_seed(0)
     tok = tokenizer({}, ["<|content_image|>", "<|unused_200054|>"])
     config = Inkling2Config(
@@ -190,13 +198,13 @@ def inkling2() -> tuple[Any, Any]:
         },
         **ids(tok, image_token_id="<|unused_200054|>"),
     )
-    return Inkling2ForConditionalGeneration(config), Inkling2Processor(Inkling2ImageProcessor(), tok)
+    return varied(Inkling2ForConditionalGeneration(config)), Inkling2Processor(Inkling2ImageProcessor(), tok)
 
 
 FAMILIES = [
     Family("aria", aria, "<|img|>{text}"),
     Family("ovis2", ovis2, "<image>{text}"),
-    Family("emu3", emu3, "<image>{text}", alone=True),
+    Family("emu3", emu3, "<image>{text}", alone=True, note="an image's codes depend on the largest in its batch"),
     Family("janus", janus, "<image_placeholder>{text}"),
     Family("inkling_mm_model", inkling, "<|content_image|><|unused_200054|>{text}"),
     Family("inkling2", inkling2, "<|unused_200054|>{text}"),
