@@ -34,6 +34,7 @@ from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import unwrap
+from mir_callback.model.packing import find_packed_attention
 from mir_callback.model.parallelism import find_share
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
@@ -213,6 +214,11 @@ class Evaluator:
         self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
+            packed = find_packed_attention(decoder)
+            if packed is not None and config.batch_size > 1:
+                config = replace(config, batch_size=1)
+                if distributed.is_main():
+                    log.warning("Attention is that of %s: the probe is forwarded one sample at a time.", packed)
             encoded = encode_probe(
                 probe, adapter, share=self._share, batch_size=config.batch_size, other_images=config.vision_gain
             )

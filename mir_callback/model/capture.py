@@ -122,7 +122,7 @@ class HiddenStateCapture:
         """
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
         self._forward = seen
-        outputs = model(**inputs, **_lean_outputs(self._decoder.model, all_logits=self._text_loss is not None))
+        outputs = model(**inputs, **lean_outputs(self._decoder.model, all_logits=self._text_loss is not None))
         distributed.finish(outputs)
         self._check_calls(seen)
         final = seen.last_output if seen.after_norm is None else seen.after_norm
@@ -290,7 +290,7 @@ def _nothing() -> None:
     """Default of a method that a model may lack."""
 
 
-def _lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
+def lean_outputs(model: nn.Module, *, all_logits: bool) -> dict[str, Any]:
     """Keyword arguments that save memory in the forward: no cache, and logits of one position unless all are needed."""
     lean: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
     logits = _logits_argument(model)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention replaced for packed sequences is measured right or refused by name, re-made here with a plain kernel.
+
+The replacements are those of Qwen-VL's and InternVL's training code and of ms-swift, written from their descriptions;
+`varlen` stands for flash-attention's function of the same arguments.
+"""
+
+from types import MethodType
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import modeling_flash_attention_utils as flash
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from mir_callback import Probe, evaluate_mir
+from mir_callback.errors import UnsupportedModelError
+from mir_callback.model.decoder import find_decoder
+from mir_callback.model.packing import find_packed_attention
+from tests import tiny_models
+from tests.samples import pairs
+
+PROBE = Probe.from_pairs(pairs(4))
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, softmax_scale=None, **_):
+    """Causal attention within each of several sequences, q, k, v (T, heads, d); rows in none of them stay zero."""
+    bounds, result = cu_seqlens_q.tolist(), torch.zeros_like(q)
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        parts = (each[start:stop].transpose(0, 1)[None] for each in (q, k, v))
+        result[start:stop] = functional.scaled_dot_product_attention(*parts, is_causal=causal, scale=softmax_scale)[
+            0
+        ].transpose(0, 1)
+    return result
+
+
+def heads(self, hidden_states, position_embeddings):
+    """Queries, keys and values, (B, S, heads, d)."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+    q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+    return [each.transpose(1, 2) for each in (q, k, v)]
+
+
+def flattened_attention(q, k, v, attention_mask):
+    cu_seqlens = attention_mask
+    return varlen(q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+
+
+def flattened_forward(self, hidden_states, attention_mask=None, position_embeddings=None, **_):
+    """As in qwen-vl-finetune with data_flatten: the mask is the cumulative lengths."""
+    out = flattened_attention(*heads(self, hidden_states, position_embeddings), attention_mask)
+    return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+def mask_as_it_is(attention_mask=None, **_):
+    return attention_mask
+
+
+def flatten_qwen(monkeypatch, model):
+    monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLAttention, "forward", flattened_forward)
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        monkeypatch.setattr(modeling_qwen2_5_vl, name, mask_as_it_is)
+
+
+def flatten_llama(monkeypatch, model):
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", flattened_forward)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", mask_as_it_is)
+
+
+class PackedTrainingAttention(modeling_llama.LlamaAttention):
+    """As in InternVL's packed training: a subclass in the place of the class, which replaces an inner method."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
+        out = self._flash(*heads(self, hidden_states, position_embeddings), attention_mask)
+        return self.o_proj(out.reshape(hidden_states.shape)), None
+
+    def _flash(self, q, k, v, attention_mask):
+        assert len(q) == 1
+        lengths = attention_mask.squeeze(0)
+        return varlen(q[0], k[0], v[0], cu_seqlens_q=lengths, cu_seqlens_k=lengths)
+
+
+def subclass(monkeypatch, model):
+    for layer in find_decoder(model).layers:
+        layer.self_attn.__class__ = PackedTrainingAttention
+
+
+def kept_lengths_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
+    """As in InternVL's later training code: lengths that the training loop left in the module go first."""
+    if self.cu_seqlens is not None:
+        attention_mask = self.cu_seqlens
+    q, k, v = heads(self, hidden_states, position_embeddings)
+    cu_seqlens = attention_mask.squeeze(0)
+    return self.o_proj(varlen(q[0], k[0], v[0], cu_seqlens).reshape(hidden_states.shape)), None
+
+
+def instances(monkeypatch, model):
+    for layer in find_decoder(model).layers:
+        layer.self_attn.forward = MethodType(kept_lengths_forward, layer.self_attn)
+        layer.self_attn.cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)  # of the last training step
+
+
+def restarting_forward(self, hidden_states, position_embeddings=None, position_ids=None, **_):
+    """As ms-swift's padding_free on older transformers: sequences begin where positions restart."""
+    q, k, v = heads(self, hidden_states, position_embeddings)
+    starts = (position_ids.flatten() == 0).nonzero()[:, 0].int()
+    cu_seqlens = functional.pad(starts, (0, 1), value=position_ids.numel())
+    out = varlen(*(each.flatten(0, 1) for each in (q, k, v)), cu_seqlens)
+    return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+def restart(monkeypatch, model):
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", restarting_forward)
+
+
+def registered_attention(module, query, key, value, attention_mask, **_):
+    out = flattened_attention(*(each.transpose(1, 2) for each in (query, key, value)), attention_mask)
+    return out[None], None
+
+
+def register(monkeypatch, model):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", registered_attention)
+    for config in (model.config.vision_config, model.model.vision_tower.config):
+        config._attn_implementation = "eager"
+
+
+def unpadding_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
+    """As in older training code of LLaVA and FastChat: a mask of padding, read as such."""
+    q, k, v = heads(self, hidden_states, position_embeddings)
+    mask = torch.ones(q.shape[:2]) if attention_mask is None else attention_mask
+    cu_seqlens = functional.pad(mask.sum(dim=1).cumsum(0), (1, 0)).int()
+    out = torch.zeros_like(q)
+    out[mask.bool()] = varlen(*(each[mask.bool()] for each in (q, k, v)), cu_seqlens)
+    return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+def unpad(monkeypatch, model):
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", unpadding_forward)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", mask_as_it_is)
+
+
+def value(model, processor, batch_size=4):
+    return evaluate_mir(model, PROBE, processor=processor, batch_size=batch_size).mir
+
+
+@pytest.mark.parametrize(
+    ("build", "patch"),
+    [
+        (tiny_models.qwen2_5_vl, flatten_qwen),
+        (tiny_models.llava, flatten_llama),
+        (tiny_models.llava, subclass),
+        (tiny_models.llava, instances),
+        (tiny_models.llava, restart),
+        (tiny_models.llava, register),
+        (tiny_models.llava, unpad),
+    ],
+)
+def test_value_under_packed_attention_is_that_without_it(build, patch, monkeypatch):
+    model, processor = build()
+    expected = value(model, processor)
+    patch(monkeypatch, model)
+    report = evaluate_mir(model, PROBE, processor=processor, batch_size=4, vision_gain=False)
+    assert report.batch_size == 1
+    assert report.mir == pytest.approx(expected, abs=1e-6)
+    assert value(model, processor) == report.mir
+
+
+@pytest.mark.parametrize("patch", [flatten_llama, subclass, instances])
+def test_a_mask_of_padding_would_give_another_number(patch, monkeypatch):
+    """What the tests above would miss if attention did not read the mask as lengths."""
+    model, processor = tiny_models.llava()
+    model.eval()
+    (image, text), *_ = pairs(1)
+    inputs = processor(images=[[image]], text=["<image>" + text], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        patch(monkeypatch, model)
+        try:
+            found = model(**inputs).logits
+        except AttributeError:  # no mask at all, as nothing is padded
+            return
+    assert not torch.allclose(found, expected, atol=1e-3)
+
+
+def test_training_is_left_as_it_was(monkeypatch):
+    model, processor = tiny_models.llava()
+    instances(monkeypatch, model)
+    attention = find_decoder(model).layers[0].self_attn
+    kept, hooks = attention.cu_seqlens, len(attention._forward_pre_hooks)
+    value(model, processor)
+    assert attention.cu_seqlens is kept
+    assert len(attention._forward_pre_hooks) == hooks
+
+
+def single_lengths_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
+    """The mask as the length of each sequence: another meaning again, which nobody can know."""
+    q, k, v = heads(self, hidden_states, position_embeddings)
+    lengths = torch.ones(q.shape[1]) if attention_mask is None else attention_mask.flatten()
+    out = varlen(q[0], k[0], v[0], cu_seqlens_q=functional.pad(lengths.cumsum(0), (1, 0)).int())
+    return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+def backwards_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
+    q, k, v = heads(self, hidden_states, position_embeddings)
+    out = varlen(q[0], k[0], v[0], cu_seqlens_q=torch.tensor([0, q.shape[1]]), causal=False)
+    return self.o_proj(out.reshape(hidden_states.shape)), None
+
+
+def failing_forward(self, hidden_states, position_embeddings=None, attention_mask=None, cu_seq_lens_q=None, **_):
+    raise KeyError(f"{cu_seq_lens_q}")
+
+
+@pytest.mark.parametrize("forward", [single_lengths_forward, backwards_forward, failing_forward])
+def test_refused_by_name_when_attention_sees_something_else_than_one_sequence(forward, monkeypatch):
+    model, processor = tiny_models.llava()
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", mask_as_it_is)
+    with pytest.raises(UnsupportedModelError, match=rf"{forward.__name__} \(.*test_packing\.py\)"):
+        value(model, processor)
+
+
+def fused_norm(self, hidden_states):
+    return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def fused_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    return ORIGINAL_ROTARY(q, k, cos, sin, unsqueeze_dim)
+
+
+ORIGINAL_ROTARY = modeling_llama.apply_rotary_pos_emb
+
+
+def test_other_replacements_are_no_packed_attention(monkeypatch):
+    model, _ = tiny_models.llava()
+    assert find_packed_attention(find_decoder(model)) is None
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", fused_norm)  # as Liger's
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", fused_rotary)
+    for module in find_decoder(model).layers[0].modules():
+        add_hook_to_module(module, ModelHook())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert find_packed_attention(find_decoder(adapted)) is None
+
+
+@pytest.mark.parametrize("build", [tiny_models.llava, tiny_models.qwen2_5_vl, tiny_models.idefics3])
+def test_flash_attention_of_transformers_takes_no_sample_for_several(build, monkeypatch):
+    """Its own function reads a single sample's positions as packed where they restart; ours never do."""
+    model, processor = build()
+    expected = value(model, processor)
+    seen = []
+
+    def dense(q, k, v, causal=True, softmax_scale=None, **_):
+        each = functional.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q, k, v)), is_causal=causal, scale=softmax_scale
+        )
+        return each.transpose(1, 2)
+
+    def several(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, **options):
+        seen.append(len(cu_seqlens_q) - 1)
+        return varlen(q, k, v, cu_seqlens_q, **options)
+
+    functions = {"_flash_fn": dense, "_flash_varlen_fn": several}
+    functions |= {"_pad_fn": flash._pad_input, "_unpad_fn": flash._unpad_input}
+    functions |= {"_process_flash_kwargs_fn": flash._lazy_define_process_function(several)}
+    for name, function in {**functions, "_loaded_implementation": "flash_attention_2"}.items():
+        monkeypatch.setattr(flash, name, function)
+    for layer in find_decoder(model).layers:
+        layer.self_attn.config._attn_implementation = "flash_attention_2"
+    assert value(model, processor, batch_size=1) == pytest.approx(expected, abs=1e-6)
+    assert not seen, "a single sample was taken for several"
+    assert value(model, processor, batch_size=2) == pytest.approx(expected, abs=1e-6)
+    assert set(seen) == {2}, "padding was not taken away"
