@@ -235,7 +235,10 @@ class Evaluator:
                 raise budget_error(budget, need)
         options = {name: getattr(config, name) for name in _ALIKE_ON_RANKS}
         self._prompt: str | None = getattr(adapter, "prompt", None)
-        distributed.require_same(probe_fingerprint=encoded.fingerprint, prompt=self._prompt, **options)
+        attention = None if packed is None else packed.name
+        distributed.require_same(
+            probe_fingerprint=encoded.fingerprint, prompt=self._prompt, attention=attention, **options
+        )
         everyone = distributed.gather_objects((encoded.digests, encoded.pixel_digests, find_machine()))
         tokens, pixels, machines = zip(*everyone, strict=True)
         self._encoded = replace(encoded, digests=sum(tokens, ()), pixel_digests=sum(pixels, ()))  # of all ranks

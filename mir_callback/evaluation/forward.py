@@ -20,7 +20,7 @@ from mir_callback.evaluation.memory import PeakMemory, find_device, is_out_of_me
 from mir_callback.model.capture import HiddenStateCapture, TextLoss, lean_outputs
 from mir_callback.model.decoder import Decoder, unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
-from mir_callback.model.packing import PackedAttention, check_one_sequence, find_packed_attention, one_sequence
+from mir_callback.model.packing import INSTEAD, PackedAttention, check_one_sequence, find_packed_attention, one_sequence
 from mir_callback.model.parallelism import find_groups, whole_sequences
 from mir_callback.model.sharding import is_sharded, release_leftovers
 from mir_callback.probe.batches import ProbeBatch
@@ -116,7 +116,7 @@ def forward_probe(
         capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None)
         live = evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer)
         packed = find_packed_attention(decoder)
-        with live[0], live[1], whole_sequences(model), one_sequence(packed):
+        with live[0], live[1], whole_sequences(model), one_sequence(decoder, packed):
             if packed is not None and first == 0:
                 enter_phase(f"trying the attention of {packed}", find_failure)
                 _check_attention(model, adapter, batches[0], decoder, packed)
@@ -201,8 +201,7 @@ def _check_attention(
             raise
         raise UnsupportedModelError(
             f"MIR can't be measured with the attention of {packed}, which fails on the probe sample "
-            f"{batch.names[0]} alone, without padding: {distributed.describe(error)}. Train without it, or evaluate "
-            "the checkpoints with `mir eval`."
+            f"{batch.names[0]} alone, without padding: {distributed.describe(error)}. {INSTEAD}"
         ) from error
 
 

@@ -6,7 +6,7 @@ function for sequences of several lengths. Some of these take `attention_mask` f
 padding then gives another number, and no error. Such a replacement is found by what it is: a function in the decoder
 layers, or in the places where transformers looks attention up, that is defined elsewhere than the layers and handles
 lengths of sequences. It is measured with one sample a batch, without padding, and the lengths where it reads them; a
-trial shows that each token depends on those before it and on no other.
+trial shows that it takes the sample for one sequence.
 
 Other replacements handle no lengths of sequences: fused norms and losses, adapters, quantized layers, wrappers around
 a forward. They get ordinary batches.
@@ -41,6 +41,10 @@ _SAME_NUMBERS = ("squeeze", "view", "reshape", "flatten", "to", "int", "long", "
 _SHARED = ("transformers.modeling_flash_attention_utils", "transformers.integrations.flash_attention")
 _TRUSTED = ("transformers", "torch", "flash_attn", "flash_attn_interface", "kernels")
 _CLEARLY = 10.0  # times the noise of a forward
+INSTEAD = (
+    "Train without it (in qwen-vl-finetune without data_flatten and data_packing), or evaluate the checkpoints with "
+    "`mir eval`."
+)
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,14 @@ def find_packed_attention(decoder: Decoder) -> PackedAttention | None:
     attention = tuple(module for module in _inner_modules(decoder) if "attention" in type(module).__name__.lower())
     for function in _replaced_lookups(decoder):
         found[function] = attention
-    suspects = {function: _reachable(function) for function in found}
-    packed = [function for function, parts in suspects.items() if any(map(_handles_lengths, parts))]
+    parts = {function: _reachable(function) for function in found}
+    packed = [function for function in found if any(map(_handles_lengths, parts[function]))]
+    reading = [function for function in packed if any(map(_takes_mask_for_lengths, parts[function]))]
+    # Of a model of one's own, functions in other files of its package are most often its own attention.
+    package = _package(_home(decoder.layers[0]))
+    packed = [function for function in packed if function in reading or _package(_where(function)) != package]
     if not packed:
         return None
-    reading = [function for function in packed if any(map(_takes_mask_for_lengths, suspects[function]))]
     readers = {id(module): module for function in reading for module in found[function]}
     first = (reading or packed)[0]
     return PackedAttention(
@@ -79,11 +86,14 @@ def find_packed_attention(decoder: Decoder) -> PackedAttention | None:
 
 
 @contextmanager
-def one_sequence(packed: PackedAttention | None) -> Iterator[None]:
-    """Inside, attention that takes its mask for cumulative lengths gets those of one sequence, (0, S).
+def one_sequence(decoder: Decoder, packed: PackedAttention | None) -> Iterator[None]:
+    """Inside, attention takes no sample for several sequences.
 
-    Lengths that its modules keep from a training step are set alike, and restored. Forwards must have one sample
-    without padding. Ranks: any; no communication.
+    A replacement that takes its mask for cumulative lengths gets those of one sequence, (0, S), also in the place of
+    lengths that its modules keep from a training step, which are restored; forwards must have one sample without
+    padding. transformers' own flash attention takes positions that don't count up one by one for those of packed
+    sequences, and some families hand it positions in time, height and width: it gets 0 to S - 1 instead, which changes
+    nothing else, as these layers have their rotary embeddings already. Ranks: any; no communication.
     """
     with ExitStack() as restored:
         for module in packed.readers if packed is not None else ():
@@ -91,41 +101,42 @@ def one_sequence(packed: PackedAttention | None) -> Iterator[None]:
             restored.callback(handle.remove)
             for name in _kept_lengths(module):
                 restored.callback(setattr, module, name, getattr(module, name))
+        if "flash" in str(_implementation(decoder)):
+            for layer in decoder.layers:
+                restored.callback(layer.register_forward_pre_hook(_give_positions, with_kwargs=True).remove)
         yield
 
 
 def check_one_sequence(packed: PackedAttention, decoder: Decoder, forward: Callable[[], Any]) -> None:
-    """Try on one sample whether each token depends on those before it and on no other.
+    """Try on one sample whether its last token sees its first one, as it does in no other split into sequences.
 
-    Three forwards: one as it is, and one each in which the first and the last hidden state that enters the decoder
-    layers is another. UnsupportedModelError if the last token doesn't depend on the first one, as under wrong lengths,
-    or earlier tokens on the last one. Ranks: as of ``forward``.
+    Three forwards: two as they are, whose difference is noise, and one in which another hidden state enters the
+    decoder layers first. UnsupportedModelError if the last one doesn't change more than by noise. Ranks: as of
+    ``forward``.
 
     Args:
         packed: the replacement, for the message.
         decoder: the decoder.
         forward: forwards one sample without padding, inside :func:`one_sequence`.
     """
-    plain = _last_states(decoder, forward, None)
-    forwards = (_last_states(decoder, forward, 0) - plain)[0, -1].abs().max()
-    backwards = (_last_states(decoder, forward, -1) - plain)[0, :-1].abs().max()
-    if not bool(forwards > _CLEARLY * backwards):  # also if one is NaN
+    plain, again, other = (_last_states(decoder, forward, change) for change in (False, False, True))
+    noise, change = ((state - plain)[0, -1].abs().max() for state in (again, other))
+    if not bool(change > _CLEARLY * noise):  # also if one is NaN
         raise UnsupportedModelError(
             f"MIR can't be measured with the attention of {packed}, which replaces that of "
-            f"{type(decoder.layers[0]).__name__}: in one sample without padding, its last hidden state changes by "
-            f"{forwards.item():.3g} with the first token and earlier ones by {backwards.item():.3g} with the last, so "
-            "it does not see one sequence. Train without packing (qwen-vl-finetune: data_flatten and data_packing "
-            "off), or evaluate the checkpoints with `mir eval`."
+            f"{type(decoder.layers[0]).__name__}: in one sample without padding, the hidden state of the last token "
+            f"changes by {change.item():.3g} with that of the first one, and by {noise.item():.3g} without a reason. "
+            f"So it takes the sample for several. {INSTEAD}"
         )
 
 
-def _last_states(decoder: Decoder, forward: Callable[[], Any], changed: int | None) -> Tensor:
-    """Hidden states (1, S, d) after the last decoder layer, float32, with the one at ``changed`` another at first."""
+def _last_states(decoder: Decoder, forward: Callable[[], Any], change_first: bool) -> Tensor:
+    """Hidden states (1, S, d) after the last decoder layer, float32; if asked, with another first one before them."""
     seen: list[Tensor] = []
 
     def change(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = (args[0] if args else kwargs["hidden_states"]).clone()
-        state[:, changed] = state[:, changed].roll(1, dims=-1)
+        state[:, 0] = state[:, 0].roll(1, dims=-1)
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -134,7 +145,7 @@ def _last_states(decoder: Decoder, forward: Callable[[], Any], changed: int | No
 
     with ExitStack() as hooks:
         hooks.callback(decoder.layers[-1].register_forward_hook(keep).remove)
-        if changed is not None:
+        if change_first:
             hooks.callback(decoder.layers[0].register_forward_pre_hook(change, with_kwargs=True).remove)
         forward()
     return seen[0]
@@ -146,6 +157,14 @@ def _give_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for name in _kept_lengths(module):
         setattr(module, name, lengths)
     return args, {**kwargs, _MASK: lengths}
+
+
+def _give_positions(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    positions = kwargs.get("position_ids")
+    if kwargs.get("position_embeddings") is None or positions is None or positions.ndim < 3:
+        return None
+    plain = torch.arange(positions.shape[-1], device=positions.device).expand(positions.shape[-2:])
+    return args, {**kwargs, "position_ids": plain}
 
 
 def _kept_lengths(module: nn.Module) -> list[str]:
@@ -164,7 +183,7 @@ def _replaced_methods(decoder: Decoder) -> Iterator[tuple[nn.Module, FunctionTyp
         for module in layer.modules():
             methods = [vars(module).get("forward")]
             for kind in type(module).__mro__:
-                if kind.__module__.partition(".")[0] != "torch":
+                if _package(kind.__module__) != "torch":
                     methods += vars(kind).values()
             for method in methods:
                 for function in _links(method):
@@ -180,9 +199,14 @@ def _replaced_lookups(decoder: Decoder) -> Iterator[FunctionType]:
             if "attention" in key or "mask" in key:
                 yield from (function for function in _links(value) if _is_foreign(function, home))
     registry: Any = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
-    used = getattr(text_config(decoder.model), "_attn_implementation", None)
+    used = _implementation(decoder)
     if used in registry:
         yield from (function for function in _links(registry[used]) if _is_foreign(function, home))
+
+
+def _implementation(decoder: Decoder) -> Any:
+    has_config = getattr(decoder.model, "config", None) is not None  # a model of another kind has none
+    return getattr(text_config(decoder.model), "_attn_implementation", None) if has_config else None
 
 
 def _home(layer: nn.Module) -> str:
@@ -192,7 +216,11 @@ def _home(layer: nn.Module) -> str:
 
 def _is_foreign(function: FunctionType, home: str) -> bool:
     where = _where(function)
-    return where != home and where.partition(".")[0] not in _TRUSTED
+    return where != home and _package(where) not in _TRUSTED
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _where(function: FunctionType) -> str:
@@ -216,10 +244,10 @@ def _links(method: Any) -> Iterator[FunctionType]:
 
 def _reachable(function: FunctionType) -> list[FunctionType]:
     """A function and those of its own package that it names or closes over, and so on."""
-    package, found, queue = _where(function).partition(".")[0], [], [function]
+    package, found, queue = _package(_where(function)), list[FunctionType](), [function]
     while queue:
         each = queue.pop()
-        if each in found or _where(each).partition(".")[0] != package:
+        if each in found or _package(_where(each)) != package:
             continue
         found.append(each)
         closed: list[Any] = []
