@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention replaced for packed sequences is measured right or refused by name, re-made here with a plain kernel.
-
-The replacements are those of Qwen-VL's and InternVL's training code and of ms-swift, written from their descriptions;
-`varlen` stands for flash-attention's function of the same arguments.
-"""
+"""Attention that was replaced for packed sequences is measured right or refused by name."""
 
 from types import MethodType
 
@@ -22,43 +18,21 @@ from mir_callback.errors import UnsupportedModelError
 from mir_callback.model.decoder import find_decoder
 from mir_callback.model.packing import find_packed_attention
 from tests import tiny_models
+from tests.model.packed_attention import (
+    PackedTrainingAttention,
+    failing_forward,
+    flattened_forward,
+    kept_lengths_forward,
+    mask_as_it_is,
+    registered_attention,
+    restarting_forward,
+    single_lengths_forward,
+    unpadding_forward,
+    varlen,
+)
 from tests.samples import pairs
 
 PROBE = Probe.from_pairs(pairs(4))
-
-
-def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, softmax_scale=None, **_):
-    """Causal attention within each of several sequences, q, k, v (T, heads, d); rows in none of them stay zero."""
-    bounds, result = cu_seqlens_q.tolist(), torch.zeros_like(q)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        parts = (each[start:stop].transpose(0, 1)[None] for each in (q, k, v))
-        result[start:stop] = functional.scaled_dot_product_attention(*parts, is_causal=causal, scale=softmax_scale)[
-            0
-        ].transpose(0, 1)
-    return result
-
-
-def heads(self, hidden_states, position_embeddings):
-    """Queries, keys and values, (B, S, heads, d)."""
-    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
-    q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-    return [each.transpose(1, 2) for each in (q, k, v)]
-
-
-def flattened_attention(q, k, v, attention_mask):
-    cu_seqlens = attention_mask
-    return varlen(q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-
-
-def flattened_forward(self, hidden_states, attention_mask=None, position_embeddings=None, **_):
-    """As in qwen-vl-finetune with data_flatten: the mask is the cumulative lengths."""
-    out = flattened_attention(*heads(self, hidden_states, position_embeddings), attention_mask)
-    return self.o_proj(out.reshape(hidden_states.shape)), None
-
-
-def mask_as_it_is(attention_mask=None, **_):
-    return attention_mask
 
 
 def flatten_qwen(monkeypatch, model):
@@ -72,31 +46,9 @@ def flatten_llama(monkeypatch, model):
     monkeypatch.setattr(modeling_llama, "create_causal_mask", mask_as_it_is)
 
 
-class PackedTrainingAttention(modeling_llama.LlamaAttention):
-    """As in InternVL's packed training: a subclass in the place of the class, which replaces an inner method."""
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
-        out = self._flash(*heads(self, hidden_states, position_embeddings), attention_mask)
-        return self.o_proj(out.reshape(hidden_states.shape)), None
-
-    def _flash(self, q, k, v, attention_mask):
-        assert len(q) == 1
-        lengths = attention_mask.squeeze(0)
-        return varlen(q[0], k[0], v[0], cu_seqlens_q=lengths, cu_seqlens_k=lengths)
-
-
 def subclass(monkeypatch, model):
     for layer in find_decoder(model).layers:
         layer.self_attn.__class__ = PackedTrainingAttention
-
-
-def kept_lengths_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
-    """As in InternVL's later training code: lengths that the training loop left in the module go first."""
-    if self.cu_seqlens is not None:
-        attention_mask = self.cu_seqlens
-    q, k, v = heads(self, hidden_states, position_embeddings)
-    cu_seqlens = attention_mask.squeeze(0)
-    return self.o_proj(varlen(q[0], k[0], v[0], cu_seqlens).reshape(hidden_states.shape)), None
 
 
 def instances(monkeypatch, model):
@@ -105,38 +57,14 @@ def instances(monkeypatch, model):
         layer.self_attn.cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)  # of the last training step
 
 
-def restarting_forward(self, hidden_states, position_embeddings=None, position_ids=None, **_):
-    """As ms-swift's padding_free on older transformers: sequences begin where positions restart."""
-    q, k, v = heads(self, hidden_states, position_embeddings)
-    starts = (position_ids.flatten() == 0).nonzero()[:, 0].int()
-    cu_seqlens = functional.pad(starts, (0, 1), value=position_ids.numel())
-    out = varlen(*(each.flatten(0, 1) for each in (q, k, v)), cu_seqlens)
-    return self.o_proj(out.reshape(hidden_states.shape)), None
-
-
 def restart(monkeypatch, model):
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", restarting_forward)
-
-
-def registered_attention(module, query, key, value, attention_mask, **_):
-    out = flattened_attention(*(each.transpose(1, 2) for each in (query, key, value)), attention_mask)
-    return out[None], None
 
 
 def register(monkeypatch, model):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", registered_attention)
     for config in (model.config.vision_config, model.model.vision_tower.config):
         config._attn_implementation = "eager"
-
-
-def unpadding_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
-    """As in older training code of LLaVA and FastChat: a mask of padding, read as such."""
-    q, k, v = heads(self, hidden_states, position_embeddings)
-    mask = torch.ones(q.shape[:2]) if attention_mask is None else attention_mask
-    cu_seqlens = functional.pad(mask.sum(dim=1).cumsum(0), (1, 0)).int()
-    out = torch.zeros_like(q)
-    out[mask.bool()] = varlen(*(each[mask.bool()] for each in (q, k, v)), cu_seqlens)
-    return self.o_proj(out.reshape(hidden_states.shape)), None
 
 
 def unpad(monkeypatch, model):
@@ -191,24 +119,12 @@ def test_training_is_left_as_it_was(monkeypatch):
     assert len(attention._forward_pre_hooks) == hooks
 
 
-def single_lengths_forward(self, hidden_states, position_embeddings=None, attention_mask=None, **_):
-    """The mask as the length of each sequence: another meaning again, which nobody can know."""
-    q, k, v = heads(self, hidden_states, position_embeddings)
-    lengths = torch.ones(q.shape[1]) if attention_mask is None else attention_mask.flatten()
-    out = varlen(q[0], k[0], v[0], cu_seqlens_q=functional.pad(lengths.cumsum(0), (1, 0)).int())
-    return self.o_proj(out.reshape(hidden_states.shape)), None
-
-
-def failing_forward(self, hidden_states, position_embeddings=None, attention_mask=None, cu_seq_lens_q=None, **_):
-    raise KeyError(f"{cu_seq_lens_q}")
-
-
 @pytest.mark.parametrize("forward", [single_lengths_forward, failing_forward])
 def test_refused_by_name_when_attention_sees_something_else_than_one_sequence(forward, monkeypatch):
     model, processor = tiny_models.llava()
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     monkeypatch.setattr(modeling_llama, "create_causal_mask", mask_as_it_is)
-    with pytest.raises(UnsupportedModelError, match=rf"{forward.__name__} \(.*test_packing\.py\)"):
+    with pytest.raises(UnsupportedModelError, match=rf"{forward.__name__} \(.*packed_attention\.py\)"):
         value(model, processor)
 
 
