@@ -64,10 +64,11 @@ def find_packed_attention(decoder: Decoder) -> PackedAttention | None:
 
     Ranks: any; no communication.
     """
-    found: dict[FunctionType, tuple[nn.Module, ...]] = {}
+    found: dict[FunctionType, list[nn.Module]] = {}
     for module, function in _replaced_methods(decoder):
-        found[function] = (*found.get(function, ()), module)
-    attention = tuple(module for module in _inner_modules(decoder) if "attention" in type(module).__name__.lower())
+        found.setdefault(function, []).append(module)
+    inner = (module for layer in decoder.layers for module in layer.modules() if module is not layer)
+    attention = [module for module in inner if "attention" in type(module).__name__.lower()]
     for function in _replaced_lookups(decoder):
         found[function] = attention
     parts = {function: _reachable(function) for function in found}
@@ -171,24 +172,21 @@ def _kept_lengths(module: nn.Module) -> list[str]:
     return [name for name, value in vars(module).items() if "cu_seq" in name and isinstance(value, Tensor)]
 
 
-def _inner_modules(decoder: Decoder) -> Iterator[nn.Module]:
-    for layer in decoder.layers:
-        yield from (module for module in layer.modules() if module is not layer)
-
-
 def _replaced_methods(decoder: Decoder) -> Iterator[tuple[nn.Module, FunctionType]]:
     """Methods in decoder layers that another file defines than that of the layer's class, and their modules."""
+    of_classes: dict[tuple[type, str], list[FunctionType]] = {}
     for layer in decoder.layers:
         home = _home(layer)
         for module in layer.modules():
-            methods = [vars(module).get("forward")]
-            for kind in type(module).__mro__:
-                if _package(kind.__module__) != "torch":
-                    methods += vars(kind).values()
-            for method in methods:
-                for function in _links(method):
-                    if _is_foreign(function, home):
-                        yield module, function
+            kind = type(module)
+            if (kind, home) not in of_classes:
+                parts = (each for each in kind.__mro__ if _package(each.__module__) != "torch")
+                methods = (method for part in parts for method in vars(part).values())
+                found = (each for method in methods for each in _links(method))
+                of_classes[kind, home] = [each for each in found if _is_foreign(each, home)]
+            own = (each for each in _links(vars(module).get("forward")) if _is_foreign(each, home))
+            for function in (*own, *of_classes[kind, home]):
+                yield module, function
 
 
 def _replaced_lookups(decoder: Decoder) -> Iterator[FunctionType]:
