@@ -155,7 +155,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("loops/test_plugins.py::test_swift_measures_what_its_template_does_not_touch",),
             by_hand="ms-swift",
             ran="4.6.0, transformers 5.16.1: `swift sft` on LLaVA (also LoRA) and Qwen2.5-VL, 1 process, DDP",
-            limits="packing, sequence parallelism, ZeRO, FSDP2 not tried; Megatron-SWIFT below",
+            limits="sequence parallelism, ZeRO, FSDP2 not tried; packing only as "
+            "[replaced attention](#packed-sequences); Megatron-SWIFT below",
         ),
         Support(
             "axolotl",
@@ -170,8 +171,8 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             "Qwen-VL's `qwen-vl-finetune`",
             "not tested",
             "`attach_mir(trainer, probe, processor=processor)` before its `trainer.train()`",
-            limits="its Trainer has the tokenizer only; leave `data_flatten` and packing off, with which its "
-            "attention reads the mask in a way of its own",
+            limits="its Trainer has the tokenizer only; `data_flatten` and `data_packing`: "
+            "[one sample a batch](#packed-sequences)",
         ),
         Support(
             "unsloth",

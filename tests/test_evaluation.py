@@ -10,7 +10,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mir_callback import Probe, evaluate_mir, metric, modality_integration_rate
 from mir_callback.config import MIRConfig
-from mir_callback.errors import ConfigError, ForwardError, NumericsError, ProbeError, UnsupportedModelError
+from mir_callback.errors import ConfigError, ForwardError, NumericsError, UnsupportedModelError
 from mir_callback.evaluation import evaluate
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.probe.adapters import HuggingFaceAdapter
@@ -219,7 +219,7 @@ def test_error_before_any_forward_when_something_does_not_fit(probe):
     with pytest.raises(UnsupportedModelError, match="has no vision tokens"):
         evaluate_mir(model.model.language_model, probe, processor=processor)
     model.config.image_token_index = 5
-    with pytest.raises(ProbeError, match="pair 0 has no vision tokens"):
+    with pytest.raises(ConfigError, match=r"none of the model's image tokens \(5\)"):
         evaluate_mir(model, probe, processor=processor)
     assert calls == []
 
@@ -228,7 +228,7 @@ def test_error_names_samples_and_quotes_the_models_own_when_its_forward_fails(pr
     model, processor = tiny_models.llava()
     processor.image_processor.size = {"shortest_edge": 64}
     processor.image_processor.crop_size = {"height": 64, "width": 64}
-    with pytest.raises(ForwardError, match="pair 0, pair 1, pair 2: ValueError: Input image size") as caught:
+    with pytest.raises(ForwardError, match=r"samples pair \d, pair \d: ValueError: Input image size") as caught:
         evaluate_mir(model, probe, processor=processor, batch_size=3)
     assert str(caught.value.__cause__) in str(caught.value)
     assert all(not module._forward_hooks for module in model.model.language_model.layers)

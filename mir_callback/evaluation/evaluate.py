@@ -36,6 +36,7 @@ from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import unwrap
+from mir_callback.model.packing import find_packed_attention
 from mir_callback.model.parallelism import find_share
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
@@ -215,6 +216,11 @@ class Evaluator:
         self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
+            packed = find_packed_attention(decoder)
+            if packed is not None and config.batch_size > 1:
+                config = replace(config, batch_size=1)
+                if distributed.is_main():
+                    log.warning("Attention is that of %s: the probe is forwarded one sample at a time.", packed)
             encode = partial(encode_probe, probe, adapter, share=self._share, other_images=config.vision_gain)
             fault = None
             try:
@@ -236,11 +242,12 @@ class Evaluator:
                 raise budget_error(budget, need)
         options = {name: getattr(config, name) for name in _ALIKE_ON_RANKS}
         self._prompt: str | None = getattr(adapter, "prompt", None)
-        distributed.require_same(probe_fingerprint=encoded.fingerprint, prompt=self._prompt, **options)
-        everyone = distributed.gather_objects(
-            (encoded.digests, encoded.pixel_digests, find_machine(), encoded.shard.sizes)
+        attention = None if packed is None else packed.name
+        distributed.require_same(
+            probe_fingerprint=encoded.fingerprint, prompt=self._prompt, attention=attention, **options
         )
-        tokens, pixels, machines, sizes = zip(*everyone, strict=True)
+        own = (encoded.digests, encoded.pixel_digests, find_machine(), encoded.shard.sizes)
+        tokens, pixels, machines, sizes = zip(*distributed.gather_objects(own), strict=True)
         self._encoded = replace(encoded, digests=sum(tokens, ()), pixel_digests=sum(pixels, ()))  # of all ranks
         self._ranks_here = machines.count(find_machine())
         self._num_layers = len(decoder.layers)

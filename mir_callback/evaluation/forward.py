@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
-from mir_callback.errors import ForwardError, MIRError, ProbeError
+from mir_callback.errors import ForwardError, MIRError, ProbeError, UnsupportedModelError
 from mir_callback.evaluation.hidden_states import ExpectedRows, HiddenStateStore, budget_error, open_store
 from mir_callback.evaluation.memory import PeakMemory, find_device, is_out_of_memory
-from mir_callback.model.capture import HiddenStateCapture, TextLoss
-from mir_callback.model.decoder import unwrap
+from mir_callback.model.capture import HiddenStateCapture, TextLoss, lean_outputs
+from mir_callback.model.decoder import Decoder, unwrap
 from mir_callback.model.isolation import evaluation_weights, preserve_training_state
+from mir_callback.model.packing import INSTEAD, PackedAttention, check_one_sequence, find_packed_attention, one_sequence
 from mir_callback.model.parallelism import find_groups, whole_sequences
 from mir_callback.model.sharding import is_sharded, release_leftovers
 from mir_callback.probe.batches import ProbeBatch
@@ -114,11 +115,16 @@ def forward_probe(
 
         capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None)
         live = evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer)
-        with live[0], live[1], whole_sequences(model), capture:
-            for number, (part, which) in enumerate(runs):
-                if number:
-                    capture.only_loss(text_losses[number])
-                _forward_batches(model, adapter, part, capture, bar, which, channel, find_failure)
+        packed = find_packed_attention(decoder)
+        with live[0], live[1], whole_sequences(model), one_sequence(decoder, packed):
+            if packed is not None and first == 0:
+                enter_phase(f"trying the attention of {packed}", find_failure)
+                _check_attention(model, adapter, batches[0], decoder, packed)
+            with capture:
+                for number, (part, which) in enumerate(runs):
+                    if number:
+                        capture.only_loss(text_losses[number])
+                    _forward_batches(model, adapter, part, capture, bar, which, channel, find_failure)
         store.finish()
         losses = tuple(torch.cat(each.samples) for each in text_losses)
         _require_same_tokens(batches, losses)
@@ -156,15 +162,14 @@ def _forward_batches(
     channel: distributed.SideChannel,
     find_failure: Callable[[], str | None] | None,
 ) -> None:
-    device, dtype = find_device(model), next(p.dtype for p in model.parameters() if p.is_floating_point())
     with adapter.live_masks(unwrap(model)) as live:
         for number, batch in enumerate(batches, start=1):
             enter_phase(f"forward of batch {number} of {len(batches)}{which}", find_failure)
-            placed = batch.on(device, dtype)
-            masks = placed.masks or live
+            ready = placed(model, batch)
+            masks = ready.masks or live
             assert masks is not None  # an adapter knows its masks before or during the forward
             try:
-                capture.forward(model, placed.inputs, masks, placed.keep, placed.text_ids or ())
+                capture.forward(model, ready.inputs, masks, ready.keep, ready.text_ids or ())
             except Exception as error:
                 channel.post_failure(error)
                 enter_phase(f"leaving its forward of batch {number} after {distributed.describe(error)}", find_failure)
@@ -177,6 +182,32 @@ def _forward_batches(
                 ) from error
             bar.update()
     enter_phase("waiting for the other ranks' forwards")
+
+
+def _check_attention(
+    model: nn.Module, adapter: Adapter, batch: ProbeBatch, decoder: Decoder, packed: PackedAttention
+) -> None:
+    if len(batch.names) > 1:
+        raise UnsupportedModelError(
+            f"The attention of the model was replaced by {packed} after the probe was encoded for it. Replace it "
+            "first, then make the monitor."
+        )
+    inputs = {**placed(model, batch).inputs, **lean_outputs(decoder.model, few_logits=True)}
+    try:
+        with adapter.live_masks(unwrap(model)):
+            check_one_sequence(packed, decoder, lambda: distributed.finish(model(**inputs)))
+    except Exception as error:
+        if isinstance(error, MIRError) or is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"MIR can't be measured with the attention of {packed}, which fails on the probe sample "
+            f"{batch.names[0]} alone, without padding: {distributed.describe(error)}. {INSTEAD}"
+        ) from error
+
+
+def placed(model: nn.Module, batch: ProbeBatch) -> ProbeBatch:
+    """The batch on the model's device, floating inputs in the dtype of its weights. Ranks: pure."""
+    return batch.on(find_device(model), next(p.dtype for p in model.parameters() if p.is_floating_point()))
 
 
 def waits_for_ranks(model: nn.Module) -> bool:

@@ -125,7 +125,7 @@ class HiddenStateCapture:
         """
         seen = _Forward(masks if callable(masks) else lambda: masks, keep, text_ids)
         self._forward = seen
-        outputs = model(**inputs, **_lean_outputs(self._decoder.model, few_logits=self._few_logits))
+        outputs = model(**inputs, **lean_outputs(self._decoder.model, few_logits=self._few_logits))
         distributed.finish(outputs)
         self._check_calls(seen)
         final = seen.last_output if seen.after_norm is None else seen.after_norm
@@ -308,7 +308,7 @@ def _nothing() -> None:
     """Default of a method that a model may lack."""
 
 
-def _lean_outputs(model: nn.Module, *, few_logits: bool) -> dict[str, Any]:
+def lean_outputs(model: nn.Module, *, few_logits: bool) -> dict[str, Any]:
     """Keyword arguments that save memory in the forward: no cache, and on request logits of one position."""
     lean: dict[str, Any] = {"use_cache": False} if _accepts(model, "use_cache") else {}
     logits = _logits_argument(model)

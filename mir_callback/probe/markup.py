@@ -7,6 +7,7 @@ its features or leave that to the prompt, in how they take images, and in what t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -22,6 +23,7 @@ from mir_callback.probe.prompt import TEXT
 # Of kosmos-2 and its like, whose image features have no token id of their own: where they are.
 POSITION_MASK = "image_embeds_position_mask"
 _PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token")  # attributes of processors, best first
+_IMAGE_IDS = ("image_token_id", "image_token_index")
 _BORDERS = (
     ("vision_start_token", "vision_end_token"),
     ("image_start_token", "image_end_token"),
@@ -77,7 +79,7 @@ def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[i
     """
     trial = _Trial(processor, vision_ids)
     itself = trial.run("")
-    tokens = _placeholders(processor, tokenizer, vision_ids)
+    tokens = _placeholders(processor, tokenizer, config)
     for token in tokens:
         bare = trial.run(token)
         # One that places images itself takes a placeholder for words, or for another image.
@@ -166,10 +168,11 @@ def vision_of(encoded: Mapping[str, Any], vision_ids: tuple[int, ...]) -> Tensor
     return torch.isin(ids, torch.tensor(vision_ids, dtype=ids.dtype))
 
 
-def _placeholders(processor: Any, tokenizer: Any, vision_ids: tuple[int, ...]) -> list[str]:
+def _placeholders(processor: Any, tokenizer: Any, config: Any) -> list[str]:
     """Tokens that may stand for an image, best first: those that the processor names, then the model's own."""
     named = [str(each) for name in _PLACEHOLDERS if (each := getattr(processor, name, None))]
-    own = [each for each in tokenizer.convert_ids_to_tokens(list(vision_ids)) if isinstance(each, str)]
+    ids = [each for name in _IMAGE_IDS if isinstance(each := getattr(config, name, None), int)]
+    own = [each for each in tokenizer.convert_ids_to_tokens(ids) if isinstance(each, str)]
     return list(dict.fromkeys([*named, *own]))
 
 
@@ -179,7 +182,8 @@ def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, 
     around = list(_borders(trial.processor, tokenizer, config))
     candidates = [from_template] if from_template is not None else []
     candidates += [f"{start}{token}{end}" for start, end in around]
-    if bare is not None and any(set(tokenizer.convert_tokens_to_ids(list(pair))) & set(bare.ids) for pair in around):
+    marks = tokenizer.convert_tokens_to_ids([each for pair in around for each in pair if each])
+    if bare is not None and set(marks) & set(bare.ids):
         candidates = []
     for written in candidates:
         found, listed = trial.run(written), written.count(token)
@@ -214,10 +218,14 @@ def _from_chat_template(processor: Any, tokenizer: Any, token: str) -> str | Non
         )
     except Exception:  # of Jinja and of the template itself: any kind
         return None
-    before = len(commonprefix([whole, without]))
-    after = len(commonprefix([whole[before:][::-1], without[before:][::-1]]))
-    written = whole[before : len(whole) - after].strip()
-    special = tuple(each for each in tokenizer.get_added_vocab() if each != token)
+    marks = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    places = [mark.span() for mark in re.finditer("|".join(map(re.escape, marks)), whole)]
+    begin = len(commonprefix([whole, without]))
+    begin = next((start for start, end in places if start < begin < end), begin)  # two may begin alike
+    end = len(whole) - len(commonprefix([whole[begin:][::-1], without[begin:][::-1]]))
+    end = next((stop for start, stop in places if start < end < stop), end)
+    written = whole[begin:end].strip()
+    special = tuple(each for each in marks if each != token)
     is_bordered = written.startswith(special) and written.endswith(special)
     run = token * written.count(token)  # some write one for each of the image's tokens
     return written if is_bordered and run and run in written else None

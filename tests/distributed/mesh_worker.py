@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import deepspeed
@@ -32,6 +33,7 @@ from mir_callback.evaluation.forward import waits_for_ranks
 from mir_callback.probe.adapters import find_adapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
+from tests.model.packed_attention import PackedTrainingAttention, single_lengths_forward
 from tests.samples import pairs
 
 COUNTS = (7, 1)  # samples: more than ranks, and fewer
@@ -107,6 +109,14 @@ def by_fsdp(model: Any, folder: str) -> Any:
     return fully_shard(model)
 
 
+def by_fsdp_and_packed(model: Any, folder: str) -> Any:
+    """FSDP2 of layers whose attention was replaced for packed sequences."""
+    for layer in model.model.language_model.layers:
+        layer.self_attn.__class__ = PackedTrainingAttention
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def by_experts(model: Any, folder: str) -> Any:
     """Expert parallelism of transformers over all ranks, beside tensor parallelism."""
     world = dist.get_world_size()
@@ -151,6 +161,7 @@ GOOD: dict[str, Callable[[Any, str], Any]] = {
         by_torch,
         by_torch_and_fsdp,
         by_fsdp,
+        by_fsdp_and_packed,
         by_experts,
         by_deepspeed,
         by_context_parallelism,
@@ -212,6 +223,13 @@ def unknown_split(model: Any) -> Any:
     return model
 
 
+def several_sequences(model: Any) -> Any:
+    """Attention that takes every token for a sequence."""
+    for layer in model.model.language_model.layers:
+        layer.self_attn.forward = MethodType(single_lengths_forward, layer.self_attn)
+    return fully_shard(model)
+
+
 BAD: dict[str, Callable[[Any], Any]] = {
     each.__name__: each
     for each in (
@@ -223,6 +241,7 @@ BAD: dict[str, Callable[[Any], Any]] = {
         own_weights,
         replicas_of_parts,
         unknown_split,
+        several_sequences,
     )
 }
 

@@ -171,5 +171,5 @@ def test_refused_when_the_stream_has_another_shape_than_input_ids():
         return original(inputs_embeds=torch.cat([inputs_embeds[:, :1], inputs_embeds], dim=1), **kwargs)
 
     inner.forward = prepended
-    with pytest.raises(UnsupportedModelError, match="the first decoder layer got"):
+    with pytest.raises(UnsupportedModelError, match="its first decoder layer got"):
         run(model, processor)
