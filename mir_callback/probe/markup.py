@@ -180,8 +180,14 @@ def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, 
     """The placeholder with what the family has around it, unless its processor adds that itself; None if none works."""
     from_template = _from_chat_template(trial.processor, tokenizer, token)
     around = list(_borders(trial.processor, tokenizer, config))
-    candidates = [from_template] if from_template is not None else []
-    candidates += [f"{start}{token}{end}" for start, end in around]
+    candidates = []
+    for start, end in around:
+        # Within the family's own pair a template may know more; one beyond it goes on to another message.
+        if from_template is not None and from_template.startswith(start) and from_template.endswith(end or token):
+            candidates.append(from_template)
+        candidates.append(f"{start}{token}{end}")
+    if from_template is not None and not around:
+        candidates.append(from_template)
     marks = tokenizer.convert_tokens_to_ids([each for pair in around for each in pair if each])
     if bare is not None and set(marks) & set(bare.ids):
         candidates = []
