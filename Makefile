@@ -23,6 +23,10 @@ FACTORY_PY := $(FACTORY_VENV)/bin/python
 FACTORY_PIP := $(FACTORY_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-llamafactory.txt
 FACTORY_STAMP := $(FACTORY_VENV)/.installed
 FACTORY_RUNS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+# Families of models beyond a dozen: torchvision and timm, over .venv; from Python 3.11 on, as transformers' newest.
+FAMILIES_VENV := .venv-families
+FAMILIES_PY := $(FAMILIES_VENV)/bin/python
+FAMILIES_STAMP := $(FAMILIES_VENV)/.installed
 SOURCES := $(wildcard mir_callback llava_integration)
 
 export TOKENIZERS_PARALLELISM := false
@@ -32,7 +36,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-gpu test-faults checks bench bench-gpu study docs dist clean distclean preflight \
-  llava-left-out factory-left-out browser-left-out
+  llava-left-out factory-left-out families-left-out browser-left-out
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=/path/to/python3.10-or-newer]'
@@ -60,9 +64,13 @@ endif
 ifeq ($(FACTORY_RUNS),yes)
 FACTORY_READY := $(FACTORY_STAMP)
 FACTORY_LEFT_OUT :=
+FAMILIES_READY := $(FAMILIES_STAMP)
+FAMILIES_LEFT_OUT :=
 else
 FACTORY_READY := factory-left-out
 FACTORY_LEFT_OUT := --ignore tests/llamafactory
+FAMILIES_READY := families-left-out
+FAMILIES_LEFT_OUT := --ignore tests/families
 endif
 
 # One from a snap sees neither the tests' folders nor our pipes.
@@ -75,11 +83,16 @@ BROWSER_LEFT_OUT := and not browser
 endif
 
 test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
-	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults and not trackers $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT)
+	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
+	  $(LLAVA_LEFT_OUT) $(FAMILIES_LEFT_OUT)
 
-test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) $(TRACKERS_STAMP) ## the checks, then all tests, the slow ones too
-	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults and not trackers $(BROWSER_LEFT_OUT)' $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT)
+test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) $(TRACKERS_STAMP) $(FAMILIES_READY) ## the checks, then all tests, the slow ones too
+	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
+	  $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT) $(FAMILIES_LEFT_OUT)
 	$(TESTING) $(TRACKERS_PY) -m pytest -m trackers tests/training/test_trackers.py
+ifeq ($(FACTORY_RUNS),yes)
+	$(TESTING) $(FAMILIES_PY) -m pytest -m families tests/families
+endif
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu
@@ -92,6 +105,9 @@ llava-left-out:
 
 factory-left-out:
 	@echo 'NOTE: the tests with LLaMA-Factory are left out: it needs Python 3.11 or newer'
+
+families-left-out:
+	@echo 'NOTE: the tests of families of models are left out: they need the transformers of Python 3.11 or newer'
 
 browser-left-out:
 	@echo 'NOTE: the tests that open a page in a browser are left out: no Chromium was found; on Debian: apt install chromium'
@@ -210,6 +226,15 @@ $(TRACKERS_STAMP): constraints-trackers.txt $(STAMP)
 	@echo 'installing MLflow, Trackio and SwanLab, for their tests'
 	@$(TRACKERS_PY) -m pip --disable-pip-version-check -qq install --constraint constraints-trackers.txt \
 	  mlflow-skinny trackio swanlab
+	@touch $@
+
+# torchvision names its PyTorch, and its compiled part, for CUDA, fails beside one for CPU: the tests use its Python part.
+$(FAMILIES_STAMP): constraints-families.txt $(STAMP)
+	@test -x $(FAMILIES_PY) || { echo 'creating $(FAMILIES_VENV)'; $(PYTHON) -m venv $(FAMILIES_VENV); }
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$($(FAMILIES_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	@echo 'installing torchvision and timm, for the tests of families of models'
+	@$(FAMILIES_PY) -m pip --disable-pip-version-check -qq install --no-deps --constraint constraints-families.txt torchvision timm
 	@touch $@
 
 preflight:
