@@ -53,11 +53,13 @@ def find_encoding_fault(pair: Probe, adapter: Adapter) -> str | None:
         together = _encode(pair, adapter, 2)
     except MIRError as error:
         return str(error)
-    for name, own, batched in zip(
+    for name, *ids in zip(
         (sample.name for sample in pair.samples), alone.shard.token_ids, together.shard.token_ids, strict=True
     ):
-        if not torch.equal(own, batched):
-            return f"{name} has {len(batched)} tokens beside another sample and {len(own)} alone, or others"
+        if not torch.equal(*ids):
+            return f"{name} has {len(ids[1])} tokens beside another sample and {len(ids[0])} alone, or others"
+    if alone.shard.sizes != together.shard.sizes:
+        return f"vision tokens are {together.shard.sizes} in a batch, and {alone.shard.sizes} alone"
     return None
 
 

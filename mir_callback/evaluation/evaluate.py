@@ -378,6 +378,8 @@ class Evaluator:
             known = (self._probe, self._adapter, self._encoded.shard.samples, batch_size)
             shard, others = encode_shards(*known, other_images=self._config.vision_gain)
         self._encoded = replace(self._encoded, shard=shard, other_images=others)
+        if self._expected.exact:
+            self._expected = replace(self._expected, counts=shard.row_counts)  # others, if batches were wrong
 
     def _halve_batches(self, shortage: OutOfMemory, device: torch.device) -> None:
         """Halve the batch size on all ranks, or raise if it is 1."""

@@ -22,7 +22,7 @@ from transformers import (
     GotOcr2ImageProcessorPil,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
@@ -39,7 +39,7 @@ def aya_vision() -> tuple[Any, Any]:
     )
     images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=True)
     processor = AyaVisionProcessor(images, tok, patch_size=8, img_size=32, downsample_factor=2)
-    return varied(AyaVisionForConditionalGeneration(config)), processor
+    return AyaVisionForConditionalGeneration(config), processor
 
 
 def cohere2_vision() -> tuple[Any, Any]:
@@ -54,7 +54,7 @@ def cohere2_vision() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|IMG_PATCH|>"),
     )
     images = Cohere2VisionImageProcessor(size={"height": 32, "width": 32}, max_patches=4, patch_size=2)
-    return varied(Cohere2VisionForConditionalGeneration(config)), Cohere2VisionProcessor(images, tok)
+    return Cohere2VisionForConditionalGeneration(config), Cohere2VisionProcessor(images, tok)
 
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -87,7 +87,7 @@ def cohere_compass() -> tuple[Any, Any]:
     )
     images = CohereCompassImageProcessorPil(patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64)
     videos = CohereCompassVideoProcessor(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128})
-    return varied(CohereCompassForConditionalGeneration(config)), CohereCompassProcessor(images, tok, videos)
+    return CohereCompassForConditionalGeneration(config), CohereCompassProcessor(images, tok, videos)
 
 
 FAMILIES = [

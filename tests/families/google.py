@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from tests import tiny_models
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer, without_video
 
@@ -78,7 +78,7 @@ def paligemma2() -> tuple[Any, Any]:
         image_token_index=tok.convert_tokens_to_ids("<image>"),
         projection_dim=HIDDEN,
     )
-    return varied(PaliGemmaForConditionalGeneration(config)), processor
+    return PaliGemmaForConditionalGeneration(config), processor
 
 
 _MIXED = ["sliding_attention", "full_attention", "full_attention"]
@@ -112,7 +112,7 @@ def _gemma3_parts() -> tuple[Any, dict[str, Any], Any]:
 def gemma3() -> tuple[Any, Any]:
     """Gemma 3: pooled SigLIP features, sliding windows, attention in both directions within an image."""
     tok, parts, images = _gemma3_parts()
-    model = varied(Gemma3ForConditionalGeneration(Gemma3Config(**parts)))
+    model = Gemma3ForConditionalGeneration(Gemma3Config(**parts))
     return model, Gemma3Processor(images, tok, image_seq_length=4)
 
 
@@ -124,7 +124,7 @@ def shieldgemma2() -> tuple[Any, Any]:
         "{{ '<start_of_image>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
     )
     processor = ShieldGemma2Processor(images, tok, chat_template=template, image_seq_length=4)
-    return varied(Gemma3ForConditionalGeneration(ShieldGemma2Config(**parts))), processor
+    return Gemma3ForConditionalGeneration(ShieldGemma2Config(**parts)), processor
 
 
 def t5gemma2() -> tuple[Any, Any]:
@@ -132,7 +132,7 @@ def t5gemma2() -> tuple[Any, Any]:
     tok, parts, images = _gemma3_parts()
     decoder = parts["text_config"]
     config = T5Gemma2Config(encoder=parts, decoder=decoder, image_token_index=parts["image_token_index"])
-    return varied(T5Gemma2ForConditionalGeneration(config)), Gemma3Processor(images, tok, image_seq_length=4)
+    return T5Gemma2ForConditionalGeneration(config), Gemma3Processor(images, tok, image_seq_length=4)
 
 
 def gemma3n() -> tuple[Any, Any]:
@@ -187,7 +187,7 @@ def gemma3n() -> tuple[Any, Any]:
     )
     images = SiglipImageProcessorPil(size={"height": 64, "width": 64})
     processor = Gemma3nProcessor(Gemma3nAudioFeatureExtractor(), images, tok, image_seq_length=4)
-    return varied(Gemma3nForConditionalGeneration(config)), processor
+    return Gemma3nForConditionalGeneration(config), processor
 
 
 def _gemma4_tokenizer() -> Any:
@@ -217,7 +217,7 @@ def gemma4() -> tuple[Any, Any]:
         vision_config=_GEMMA4_TOWER,
         **ids(tok, **_GEMMA4_IDS),
     )
-    return varied(Gemma4ForConditionalGeneration(config)), _gemma4_processor(tok, videos=False)
+    return Gemma4ForConditionalGeneration(config), _gemma4_processor(tok, videos=False)
 
 
 def gemma4_moe() -> tuple[Any, Any]:
@@ -234,7 +234,7 @@ def gemma4_moe() -> tuple[Any, Any]:
         vision_config=_GEMMA4_TOWER,
         **ids(tok, **_GEMMA4_IDS),
     )
-    return varied(Gemma4ForConditionalGeneration(config)), _gemma4_processor(tok)
+    return Gemma4ForConditionalGeneration(config), _gemma4_processor(tok)
 
 
 def gemma4_unified() -> tuple[Any, Any]:
@@ -254,7 +254,7 @@ def gemma4_unified() -> tuple[Any, Any]:
     images = Gemma4UnifiedImageProcessor(patch_size=4, max_soft_tokens=70)
     videos = Gemma4UnifiedVideoProcessor(patch_size=4, max_soft_tokens=70)
     processor = Gemma4UnifiedProcessor(Gemma4UnifiedAudioFeatureExtractor(), images, tok, videos)
-    return varied(Gemma4UnifiedForConditionalGeneration(config)), processor
+    return Gemma4UnifiedForConditionalGeneration(config), processor
 
 
 def diffusion_gemma() -> tuple[Any, Any]:
@@ -266,7 +266,7 @@ def diffusion_gemma() -> tuple[Any, Any]:
         canvas_length=8,
         **{field: value for field, value in ids(tok, **_GEMMA4_IDS).items() if field in _IMAGE_IDS},
     )
-    return varied(DiffusionGemmaForBlockDiffusion(config)), _gemma4_processor(tok)
+    return DiffusionGemmaForBlockDiffusion(config), _gemma4_processor(tok)
 
 
 _GEMMA4_TEXT = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "layer_types": _MIXED}

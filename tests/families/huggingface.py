@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests import tiny_models
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer, without_video
 
@@ -43,7 +43,7 @@ def idefics() -> tuple[Any, Any]:
         vision_config={"embed_dim": 24, **{field: value for field, value in TOWER.items() if field != "hidden_size"}},
     )
     images = IdeficsImageProcessorPil(image_size=32)
-    return varied(IdeficsForVisionText2Text(config)), IdeficsProcessor(images, tok, image_size=32)
+    return IdeficsForVisionText2Text(config), IdeficsProcessor(images, tok, image_size=32)
 
 
 def idefics2() -> tuple[Any, Any]:
@@ -64,7 +64,7 @@ def idefics2() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<image>"),
     )
     images = Idefics2ImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 32})
-    return varied(Idefics2ForConditionalGeneration(config)), Idefics2Processor(images, tok, image_seq_len=4)
+    return Idefics2ForConditionalGeneration(config), Idefics2Processor(images, tok, image_seq_len=4)
 
 
 def smolvlm() -> tuple[Any, Any]:
@@ -76,8 +76,8 @@ def smolvlm() -> tuple[Any, Any]:
         text_config={"model_type": "llama", **sizes(tok)}, vision_config=TOWER, **ids(tok, image_token_id="<image>")
     )
     images = SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    processor = without_video(SmolVLMProcessor)(images, tok, image_seq_len=4)
-    return varied(SmolVLMForConditionalGeneration(config)), processor
+    processor = without_video(SmolVLMProcessor)(images, tok, None, image_seq_len=4)
+    return SmolVLMForConditionalGeneration(config), processor
 
 
 FAMILIES = [

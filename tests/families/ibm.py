@@ -17,7 +17,7 @@ from transformers import (
     LlavaNextImageProcessorPil,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
@@ -50,7 +50,7 @@ def granite4_vision() -> tuple[Any, Any]:
     processor = Granite4VisionProcessor(
         images, tok, patch_size=8, vision_feature_select_strategy="full", downsample_rate="1/2"
     )
-    return varied(Granite4VisionForConditionalGeneration(config)), processor
+    return Granite4VisionForConditionalGeneration(config), processor
 
 
 def granite_docling() -> tuple[Any, Any]:
@@ -71,7 +71,7 @@ def granite_docling() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<image>"),
     )
     images = GraniteDoclingImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4)
-    return varied(GraniteDoclingForConditionalGeneration(config)), GraniteDoclingProcessor(images, tok, image_seq_len=4)
+    return GraniteDoclingForConditionalGeneration(config), GraniteDoclingProcessor(images, tok, image_seq_len=4)
 
 
 FAMILIES = [

@@ -15,7 +15,7 @@ from transformers import (
     InternVLVideoProcessor,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import TOWER, sizes, tokenizer, without_video
 
@@ -37,7 +37,7 @@ def internvl(*, videos: bool = False) -> tuple[Any, Any]:
         processor = InternVLProcessor(images, tok, InternVLVideoProcessor(size=size), image_seq_length=4)
     else:
         processor = without_video(InternVLProcessor)(images, tok, None, image_seq_length=4)
-    return varied(InternVLForConditionalGeneration(config)), processor
+    return InternVLForConditionalGeneration(config), processor
 
 
 FAMILIES = [

@@ -37,7 +37,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
@@ -66,7 +66,7 @@ def llama4() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|patch|>", boi_token_index="<|image_start|>", eoi_token_index="<|image_end|>"),
     )
     images = Llama4ImageProcessor(size={"height": 32, "width": 32}, max_patches=4)
-    return varied(Llama4ForConditionalGeneration(config)), Llama4Processor(images, tok, patch_size=8)
+    return Llama4ForConditionalGeneration(config), Llama4Processor(images, tok, patch_size=8)
 
 
 def chameleon() -> tuple[Any, Any]:
@@ -89,7 +89,7 @@ def chameleon() -> tuple[Any, Any]:
         },
     )
     images = ChameleonImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    return varied(ChameleonForConditionalGeneration(config)), ChameleonProcessor(images, tok, image_seq_length=16)
+    return ChameleonForConditionalGeneration(config), ChameleonProcessor(images, tok, image_seq_length=16)
 
 
 def perception_lm() -> tuple[Any, Any]:
@@ -119,7 +119,7 @@ def perception_lm() -> tuple[Any, Any]:
     images = PerceptionLMImageProcessor(tile_size=48, max_num_tiles=3)
     videos = PerceptionLMVideoProcessor(size={"height": 48, "width": 48})
     processor = PerceptionLMProcessor(videos, images, tok, patch_size=12, pooling_ratio=2)
-    return varied(PerceptionLMForConditionalGeneration(config)), processor
+    return PerceptionLMForConditionalGeneration(config), processor
 
 
 def mllama() -> tuple[Any, Any]:
@@ -146,7 +146,7 @@ def mllama() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|image|>"),
     )
     images = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
-    return varied(MllamaForConditionalGeneration(config)), MllamaProcessor(images, tok)
+    return MllamaForConditionalGeneration(config), MllamaProcessor(images, tok)
 
 
 _MUSE_MARKS = (
@@ -181,7 +181,7 @@ def muse_glimmer() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<|patch|>", video_token_id="<|video|>"),
     )
     images = MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=16)
-    return varied(MuseGlimmerForConditionalGeneration(config)), MuseGlimmerProcessor(images, _muse_videos(), tok)
+    return MuseGlimmerForConditionalGeneration(config), MuseGlimmerProcessor(images, _muse_videos(), tok)
 
 
 def muse_spark() -> tuple[Any, Any]:
@@ -203,7 +203,7 @@ def muse_spark() -> tuple[Any, Any]:
     )
     images = MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=16)
     processor = MuseSparkProcessor(images, _muse_videos(), tok, MuseSparkFeatureExtractor())
-    return varied(MuseSparkForConditionalGeneration(config)), processor
+    return MuseSparkForConditionalGeneration(config), processor
 
 
 def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:

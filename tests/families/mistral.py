@@ -15,7 +15,7 @@ from transformers import (
     PixtralProcessor,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import TOWER, sizes, tokenizer
 
@@ -52,14 +52,14 @@ def mistral_large4() -> tuple[Any, Any]:
         vision_config={"model_type": "pixtral", **TOWER, "image_size": 64},
         **ids(tok, image_token_index="[IMG]"),
     )
-    return varied(MistralLarge4ForConditionalGeneration(config)), _processor(tok)
+    return MistralLarge4ForConditionalGeneration(config), _processor(tok)
 
 
 def mistral4() -> tuple[Any, Any]:
     """Mistral Small 4's decoder, which the mapping lists: it reads text only."""
     torch.manual_seed(0)
     tok = tokenizer({}, ["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
-    return varied(Mistral4ForCausalLM(Mistral4Config(**sizes(tok), **_EXPERTS))), _processor(tok)
+    return Mistral4ForCausalLM(Mistral4Config(**sizes(tok), **_EXPERTS)), _processor(tok)
 
 
 FAMILIES = [

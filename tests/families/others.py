@@ -34,7 +34,7 @@ from transformers import (
     Ovis2Processor,
 )
 
-from tests.families.parts import ids, varied
+from tests.families.parts import ids
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
@@ -50,7 +50,7 @@ def aria() -> tuple[Any, Any]:
         **ids(tok, image_token_index="<|img|>"),
     )
     processor = AriaProcessor(AriaImageProcessorPil(), tok, size_conversion={980: 8})
-    return varied(AriaForConditionalGeneration(config)), processor
+    return AriaForConditionalGeneration(config), processor
 
 
 def ovis2() -> tuple[Any, Any]:
@@ -67,7 +67,7 @@ def ovis2() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<IMG_ATOM>"),
     )
     images = Ovis2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4, crop_to_patches=True)
-    return varied(Ovis2ForConditionalGeneration(config)), Ovis2Processor(images, tok, image_seq_length=4)
+    return Ovis2ForConditionalGeneration(config), Ovis2Processor(images, tok, image_seq_length=4)
 
 
 def emu3() -> tuple[Any, Any]:
@@ -95,7 +95,7 @@ def emu3() -> tuple[Any, Any]:
         vocabulary_map=tok.get_vocab(),
     )
     images = Emu3ImageProcessor(min_pixels=32 * 32, max_pixels=64 * 64)
-    return varied(Emu3ForConditionalGeneration(config)), Emu3Processor(images, tok)
+    return Emu3ForConditionalGeneration(config), Emu3Processor(images, tok)
 
 
 def janus() -> tuple[Any, Any]:
@@ -123,7 +123,7 @@ def janus() -> tuple[Any, Any]:
         **ids(tok, image_token_id="<image_placeholder>"),
     )
     images = JanusImageProcessorPil(size={"height": 32, "width": 32})
-    return varied(JanusForConditionalGeneration(config)), JanusProcessor(images, tok, num_image_tokens=16)
+    return JanusForConditionalGeneration(config), JanusProcessor(images, tok, num_image_tokens=16)
 
 
 # Each part of a message is a message of its own.
@@ -164,7 +164,7 @@ def inkling() -> tuple[Any, Any]:
     )
     parts = InklingFeatureExtractor(), InklingImageProcessor(), tok
     processor = InklingProcessor(*parts, chat_template=_INKLING_TEMPLATE)
-    return varied(InklingForConditionalGeneration(config)), processor
+    return InklingForConditionalGeneration(config), processor
 
 
 def inkling2() -> tuple[Any, Any]:
@@ -198,7 +198,7 @@ def inkling2() -> tuple[Any, Any]:
         },
         **ids(tok, image_token_id="<|unused_200054|>"),
     )
-    return varied(Inkling2ForConditionalGeneration(config)), Inkling2Processor(Inkling2ImageProcessor(), tok)
+    return Inkling2ForConditionalGeneration(config), Inkling2Processor(Inkling2ImageProcessor(), tok)
 
 
 FAMILIES = [

@@ -20,7 +20,7 @@ from tests.samples import pairs  # noqa: E402
 
 def result(family: Family, *, loud: bool) -> str:
     """What an evaluation of the family gives, in a line."""
-    model, processor = family.make()
+    model, processor = family.build()
     try:
         report = evaluate_mir(model, Probe.from_pairs(pairs(4)), processor=processor, batch_size=2)
     except MIRError as error:
@@ -33,7 +33,7 @@ def result(family: Family, *, loud: bool) -> str:
     if family.refused:
         return f"NOT REFUSED, {report.mir:.6f}"
     # Of a fresh one: transformers' own capture counts layers twice in a model whose parts have captured before.
-    expected = mir_of(family, *family.make(), pairs(4))
+    expected = mir_of(family, *family.build(), pairs(4))
     word = "right" if abs(expected - report.mir) < 1e-5 else "WRONG"
     return f"{word} {report.mir:.6f}, reference {expected:.6f}"
 

@@ -9,7 +9,9 @@ from transformers import Trainer, TrainingArguments
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
 from mir_callback.errors import MIRError
+from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import find_adapter
+from mir_callback.probe.batches import encode_probe
 from tests.families.reference import mir_of
 from tests.families.registry import families
 from tests.samples import pairs
@@ -33,8 +35,8 @@ def samples():
 
 @pytest.mark.parametrize("family", entries(lambda family: not family.refused))
 def test_value_is_that_of_the_reference(family, samples):
-    expected = mir_of(family, *family.make(), samples)
-    model, processor = family.make()
+    expected = mir_of(family, *family.build(), samples)
+    model, processor = family.build()
     report = evaluate_mir(model, Probe.from_pairs(samples), processor=processor, batch_size=2)
     assert report.mir == pytest.approx(expected, abs=1e-5)
     assert (report.batch_size == 1) == family.alone
@@ -42,7 +44,7 @@ def test_value_is_that_of_the_reference(family, samples):
 
 @pytest.mark.parametrize("family", entries(lambda family: family.refused))
 def test_refused_with_its_reason(family, samples):
-    model, processor = family.make()
+    model, processor = family.build()
     with pytest.raises(MIRError, match=family.refused):
         evaluate_mir(model, Probe.from_pairs(samples), processor=processor, batch_size=2)
 
@@ -52,7 +54,7 @@ def test_refused_with_its_reason(family, samples):
 def test_value_does_not_depend_on_batches_and_padding(family, samples):
     probe, values = Probe.from_pairs(samples), []
     for batch_size, side in ((1, None), (3, "left"), (4, "right")):
-        model, processor = family.make()
+        model, processor = family.build()
         if side is not None:
             processor.tokenizer.padding_side = side
         values.append(evaluate_mir(model, probe, processor=processor, batch_size=batch_size).mir)
@@ -72,12 +74,13 @@ class Samples(torch.utils.data.Dataset):
         return self._encoded[index]
 
 
-def trained(family, folder, samples, probe):
-    """Losses and weights after two steps, with MIR if there is a probe."""
+def trained(family, folder, probe, *, watched):
+    """Losses and weights after two steps, and records with MIR."""
     torch.manual_seed(1)
-    model, processor = family.make()
+    model, processor = family.build()
     adapter = find_adapter(model, processor)
-    encoded = [adapter.encode([sample], 100).inputs for sample in samples]
+    shard = encode_probe(probe, adapter, share=SampleShare(), batch_size=1).shard
+    encoded = [batch.on(torch.device("cpu"), torch.float32).inputs for batch in shard.batches]
     data = Samples([{**each, "labels": each["input_ids"].clone()} for each in encoded])
     options = {
         "max_steps": 2,
@@ -92,10 +95,10 @@ def trained(family, folder, samples, probe):
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=lambda batch: copy.copy(batch[0]))
     trainer.processing_class = processor
     records = []
-    if probe is not None:
+    if watched:
         callback = MIRCallback(probe, every=1, batch_size=2, processor=processor).attach(trainer)
     trainer.train()
-    if probe is not None:
+    if watched:
         records = callback.history
     losses = [(row["step"], row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
     return losses, {name: each.detach().clone() for name, each in model.state_dict().items()}, records
@@ -105,8 +108,8 @@ def trained(family, folder, samples, probe):
 @pytest.mark.parametrize("family", entries(lambda family: family.trains and not family.refused))
 def test_training_is_the_same_to_the_last_bit(family, samples, tmp_path):
     probe = Probe.from_pairs(samples)
-    losses, weights, _ = trained(family, tmp_path / "plain", probe.samples, None)
-    ours, theirs, records = trained(family, tmp_path / "watched", probe.samples, probe)
+    losses, weights, _ = trained(family, tmp_path / "plain", probe, watched=False)
+    ours, theirs, records = trained(family, tmp_path / "watched", probe, watched=True)
     assert [record.step for record in records] == [0, 1, 2]
     assert all(record.mir is not None for record in records)
     assert repr(ours) == repr(losses)
