@@ -19,7 +19,15 @@ from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.fs import free_name, fsync, write_atomic, write_new
 from mir_callback.model.parallelism import find_groups
 from mir_callback.model.sharding import fsdp_states, is_sharded
-from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, EvalRecord, is_count, is_number, lowest_record
+from mir_callback.record import (
+    CIRCUMSTANCES,
+    DEFINITION_FIELDS,
+    EvalRecord,
+    is_count,
+    is_number,
+    lowest_record,
+    read_definition,
+)
 
 # Not `checkpoint-*`, so that the Trainer neither rotates it away nor resumes from it.
 FOLDER_NAME = "mir_best"
@@ -162,7 +170,7 @@ def default_saver(model: nn.Module, processor: Any = None) -> WeightSaver:
 
 
 def _is_made_alike(note: Mapping[str, Any], definition: Mapping[str, Any]) -> bool:
-    return all(note.get(field) == definition.get(field) for field in DEFINITION_FIELDS)
+    return all(read_definition(note, field) == read_definition(definition, field) for field in DEFINITION_FIELDS)
 
 
 def _is_of(note: Mapping[str, Any], records: Sequence[EvalRecord], definition: Mapping[str, str]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
+from mir_callback.model.modality import AFTER_IMAGE, LEAVE_OUT, TEXT_ONLY, TEXT_POSITIONS
 from mir_callback.probe.probe import ProbeSource
 from mir_callback.probe.prompt import check_prompt
 from mir_callback.schedule import (
@@ -86,6 +87,17 @@ class MIRConfig:
         "plain: image, then text; chat: the processor's chat template; or a format string with {image} and {text}; in "
         "LLaVA's code bases also the name of a conversation (default: plain, there the run's own conversation)",
     )
+    text_positions: str = _option(
+        AFTER_IMAGE,
+        "measure",
+        "after_image: the text after a sample's last image, as in the paper; all: every position that is no image "
+        "feature, but special tokens at the beginning",
+    )
+    text_only: str = _option(
+        LEAVE_OUT,
+        "measure",
+        "samples of the probe without an image: leave_out: they are not measured; count: their tokens count as text",
+    )
 
     every: int | str | Schedule = _option(
         50,
@@ -142,6 +154,9 @@ class MIRConfig:
                 raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
         check_root(self.root)
         check_prompt(self.prompt)
+        for name, known in (("text_positions", TEXT_POSITIONS), ("text_only", TEXT_ONLY)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         object.__setattr__(self, "every", as_schedule(self.every))
         object.__setattr__(self, "also_on", check_events(self.also_on))
         object.__setattr__(self, "stop", _stop_rule(self.stop))

@@ -14,7 +14,7 @@ from pathlib import Path
 from mir_callback import lock
 from mir_callback.errors import HistoryError
 from mir_callback.fs import free_name, require_file, write_atomic, write_beside, write_new
-from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
+from mir_callback.record import DESCRIBED_FIELDS, EvalRecord, read_definition
 
 FILE_NAME = "mir_history.jsonl"
 _ROOTS = ("exact", "paper_fast")  # those of metric.frechet, whose import would load torch
@@ -376,9 +376,10 @@ def _continue(path: Path, start_step: int, definition: Mapping[str, str]) -> tup
 def _check_definition(path: Path, records: list[EvalRecord], definition: Mapping[str, str]) -> None:
     for field in DESCRIBED_FIELDS:
         for record in records:
-            if field in definition and record[field] not in (None, definition[field]):
+            known = read_definition(record, field)
+            if field in definition and known not in (None, definition[field]):
                 raise HistoryError(
-                    f"Cannot continue {path} with another {field}: it was {record[field]!r} at step {record.step} and "
-                    f"is {definition[field]!r} now. Use the same probe (Probe.save, Probe.load), processor, prompt and "
-                    "root, or move the file away to start a new history."
+                    f"Cannot continue {path} with another {field}: it was {known!r} at step {record.step} and "
+                    f"is {definition[field]!r} now. Use the same probe (Probe.save, Probe.load), processor, prompt, "
+                    "root and options, or move the file away to start a new history."
                 )

@@ -14,9 +14,11 @@ from functools import partial
 from typing import Any, TypeGuard
 
 # What makes values comparable; a history continues only if these are the same.
-DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root")
+DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root", "text_positions", "text_only")
 # The same with what says why token ids differ, which older histories and other adapters may lack.
-DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root")
+DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root", "text_positions", "text_only")
+# What fields were before records named them.
+_BEFORE = {"text_positions": "after_image", "text_only": "leave_out"}
 # These may change values slightly: a change of one is reported, not refused.
 CIRCUMSTANCES = {
     "dtype": "dtype of the hidden states",
@@ -138,11 +140,15 @@ class EvalRecord:
 
     root: str | None = _field("text", "definition", "how the matrix square root was computed: exact or paper_fast")
     probe_fingerprint: str | None = _field("text", "definition", "hash of the probe: samples and encoding rules")
+    text_positions: str | None = _field(
+        "text", "definition", "which positions counted as text: after_image (also if null), or all"
+    )
+    text_only: str | None = _field("text", "definition", "samples without an image: leave_out (also if null), or count")
     prompt: str | None = _field("text", "definition", "what was put around image and text, as a format string")
     tokens_fingerprint: str | None = _field("text", "definition", "hash of the token ids of the probe")
     pixels_fingerprint: str | None = _field("text", "definition", "hash of the pixel inputs of its first images")
     dtype: str | None = _field("text", "definition", "dtype of the hidden states")
-    num_samples: int | None = _field("count", "definition", "image and text pairs in the probe")
+    num_samples: int | None = _field("count", "definition", "samples of the probe that were measured")
     num_vision_tokens: int | None = _field("count", "definition", "vision tokens of each layer, over all ranks")
     num_text_tokens: int | None = _field("count", "definition", "text tokens of each layer, over all ranks")
     vision_outliers: list[int] | None = _field("counts", "definition", "vision tokens replaced in each layer")
@@ -303,6 +309,22 @@ def shorten(values: Mapping[str, Any]) -> dict[str, Any]:
     What is in memory is then what is on disk. `mir`, `per_layer` and `mir_se` keep all digits.
     """
     return {name: _shorten(value, digits) if (digits := _DIGITS.get(name)) else value for name, value in values.items()}
+
+
+def read_definition(values: EvalRecord | Mapping[str, Any], name: str) -> Any:
+    """One of DESCRIBED_FIELDS of a record, or of what was noted of one; None if it is not known. Ranks: pure.
+
+    Values of the time before records had a field were made as is the default now.
+
+    Example:
+        >>> read_definition(EvalRecord(step=1, mir=2.0), "text_positions")
+        'after_image'
+    """
+    if isinstance(values, EvalRecord):
+        value, is_measured = values[name], values.mir is not None
+    else:
+        value, is_measured = values.get(name), True
+    return _BEFORE.get(name) if value is None and is_measured else value
 
 
 def as_records(records: Iterable[EvalRecord | Mapping[str, Any]]) -> list[EvalRecord]:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mir_callback.analysis.load import Run, Series
-from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
+from mir_callback.record import CIRCUMSTANCES, DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord, read_definition
 
 Axis = Literal["step", "tokens", "samples", "time"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -22,6 +22,8 @@ _MEANING = {
     "prompt": "around image and text",
     "tokens_fingerprint": "token ids of the probe",
     "root": "root",
+    "text_positions": "positions that count as text",
+    "text_only": "samples without an image",
 }
 
 
@@ -33,7 +35,7 @@ def keep_comparable(records: Sequence[EvalRecord]) -> tuple[list[EvalRecord], li
         return kept, []
     return kept, [
         f"skipped {len(records) - len(kept)} of {len(records)} evaluations, made with another probe, prompt, token ids "
-        "or root than the last one"
+        "or root than the last one, or with other positions or samples as text"
     ]
 
 
@@ -42,7 +44,8 @@ def find_mismatch(runs: Sequence[Run]) -> str | None:
     values: dict[str, dict[object, list[str]]] = {field: {} for field in DESCRIBED_FIELDS}
     for field in DESCRIBED_FIELDS:
         for run in runs:
-            known = next((record[field] for record in run.measured if record[field] is not None), None)
+            found = (read_definition(record, field) for record in run.measured)
+            known = next((value for value in found if value is not None), None)
             if known is not None or field in DEFINITION_FIELDS:
                 values[field].setdefault(known, []).append(run.name)
         if None in values[field] and len(runs) > 1:
@@ -70,7 +73,7 @@ def list_circumstances(runs: Sequence[Run]) -> list[str]:
 
 
 def _definition(record: EvalRecord) -> tuple[object, ...]:
-    return tuple(record[field] for field in DEFINITION_FIELDS)
+    return tuple(read_definition(record, field) for field in DEFINITION_FIELDS)
 
 
 def few(names: Sequence[str]) -> str:

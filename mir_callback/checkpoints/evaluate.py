@@ -25,7 +25,7 @@ from mir_callback.history import FILE_NAME, read_history
 from mir_callback.model.decoder import unwrap
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.prompt import is_format
-from mir_callback.record import CIRCUMSTANCES, EvalRecord
+from mir_callback.record import CIRCUMSTANCES, EvalRecord, read_definition
 
 # What has to be equal for a value measured during training to be that of the checkpoint, and what to do if it is not.
 _REMEDIES = {
@@ -33,6 +33,8 @@ _REMEDIES = {
     "prompt": "pass the prompt of the run: --prompt",
     "tokens_fingerprint": "pass the processor and the prompt of the run: --processor, --prompt",
     "root": "pass the root of the run: --root",
+    "text_positions": "pass that of the run: --text-positions",
+    "text_only": "pass that of the run: --text-only",
     "pixels_fingerprint": "the image processor's settings or its image library differ",
     "dtype": "pass the precision of the run: --dtype or --autocast",
 }
@@ -51,10 +53,10 @@ class EvalOptions:
     autocast: str | None = None  # bfloat16 or float16, as with bf16=True or fp16=True in training; None for none
     config: MIRConfig = field(default_factory=MIRConfig)
 
-    def with_prompt(self, prompt: str) -> EvalOptions:
-        """The same with this prompt."""
-        loading, config = replace(self.loading, prompt=prompt), replace(self.config, prompt=prompt)
-        return replace(self, loading=loading, config=config)
+    def with_options(self, **options: str) -> EvalOptions:
+        """The same with these of ``prompt``, ``text_positions`` and ``text_only``."""
+        loaded = {name: value for name, value in options.items() if name != "text_only"}
+        return replace(self, loading=replace(self.loading, **loaded), config=replace(self.config, **options))
 
 
 def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, results: Results) -> EvalRecord | None:
@@ -63,7 +65,11 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
     with distributed.fail_together():
         method = _describe_method(checkpoint, probe, options) if distributed.is_main() else {}
     method = distributed.broadcast_object(method)
-    if record is None or record.mir is None or any(record[name] != value for name, value in method.items()):
+    if (
+        record is None
+        or record.mir is None
+        or any(read_definition(record, name) != value for name, value in method.items())
+    ):
         return None
     if options.config.vision_gain and record.vision_gain is None:
         return None
@@ -104,9 +110,12 @@ def _describe_method(checkpoint: Checkpoint, probe: Probe, options: EvalOptions)
     """The record's fields that identify how it was evaluated."""
     loading = asdict(options.loading)
     loading.pop("trust_checkpoint")  # changes no value
+    loading.pop("text_positions")  # has a field of its own
     return {
         "probe_fingerprint": probe.fingerprint,
         "root": options.config.root,
+        "text_positions": options.config.text_positions,
+        "text_only": options.config.text_only,
         "loading": {**loading, "autocast": options.autocast},
         "weights_stamp": compute_stamp(checkpoint),
     }
@@ -154,10 +163,14 @@ class LiveValues:
         self._by_step = {record.step: record for record in records if record.mir is not None}
 
     @property
-    def prompt(self) -> str | None:
-        """The prompt that the run's newest value was measured with, as a format string; None if it has none."""
-        prompts = [record.prompt for record in self._by_step.values() if record.prompt is not None]
-        return prompts[-1] if prompts and is_format(prompts[-1]) else None
+    def options(self) -> dict[str, str]:
+        """Options that the run's newest value was measured with: its prompt if it is a format string, and its text."""
+        records = list(self._by_step.values())
+        if not records:
+            return {}
+        found = {name: read_definition(records[-1], name) for name in ("text_positions", "text_only")}
+        prompts = [record.prompt for record in records if record.prompt is not None]
+        return {**({"prompt": prompts[-1]} if prompts and is_format(prompts[-1]) else {}), **found}
 
     def find(self, record: EvalRecord, *, step_known: bool) -> tuple[float | None, list[str]]:
         """The run's value at a record's step, if measured the same way; and notes about differences, each once.
@@ -169,9 +182,10 @@ class LiveValues:
         live = self._by_step.get(record.step)
         if live is None or record.mir is None:
             return None, []
-        changed = [name for name in _REMEDIES if None not in (live[name], record[name]) and live[name] != record[name]]
+        then, now = ({name: read_definition(each, name) for name in _REMEDIES} for each in (live, record))
+        changed = [name for name in _REMEDIES if None not in (then[name], now[name]) and then[name] != now[name]]
         notes = [
-            f"{name} was {live[name]} during training and is {record[name]} now: {_REMEDIES[name]}"
+            f"{name} was {then[name]} during training and is {now[name]} now: {_REMEDIES[name]}"
             for name in changed
             if name not in self._noted
         ]

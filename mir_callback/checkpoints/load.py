@@ -18,6 +18,7 @@ from torch import nn
 from mir_callback.checkpoints.discover import Checkpoint, read_json
 from mir_callback.checkpoints.trust import refuse_code
 from mir_callback.errors import ConfigError, MIRError
+from mir_callback.model.modality import AFTER_IMAGE
 from mir_callback.probe.adapters import Adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +43,7 @@ class LoadOptions:
     base: str | None = None  # folder or hub name of the base model of a partial checkpoint
     processor: str | None = None  # folder or hub name of the processor (for LLaVA: tokenizer)
     prompt: str | None = None  # as MIRConfig.prompt
+    text_positions: str = AFTER_IMAGE  # as MIRConfig.text_positions
     trust_checkpoint: bool = False  # run code that is in its files
 
 

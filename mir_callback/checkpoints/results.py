@@ -15,7 +15,7 @@ from mir_callback import distributed
 from mir_callback.errors import HistoryError
 from mir_callback.fs import write_atomic
 from mir_callback.history import read_history
-from mir_callback.record import DESCRIBED_FIELDS, EvalRecord
+from mir_callback.record import DESCRIBED_FIELDS, EvalRecord, read_definition
 
 # Separate from `mir_history.jsonl`, which only the run itself writes.
 RESULTS_NAME = "mir_eval.jsonl"
@@ -59,7 +59,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock(self.path) as self.problem:
             others = [other for other in self._read() if other.step != record.step]
-            known = {name: record[name] for name in DESCRIBED_FIELDS if record[name] is not None}
+            known = {n: value for n in DESCRIBED_FIELDS if (value := read_definition(record, n)) is not None}
             _require_same_definition(self.path, others, known)
             records = sorted([*others, record], key=lambda each: each.step)
             write_atomic(self.path, "".join(each.to_line() for each in records))
@@ -110,8 +110,9 @@ def lock(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[str | None]:
 def _require_same_definition(path: Path, records: list[EvalRecord], definition: Mapping[str, str]) -> None:
     for name, value in definition.items():
         for record in records:
-            if record[name] not in (None, value):
+            known = read_definition(record, name)
+            if known not in (None, value):
                 raise HistoryError(
-                    f"{path} has values with another {name}: it was {record[name]!r} at step {record.step} and is "
+                    f"{path} has values with another {name}: it was {known!r} at step {record.step} and is "
                     f"{value!r} now. Use the same probe, processor, prompt and root, or another file: --history FILE."
                 )

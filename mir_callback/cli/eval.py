@@ -23,6 +23,7 @@ from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, MIRError
 from mir_callback.fs import printable
 from mir_callback.metric.frechet import ROOTS
+from mir_callback.model.modality import TEXT_ONLY, TEXT_POSITIONS
 from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord
@@ -77,6 +78,10 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
     opening.add_argument(
+        "--text-positions", choices=TEXT_POSITIONS, help="positions that count as text (default: as in the run)"
+    )
+    opening.add_argument("--text-only", choices=TEXT_ONLY, help="samples without an image (default: as in the run)")
+    opening.add_argument(
         "--vision-gain",
         action="store_true",
         help="also measure loss and vision gain on the probe's texts, which have to belong to its images",
@@ -102,9 +107,11 @@ def run(options: Namespace) -> None:
         try:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
-            loading = LoadOptions(**{each.name: getattr(options, each.name) for each in fields(LoadOptions)})
-            names = ("root", "batch_size", "prompt", "vision_gain")
-            config = MIRConfig(**{name: getattr(options, name) for name in names})
+            names = [each.name for each in fields(LoadOptions)]
+            loading = LoadOptions(**{n: value for n in names if (value := getattr(options, n)) is not None})
+            names = ("root", "batch_size", "prompt", "vision_gain", "text_positions", "text_only")
+            given = {name: value for name in names if (value := getattr(options, name)) is not None}
+            config = MIRConfig(**given)
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")
@@ -147,9 +154,10 @@ def _evaluate_run(
     run, failed = chosen[0].run, []
     live = LiveValues(run)
     _note(options, f"{run}: probe {probe.fingerprint} ({len(probe)} samples), writing to {results.path}")
-    if options.prompt is None and live.prompt is not None:
-        how = how.with_prompt(live.prompt)
-        _note(options, f"  the run's prompt: {live.prompt}")
+    of_run = {name: value for name, value in live.options.items() if getattr(options, name) is None}
+    how = how.with_options(**of_run)
+    if "prompt" in of_run:
+        _note(options, f"  the run's prompt: {of_run['prompt']}")
     if live.problem:
         _note(options, f"  NOTE: {live.problem}")
     problem: str | None = None

@@ -21,26 +21,31 @@ from mir_callback.evaluation.forward import ProbePass, forward_probe
 from mir_callback.evaluation.hidden_states import ExpectedRows
 from mir_callback.evaluation.memory import PeakMemory
 from mir_callback.model.parallelism import SampleShare
-from mir_callback.probe.batches import EncodedProbe, encode_probe
+from mir_callback.probe.batches import EncodedProbe, encode_probe, modalities_of
 from mir_callback.probe.encoding import Adapter
-from mir_callback.probe.probe import Probe
+from mir_callback.probe.probe import Probe, Sample
 
 # How far rows may differ, relative to the norm of all, by the precision of the forwards.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 _TENSOR_FLOAT = 3e-3  # float32 where convolutions may round to 10 bits
 
 
-def unlike_pair(probe: Probe, sizes: Sequence[tuple[int, int, int]]) -> Probe | None:
-    """The two samples that differ most, as a probe; None if there are not two. Ranks: pure.
+def unlike_pairs(
+    samples: Sequence[Sample], max_text_tokens: int, sizes: Sequence[tuple[int, int, int]]
+) -> list[Probe]:
+    """Of samples that share batches, those with the same modalities, the two that differ most, as probes. Ranks: pure.
 
     Args:
-        probe: all samples.
+        samples: all that are measured.
+        max_text_tokens: of the probe.
         sizes: index, vision tokens and tokens of every sample; see :attr:`RankShard.sizes`.
     """
-    if len(probe) < 2:
-        return None
-    order = [index for _, _, index in sorted((vision, tokens, index) for index, vision, tokens in sizes)]
-    return Probe((probe.samples[order[0]], probe.samples[order[-1]]), probe.max_text_tokens)
+    groups: dict[frozenset[str], list[int]] = {}
+    for _, _, index in sorted((vision, tokens, index) for index, vision, tokens in sizes):
+        if samples[index].has_vision:
+            groups.setdefault(modalities_of(samples[index]), []).append(index)
+    ends = [(order[0], order[-1]) for order in groups.values() if len(order) > 1]
+    return [Probe((samples[least], samples[most]), max_text_tokens) for least, most in ends]
 
 
 def find_encoding_fault(pair: Probe, adapter: Adapter) -> str | None:

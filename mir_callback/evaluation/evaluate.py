@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from mir_callback import distributed
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.evaluation.batch_check import find_encoding_fault, find_forward_fault, unlike_pair
+from mir_callback.evaluation.batch_check import find_encoding_fault, find_forward_fault, unlike_pairs
 from mir_callback.evaluation.forward import OutOfMemory, forward_probe
 from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
@@ -36,6 +36,7 @@ from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
 from mir_callback.metric.rate import mir_from_distances
 from mir_callback.model.decoder import unwrap
+from mir_callback.model.modality import AFTER_IMAGE
 from mir_callback.model.packing import find_packed_attention
 from mir_callback.model.parallelism import find_share
 from mir_callback.probe.adapters import Adapter, find_adapter
@@ -46,7 +47,10 @@ from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase
 
 _OPTION_GROUPS = ("measure", "memory")
-_ALIKE_ON_RANKS = ("batch_size", "root", "standard_error", "probe_loss", "vision_gain", "capture_budget_gb")
+_ALIKE_ON_RANKS = (
+    *("batch_size", "root", "standard_error", "probe_loss", "vision_gain", "capture_budget_gb"),
+    *("text_positions", "text_only"),
+)
 _BAR_DELAY_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
@@ -77,6 +81,8 @@ class MIRReport:
     vision_outliers: list[int]
     text_outliers: list[int]
     probe_fingerprint: str
+    text_positions: str
+    text_only: str
     prompt: str | None
     tokens_fingerprint: str
     pixels_fingerprint: str
@@ -153,8 +159,9 @@ def evaluate_mir(
             through it (or the engine); with a schedule-free optimizer, its evaluation weights are used.
         progress: show a progress bar on rank 0 if the evaluation takes more than a few seconds.
         **options: options of :class:`MIRConfig`: ``root``, ``standard_error``, ``probe_loss``, ``vision_gain``,
-            ``prompt``, and ``capture_budget_gb``, the device memory for token rows. Rows beyond it are kept in pinned
-            host memory, and layers that do not fit there either are measured in a further pass over the probe.
+            ``prompt``, ``text_positions``, ``text_only``, and ``capture_budget_gb``, the device memory for token rows.
+            Rows beyond it are kept in pinned host memory, and layers that do not fit there either are measured in a
+            further pass over the probe.
 
     Returns:
         The report, the same on every rank.
@@ -179,7 +186,9 @@ def evaluate_mir(
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
         config = MIRConfig.from_options({"batch_size": batch_size, **options}, _OPTION_GROUPS)
-        adapter = find_adapter(model, processor, adapter=adapter, prompt=config.prompt)
+        adapter = find_adapter(
+            model, processor, adapter=adapter, prompt=config.prompt, text_positions=config.text_positions
+        )
     return Evaluator(model, probe, adapter, config).evaluate(model, optimizer=optimizer, progress=progress)
 
 
@@ -213,6 +222,12 @@ class Evaluator:
                     "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
                     "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
                 )
+            counted = getattr(adapter, "text_positions", AFTER_IMAGE)
+            if counted != config.text_positions:
+                raise ConfigError(
+                    f"text_positions={config.text_positions!r}: {type(adapter).__name__} counts {counted!r} as text, "
+                    "and no other positions. Leave the option out, or use another adapter."
+                )
         self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
@@ -221,7 +236,8 @@ class Evaluator:
                 config = replace(config, batch_size=1)
                 if distributed.is_main():
                     log.warning("Attention is that of %s: the probe is forwarded one sample at a time.", packed)
-            encode = partial(encode_probe, probe, adapter, share=self._share, other_images=config.vision_gain)
+            other = {"other_images": config.vision_gain, "text_only": config.text_only}
+            encode = partial(encode_probe, probe, adapter, share=self._share, **other)
             fault = None
             try:
                 encoded = encode(batch_size=config.batch_size)
@@ -253,7 +269,7 @@ class Evaluator:
         self._num_layers = len(decoder.layers)
         self._expected = expected
         self._probe, self._adapter, self._config = probe, adapter, config
-        self._unlike: Probe | None = None  # two samples to compare in a batch and alone, before the first evaluation
+        self._unlike: list[Probe] = []  # two samples each, to compare in a batch and alone before the first evaluation
         self._find_encoding_fault(fault, sum(sizes, []))
 
     @property
@@ -264,9 +280,16 @@ class Evaluator:
     @property
     def definition(self) -> dict[str, Any]:
         """The DESCRIBED_FIELDS of a record, which are equal for comparable values; no prompt if it is not known."""
-        encoded = self._encoded
-        values = (encoded.fingerprint, self._prompt, encoded.tokens_fingerprint, self._config.root)
-        return {name: value for name, value in zip(DESCRIBED_FIELDS, values, strict=True) if value is not None}
+        encoded, config = self._encoded, self._config
+        values = {
+            "probe_fingerprint": encoded.fingerprint,
+            "prompt": self._prompt,
+            "tokens_fingerprint": encoded.tokens_fingerprint,
+            "root": config.root,
+            "text_positions": config.text_positions,
+            "text_only": config.text_only,
+        }
+        return {name: values[name] for name in DESCRIBED_FIELDS if values[name] is not None}
 
     def evaluate(self, model: nn.Module, *, optimizer: Any = None, progress: bool = True) -> MIRReport:
         """Evaluate the current weights; arguments and errors as of :func:`evaluate_mir`. Ranks: collective."""
@@ -327,6 +350,8 @@ class Evaluator:
             vision_outliers=[result.vision_outliers for result in results],
             text_outliers=[result.text_outliers for result in results],
             probe_fingerprint=self._encoded.fingerprint,
+            text_positions=config.text_positions,
+            text_only=config.text_only,
             prompt=self._prompt,
             tokens_fingerprint=self._encoded.tokens_fingerprint,
             pixels_fingerprint=self._encoded.pixels_fingerprint,
@@ -346,26 +371,26 @@ class Evaluator:
         """Encode one sample at a time if the adapter can't encode them in batches; ``fault`` is this rank's."""
         shard = self._encoded.shard
         if self._config.batch_size > 1 and len(shard.samples) > 1:
-            self._unlike = unlike_pair(self._probe, sizes)
+            self._unlike = unlike_pairs(self._encoded.samples, self._probe.max_text_tokens, sizes)
         with distributed.fail_together():
-            if fault is None and self._unlike is not None:
-                fault = find_encoding_fault(self._unlike, self._adapter)
+            for pair in self._unlike:
+                fault = fault or find_encoding_fault(pair, self._adapter)
         found = next(filter(None, distributed.gather_objects(fault)), None)
         if found is not None:
-            self._unlike = None
+            self._unlike = []
             self._encode_one_by_one(found)
 
     def _check_batches(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
         """Once: forward one sample at a time from now on if a batch gives samples what they don't get alone."""
-        if self._unlike is None:
-            return
-        pair, self._unlike = self._unlike, None
+        pairs, self._unlike = self._unlike, []
         config = replace(self._config, probe_loss=False, vision_gain=False)
-        with _Bar(total=0, disable=True) as bar:
-            known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
-            fault = find_forward_fault(model, pair, *known)
-        if fault is not None:
-            self._encode_one_by_one(fault)
+        for pair in pairs:
+            with _Bar(total=0, disable=True) as bar:
+                known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
+                fault = find_forward_fault(model, pair, *known)
+            if fault is not None:
+                self._encode_one_by_one(fault)
+                return
 
     def _encode_one_by_one(self, fault: str) -> None:
         if self._encoded.shard.batch_size > 1:
@@ -375,7 +400,8 @@ class Evaluator:
     def _encode_anew(self, batch_size: int) -> None:
         enter_phase(f"encoding the probe in batches of {batch_size}")
         with distributed.fail_together():
-            known = (self._probe, self._adapter, self._encoded.shard.samples, batch_size)
+            samples, cut = self._encoded.samples, self._probe.max_text_tokens
+            known = (samples, cut, self._adapter, self._encoded.shard.samples, batch_size)
             shard, others = encode_shards(*known, other_images=self._config.vision_gain)
         self._encoded = replace(self._encoded, shard=shard, other_images=others)
         if self._expected.exact:

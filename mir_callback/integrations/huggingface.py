@@ -242,7 +242,8 @@ class MIRCallback(TrainerCallback):
 
     def _adapter_for(self, model: nn.Module, trainer: Any, keeper: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
-        options = {"adapter": self._adapter, "prompt": self.config.prompt, "trainer": trainer, "keeper": keeper}
+        how = {"prompt": self.config.prompt, "text_positions": self.config.text_positions}
+        options = {"adapter": self._adapter, "trainer": trainer, "keeper": keeper, **how}
         return _without_template_hook(find_adapter(model, self._processor, **options), trainer)
 
     def _running(self) -> MIRMonitor:
@@ -309,9 +310,10 @@ def attach_mir(
     """
     with distributed.fail_together():
         callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
-        prompt = MIRConfig.from_options(options).prompt
+        config = MIRConfig.from_options(options)
         if isinstance(getattr(trainer, "model", None), nn.Module):
-            find_adapter(trainer.model, processor, adapter=adapter, prompt=prompt, trainer=trainer)
+            how = {"prompt": config.prompt, "text_positions": config.text_positions}
+            find_adapter(trainer.model, processor, adapter=adapter, trainer=trainer, **how)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         samples = source.load()
     return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)

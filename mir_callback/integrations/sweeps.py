@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mir_callback import distributed
 from mir_callback.errors import ConfigError
 from mir_callback.integrations.huggingface import MIRCallback, run_folder
-from mir_callback.record import DEFINITION_FIELDS, EvalRecord, lowest_record
+from mir_callback.record import DEFINITION_FIELDS, EvalRecord, lowest_record, read_definition
 
 OBJECTIVES = ("mir", "mir_best", "vision_gain")
 BACKENDS = ("optuna", "ray")
@@ -208,7 +208,7 @@ def _report_to_optuna(trial: Any, newest: EvalRecord, chosen: EvalRecord, folder
     pruned = False
     with distributed.fail_together():
         if distributed.is_main():
-            definition = {field: newest[field] for field in DEFINITION_FIELDS}
+            definition = {field: read_definition(newest, field) for field in DEFINITION_FIELDS}
             _check_study(trial, definition)
             attributes = {"mir_definition": definition, "mir_folder": folder, "mir_se": chosen.mir_se}
             for name, attribute in attributes.items():
@@ -223,7 +223,7 @@ def _check_study(trial: Any, definition: Mapping[str, str]) -> None:
     """Refuse a study (of a storage) that has values of another probe or root."""
     for other in trial.study.get_trials(deepcopy=False):
         known = other.user_attrs.get("mir_definition")
-        if known is not None and known != definition:
+        if known is not None and {field: read_definition(known, field) for field in definition} != definition:
             raise ConfigError(
                 f"Study {trial.study.study_name!r} has values measured differently: trial {trial.number} with "
                 f"{definition}, trial {other.number} with {known}. Use the same probe, processor and root, or another "

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ _CROSS = ("cross_attn", "crossattn", "cross_attention", "crossattention")
 _VISION = ("vision", "visual", "qformer", "perceiver", "resampler")
 _NEED = "MIR compares vision tokens with text tokens of one sequence, the decoder's."
 _ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+# Which positions count as text, and whether samples without an image do: options of MIRConfig, the default first.
+AFTER_IMAGE, EVERY = TEXT_POSITIONS = ("after_image", "all")
+LEAVE_OUT, COUNT = TEXT_ONLY = ("leave_out", "count")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class ModalityMasks:
     """Vision and text positions of a batch, both (B, S) bool and disjoint."""
 
     vision: Tensor  # positions of image features
-    text: Tensor  # positions after the sample's last image feature, without padding
+    text: Tensor  # positions after the sample's last image feature, or all that are text; without padding
 
 
 def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
@@ -94,3 +98,30 @@ def masks_of(vision: Tensor, attention_mask: Tensor) -> ModalityMasks:
     last_vision = torch.where(vision, position, -1).amax(dim=1, keepdim=True)
     text = real & ~vision & (position > last_vision) & (last_vision >= 0)
     return ModalityMasks(vision=vision, text=text)
+
+
+def count_all_text(
+    masks: ModalityMasks, input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int], samples: Tensor
+) -> ModalityMasks:
+    """Masks in which all positions of some samples that are no image features count as text. Ranks: pure.
+
+    The special tokens that such a sample begins with, such as BOS, are in neither mask.
+
+    Args:
+        masks: of the batch, as by :func:`modality_masks`.
+        input_ids: (B, S) integers.
+        attention_mask: (B, S), zero at padding.
+        special_ids: ids of the tokenizer's special tokens.
+        samples: (B,) bool: all with ``text_positions="all"``, else those without an image.
+
+    Example:
+        >>> ids, real = torch.tensor([[1, 5, 9, 9, 6, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])  # BOS, word, image, word
+        >>> masks = modality_masks(ids, real, vision_ids=(9,))
+        >>> count_all_text(masks, ids, real, {0, 1}, torch.tensor([True])).text
+        tensor([[False,  True, False, False,  True, False]])
+    """
+    real = attention_mask != 0
+    special = torch.isin(input_ids, torch.tensor([*special_ids], dtype=input_ids.dtype, device=input_ids.device))
+    begun = (real & ~special).cumsum(dim=1) > 0
+    text = torch.where(samples.to(real.device)[:, None], real & ~masks.vision & begun, masks.text)
+    return ModalityMasks(vision=masks.vision, text=text)

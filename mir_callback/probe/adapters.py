@@ -20,7 +20,7 @@ from torch import nn
 
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import unwrap
-from mir_callback.model.modality import vision_token_ids
+from mir_callback.model.modality import AFTER_IMAGE, vision_token_ids
 from mir_callback.model.parallelism import refuse_unmeasurable
 from mir_callback.probe.encoding import AdaptedBatch, Adapter, LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.huggingface import HuggingFaceAdapter, require_processor
@@ -79,6 +79,7 @@ def find_adapter(
     *,
     adapter: Adapter | None = None,
     prompt: str | None = None,
+    text_positions: str = AFTER_IMAGE,
     trainer: Any = None,
     keeper: Any = None,
 ) -> Adapter:
@@ -91,6 +92,7 @@ def find_adapter(
         adapter: the user's own, which is returned as it is.
         prompt: what to put around image and text, see :class:`mir_callback.config.MIRConfig`; None for the family's
             default.
+        text_positions: which positions count as text, see :class:`mir_callback.config.MIRConfig`.
         trainer: the Trainer, from which a factory may read how the run encodes its data.
         keeper: where to look for the processor, if not in the Trainer.
 

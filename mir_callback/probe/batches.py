@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mir_callback.errors import ProbeError
-from mir_callback.model.modality import ModalityMasks
+from mir_callback.model.modality import COUNT, LEAVE_OUT, ModalityMasks
 from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import Adapter, cut_text
 from mir_callback.probe.probe import Probe, Sample
@@ -52,14 +53,14 @@ class ProbeBatch:
 class RankShard:
     """The part of a probe that one rank forwards."""
 
-    samples: Sequence[tuple[int, bool]]  # (index, keep), see samples_of
+    samples: Sequence[tuple[int, bool]]  # (index among those measured, keep), see samples_of
     batch_size: int
     batches: tuple[ProbeBatch, ...]  # of these samples in this order, equally many on every rank
     token_ids: tuple[Tensor, ...]  # the real token ids of each of these samples
 
     @property
     def kept(self) -> list[int]:
-        """Places in the probe of the samples whose rows this rank keeps."""
+        """Indices, among the samples measured, of those whose rows this rank keeps."""
         return [index for index, keep in self.samples if keep]
 
     @property
@@ -91,10 +92,15 @@ class EncodedProbe:
 
     shard: RankShard
     other_images: RankShard | None  # the same texts with other images, for vision_gain
-    num_samples: int  # of the whole probe
+    samples: Sequence[Sample]  # of the whole probe, those that are measured
     fingerprint: str  # the probe's
     digests: tuple[tuple[int, str], ...]  # (sample index, digest of its token ids)
     pixel_digests: tuple[tuple[int, str], ...]  # (sample index, digest of its floating inputs), of a few samples
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole probe that are measured."""
+        return len(self.samples)
 
     @property
     def batches(self) -> tuple[ProbeBatch, ...]:
@@ -116,42 +122,72 @@ class EncodedProbe:
         return _fingerprint(self.pixel_digests)
 
 
-def samples_of(share: SampleShare, num_samples: int) -> list[tuple[int, bool]]:
+def measured_samples(probe: Probe, text_only: str) -> list[int]:
+    """Places in the probe of the samples that are measured: all, or those that have an image or a video. Ranks: pure.
+
+    Args:
+        probe: the probe.
+        text_only: as of :class:`mir_callback.config.MIRConfig`.
+    """
+    return [i for i, sample in enumerate(probe.samples) if sample.has_vision or text_only == COUNT]
+
+
+def samples_of(share: SampleShare, samples: Sequence[Sample]) -> list[tuple[int, bool]]:
     """The samples that a rank encodes: (sample index, keep), equally many on every rank.
 
-    Sample i belongs to part i mod parts. A part that has fewer repeats sample 0, with keep False. Only the leader of
-    its ranks keeps any.
+    Samples of the same modalities come together, those without an image last, so that all ranks call a model's towers
+    alike: sharded weights are gathered for each call. Of each such group sample i belongs to part i mod parts, and a
+    part that has fewer repeats the group's first sample, with keep False. Only the leader of its ranks keeps any.
     """
-    length = -(-num_samples // share.parts)
-    mine = list(range(share.part, num_samples, share.parts))
-    return [(index, share.leads) for index in mine] + [(0, False)] * (length - len(mine))
+    groups: dict[frozenset[str], list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(modalities_of(sample), []).append(index)
+    found: list[tuple[int, bool]] = []
+    for group in sorted(groups.values(), key=lambda group: not samples[group[0]].has_vision):
+        length = -(-len(group) // share.parts)
+        mine = group[share.part :: share.parts]
+        found += [(index, share.leads) for index in mine] + [(group[0], False)] * (length - len(mine))
+    return found
+
+
+def modalities_of(sample: Sample) -> frozenset[str]:
+    """What samples of one batch have in common: image, video, text. Ranks: pure."""
+    return frozenset(sample.kinds)
 
 
 def encode_shards(
-    probe: Probe, adapter: Adapter, samples: Sequence[tuple[int, bool]], batch_size: int, *, other_images: bool = False
+    samples: Sequence[Sample],
+    max_text_tokens: int,
+    adapter: Adapter,
+    chosen: Sequence[tuple[int, bool]],
+    batch_size: int,
+    *,
+    other_images: bool = False,
 ) -> tuple[RankShard, RankShard | None]:
     """Encode a rank's samples in batches of ``batch_size``; with ``other_images`` also their texts with other images.
 
-    For another batch size they are encoded again, as only the processor knows which part of its output belongs to
-    which sample. Errors and ranks as of :func:`encode_probe`.
+    A batch has samples of the same modalities. For another batch size they are encoded again, as only the processor
+    knows which part of its output belongs to which sample. Errors and ranks as of :func:`encode_probe`.
     """
 
     def encode(every: Sequence[Sample]) -> RankShard:
         batches: list[ProbeBatch] = []
         token_ids: list[Tensor] = []
-        for start in range(0, len(samples), batch_size):
-            part = samples[start : start + batch_size]
-            chosen = [every[index] for index, _ in part]
-            adapted = adapter.encode(chosen, probe.max_text_tokens)
-            keep, names = torch.tensor([kept for _, kept in part]), tuple(sample.name for sample in chosen)
-            batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, names, adapted.text_ids))
-            token_ids += adapted.token_ids
-        return RankShard(samples, batch_size, tuple(batches), tuple(token_ids))
+        for _, alike in groupby(chosen, key=lambda each: modalities_of(every[each[0]])):
+            group = list(alike)
+            for start in range(0, len(group), batch_size):
+                part = group[start : start + batch_size]
+                encoded = [every[index] for index, _ in part]
+                adapted = adapter.encode(encoded, max_text_tokens)
+                keep, names = torch.tensor([kept for _, kept in part]), tuple(sample.name for sample in encoded)
+                batches.append(ProbeBatch(adapted.inputs, adapted.masks, keep, names, adapted.text_ids))
+                token_ids += adapted.token_ids
+        return RankShard(chosen, batch_size, tuple(batches), tuple(token_ids))
 
-    shard = encode(probe.samples)
+    shard = encode(samples)
     if not other_images:
         return shard, None
-    others = encode(exchange_images(probe.samples))
+    others = encode(exchange_images(samples))
     for ours, theirs in zip(shard.batches, others.batches, strict=True):
         if ours.text_ids is None or theirs.text_ids is None:
             continue  # refused by the caller
@@ -168,48 +204,80 @@ def encode_shards(
 def exchange_images(samples: Sequence[Sample]) -> list[Sample]:
     """The samples with one another's images: each image is used as often as before, and never for its own sample.
 
-    Samples with the same image are put together, in the order of their first ones, and shifted by the size of the
-    largest such group: by one if all images differ. ProbeError if one image has more than half of the samples.
+    All images and videos of a sample go together to another sample of the same layout. Samples with the same images are
+    put together, in the order of their first ones, and shifted by the size of the largest such group: by one if all
+    differ. ProbeError if one of them has more than half of the samples of its layout, or a sample has none.
     Ranks: pure.
     """
-    groups: dict[bytes, list[int]] = {}
+    layouts: dict[tuple[str, ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        image = sample.open_image()
-        pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-        groups.setdefault(pixels, []).append(index)
-    largest = max(map(len, groups.values()))
-    if 2 * largest > len(samples):
-        raise ProbeError(
-            f"vision_gain exchanges the images of samples, but {largest} of the {len(samples)} samples have the same "
-            "image. Add samples with others, or set vision_gain=False."
-        )
-    order = [index for group in groups.values() for index in group]
+        layouts.setdefault(sample.kinds, []).append(index)
     found = list(samples)
-    for place, index in enumerate(order):
-        here, other = samples[index], samples[order[(place + largest) % len(order)]]
-        found[index] = Sample(f"{here.name} with the image of {other.name}", other.image, here.text)
+    for alike in layouts.values():
+        _exchange_alike(samples, alike, found)
     return found
 
 
+def _exchange_alike(samples: Sequence[Sample], alike: Sequence[int], found: list[Sample]) -> None:
+    """Exchange the images of the samples at ``alike``, which have one layout, in ``found``."""
+    first = samples[alike[0]]
+    if not first.has_vision:
+        raise ProbeError(
+            f"vision_gain exchanges the images of samples, and {first.name} has none. Set text_only='leave_out', or "
+            "vision_gain=False."
+        )
+    groups: dict[bytes, list[int]] = {}
+    for index in alike:
+        pixels = hashlib.sha256()
+        for image in samples[index].open_images():
+            pixels.update(f"{image.size}".encode() + image.tobytes())
+        groups.setdefault(pixels.digest(), []).append(index)
+    largest = max(map(len, groups.values()))
+    if len(alike) == 1 < len(samples):
+        raise ProbeError(
+            f"vision_gain exchanges images between samples of the same layout, and no other sample holds images and "
+            f"texts in the order of {first.name} ({first.describe()}). Leave it out, or set vision_gain=False."
+        )
+    if 2 * largest > len(alike):
+        of = "" if len(alike) == len(samples) else f" of the layout of {first.name}"
+        raise ProbeError(
+            f"vision_gain exchanges the images of samples, but {largest} of the {len(alike)} samples{of} have the same "
+            "image. Add samples with others, or set vision_gain=False."
+        )
+    order = [index for group in groups.values() for index in group]
+    for place, index in enumerate(order):
+        here, other = samples[index], samples[order[(place + largest) % len(order)]]
+        visions = iter([part for part in other.parts if not isinstance(part, str)])
+        parts = tuple(part if isinstance(part, str) else next(visions) for part in here.parts)
+        found[index] = Sample(f"{here.name} with the image of {other.name}", parts)
+
+
 def encode_probe(
-    probe: Probe, adapter: Adapter, *, share: SampleShare, batch_size: int, other_images: bool = False
+    probe: Probe,
+    adapter: Adapter,
+    *,
+    share: SampleShare,
+    batch_size: int,
+    other_images: bool = False,
+    text_only: str = LEAVE_OUT,
 ) -> EncodedProbe:
     """Encode one rank's part of a probe, in equally many batches on every rank; see :func:`encode_shards`.
 
     ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: any; no
     communication.
     """
-    samples = samples_of(share, len(probe))
-    shard, others = encode_shards(probe, adapter, samples, batch_size, other_images=other_images)
+    samples = [probe.samples[place] for place in measured_samples(probe, text_only)]
+    cut, chosen = probe.max_text_tokens, samples_of(share, samples)
+    shard, others = encode_shards(samples, cut, adapter, chosen, batch_size, other_images=other_images)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
-    pixels = [(index, probe.samples[index]) for index, _ in kept if index < _PIXEL_SAMPLES]
+    pixels = [(index, samples[index]) for index, _ in kept if index < _PIXEL_SAMPLES]
     return EncodedProbe(
         shard,
         others,
-        len(probe),
+        samples,
         probe.fingerprint,
         digests=tuple((index, _digest(ids)) for index, ids in kept),
-        pixel_digests=tuple((index, _pixel_digest(adapter, each, probe.max_text_tokens)) for index, each in pixels),
+        pixel_digests=tuple((index, _pixel_digest(adapter, each, cut)) for index, each in pixels),
     )
 
 
@@ -242,22 +310,29 @@ def _fingerprint(digests: tuple[tuple[int, str], ...]) -> str:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Token counts of every sample."""
+    """Token counts of every sample of a probe; 0 for those that are not measured."""
 
     vision: list[int] | None  # None if there is only a tokenizer
-    text: list[int]  # after the image; with a tokenizer only, of the text itself
+    text: list[int]  # text tokens of an evaluation; with a tokenizer only, of the texts themselves
     fingerprint: str | None  # tokens_fingerprint of evaluations with this model and processor
 
 
 def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
     """Tokens of every sample in an evaluation, with an adapter that knows its masks before the forward."""
     encoded = encode_probe(probe, adapter, share=SampleShare(), batch_size=1)
-    masks = [batch.masks for batch in encoded.batches if batch.masks is not None]
-    vision, text = ([int(getattr(mask, name).sum()) for mask in masks] for name in ("vision", "text"))
+    vision, text = [0] * len(probe), [0] * len(probe)
+    places = measured_samples(probe, LEAVE_OUT)
+    for (index, _), batch in zip(encoded.shard.samples, encoded.batches, strict=True):
+        if batch.masks is not None:
+            vision[places[index]] = int(batch.masks.vision.sum())
+            text[places[index]] = int(batch.masks.text.sum())
     return TokenCounts(vision, text, encoded.tokens_fingerprint)
 
 
 def counts_of_tokenizer(probe: Probe, tokenizer: Any) -> TokenCounts:
-    """Tokens of the texts alone, cut to max_text_tokens."""
-    texts = (cut_text(tokenizer, sample.text, probe.max_text_tokens) for sample in probe.samples)
-    return TokenCounts(None, [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts], None)
+    """Tokens of the texts alone, each cut to max_text_tokens."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(cut_text(tokenizer, text, probe.max_text_tokens), add_special_tokens=False)["input_ids"])
+
+    return TokenCounts(None, [sum(map(count, sample.texts)) for sample in probe.samples], None)

@@ -45,7 +45,11 @@ class Adapter(Protocol):
 
     An adapter keeps no state between calls and is the same on every rank. Pass one as ``adapter=``, or register a
     factory with :func:`register_adapter`. If it has an attribute ``prompt``, what it puts around image and text as a
-    format string, that goes into each record.
+    format string, that goes into each record. One whose masks count all text has an attribute ``text_positions``, "all"
+    (see :func:`mir_callback.model.modality.count_all_text`); without it they count the text after the last image.
+
+    Samples may hold other things than one image and then one text. ``sample.text`` and ``sample.open_image`` refuse
+    those by name; an adapter that takes them goes through ``sample.open_parts()``.
 
     Example::
 

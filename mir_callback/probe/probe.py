@@ -1,78 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A probe: a fixed list of image + text pairs. Only MIR values with the same probe fingerprint can be compared."""
+"""A probe: a fixed list of samples. Only MIR values with the same probe fingerprint can be compared."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.probe import sources, storage
+from mir_callback.probe import conversations, sources, storage
+from mir_callback.probe.conversations import DEFAULT_VIDEO_FRAMES, PAIRS, Choice
+from mir_callback.probe.sample import Part, Picture, Sample, Video, contents_of, to_png
 from mir_callback.probe.sources import as_path
 
 # Part of the fingerprint: values of samples that are encoded differently cannot be compared.
-ENCODING = "image, text; plain prompt; version 1"
+ENCODING = "image, text; plain prompt; version 1"  # of a probe of pairs
+LAYOUTS_ENCODING = "parts in order; version 1"
 DEFAULT_MAX_TEXT_TOKENS = 1024
-MAX_PIXELS = 89_478_485  # of one image; where Pillow warns of a decompression bomb
-# Pillow opens more, some of it with other programs (EPS) or without a limit (FITS).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image and one text. The text need not describe the image.
-
-    Attributes:
-        name: where it came from, for messages only; not part of the fingerprint.
-        image: bytes of an encoded image file (PNG, JPEG, ...).
-        text: the text that follows the image.
-
-    Example:
-        >>> from mir_callback import Probe
-        >>> from PIL import Image
-        >>> sample = Probe.from_pairs([(Image.new("RGB", (8, 6)), "a black rectangle")]).samples[0]
-        >>> sample.name, sample.text, sample.open_image().size
-        ('pair 0', 'a black rectangle', (8, 6))
-    """
-
-    name: str
-    image: bytes = field(repr=False)
-    text: str = field(repr=False)
-
-    def open_image(self) -> Image.Image:
-        """Decode the whole image, as RGB.
-
-        Raises:
-            ProbeError: the bytes are not a whole image of one of FORMATS, it has more than MAX_PIXELS pixels, or more
-                than 8 bits per channel.
-        """
-        try:
-            with Image.open(io.BytesIO(self.image)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
-                    raise Image.DecompressionBombError(f"it has {size}.")
-                if image.format not in FORMATS:
-                    raise ValueError(f"its format is {image.format}, not one of {', '.join(FORMATS)}")
-                return _to_rgb(image)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ProbeError(
-                f"The image of {self.name} is too large (at most {MAX_PIXELS} pixels): {error} Scale it down or remove "
-                "it."
-            ) from error
-        except Exception as error:  # Pillow raises many kinds, from OSError to struct.error, for damaged files
-            # The message of an UnidentifiedImageError only names an object in memory.
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "not a known image format" if unknown else f"{type(error).__name__}: {error}"
-            raise ProbeError(
-                f"Could not decode the image of {self.name} ({len(self.image)} bytes): {reason}. Replace or remove it."
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -80,14 +29,14 @@ class Probe:
     """A fixed set of samples to measure MIR on. Usually made by one of the ``from_...`` methods, or :meth:`load`.
 
     Attributes:
-        samples: the image + text pairs, in order.
+        samples: in order, usually image + text pairs; see :class:`Sample`.
         max_text_tokens: texts are cut to this many tokens of the model's tokenizer.
-        matched: whether each text belongs to its image, as ``vision_gain`` needs. MIR is the same either way, so it is
+        matched: whether each text belongs to its images, as ``vision_gain`` needs. MIR is the same either way, so it is
             not part of the fingerprint.
 
     Raises:
-        ProbeError: no samples, an unreadable or too large image, or an empty text. Every sample is checked here, so
-            that no evaluation fails on it later.
+        ProbeError: no samples or none with an image, an unreadable or too large image, or a sample without a text.
+            Every sample is checked here, so that no evaluation fails on it later.
         ConfigError: ``max_text_tokens`` is not a positive integer, or ``matched`` not a bool.
 
     Example::
@@ -110,13 +59,9 @@ class Probe:
             raise ProbeError("The probe has no samples. Give it at least one image + text pair.")
         _require_positive_int("max_text_tokens", self.max_text_tokens)
         for sample in self.samples:
-            sample.open_image()
-            if not sample.text.strip():
-                raise ProbeError(f"The text of {sample.name} is empty. Replace or remove it.")
-            try:
-                sample.text.encode()
-            except UnicodeEncodeError as error:
-                raise ProbeError(f"The text of {sample.name} is not valid Unicode: {error}. Repair it.") from error
+            sample.check()
+        if not any(sample.has_vision for sample in self.samples):
+            raise ProbeError("No sample of the probe has an image. Add some that do; MIR compares images with texts.")
 
     @classmethod
     def from_folders(
@@ -161,32 +106,40 @@ class Probe:
         num_samples: int = 100,
         seed: int = 0,
         *,
+        layouts: str = PAIRS,
+        video_frames: int = DEFAULT_VIDEO_FRAMES,
         max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     ) -> Probe:
-        """Draw records from a LLaVA-format JSON list (`id`, `image`, `conversations`).
+        """Draw records from a LLaVA-format JSON list (`id`, `image` or `video`, `conversations`).
 
-        The text of a sample is the text of all turns of its record, one turn a line, without the `<image>` placeholder.
-        Records without an image or with several are skipped.
+        The text of a sample is the text of all turns of its record, one turn a line. A single image comes before it;
+        several, and videos, are where the `<image>` and `<video>` of the text are, or first if it has none.
 
         Args:
             json_file: the list of records.
-            images: the folder that the records' `image` paths are relative to.
+            images: the folder that the records' `image` and `video` paths are relative to.
             num_samples: how many records.
             seed: of the random draw, which also depends on the order of the records.
+            layouts: which records to draw from. "pairs": those with one image; "images": with any number of images and
+                videos; "all": those without too, as text-only samples.
+            video_frames: frames to take of each video, evenly spread. A video is a folder with an image file a frame,
+                or an animated image (GIF, WebP, PNG, TIFF).
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: not such a list, fewer usable records than asked for, an unreadable image, an empty text.
-            ConfigError: as :meth:`from_folders`.
+            ProbeError: not such a list, fewer usable records than asked for, more or fewer `<image>` than images, an
+                unreadable image or video, an empty text.
+            ConfigError: ``layouts`` is none of these, ``video_frames`` no positive integer; or as :meth:`from_folders`.
 
         Example::
 
             probe = Probe.from_llava_json("blip_laion_cc_sbu_558k.json", images="pretrain/images", num_samples=100)
         """
         check_draw(num_samples, seed)
-        folder = as_path(images, "images")
-        drawn = sources.records_of_llava_json(as_path(json_file, "json_file"), folder, num_samples, seed)
-        return cls(tuple(Sample(*record) for record in drawn), max_text_tokens, matched=True)
+        choice = Choice(layouts, video_frames)
+        file, folder = as_path(json_file, "json_file"), as_path(images, "images")
+        drawn = conversations.records_of_llava_json(file, folder, num_samples, seed, choice)
+        return cls(tuple(drawn), max_text_tokens, matched=True)
 
     @classmethod
     def from_textvqa(
@@ -234,11 +187,14 @@ class Probe:
         seed: int = 0,
         *,
         texts: Any = None,
-        image_column: str = "image",
+        image_column: str | None = "image",
         text_column: str = "text",
+        video_column: str | None = None,
+        layouts: str = PAIRS,
+        video_frames: int = DEFAULT_VIDEO_FRAMES,
         max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     ) -> Probe:
-        """Draw rows of a Hugging Face dataset with an image column and a text column.
+        """Draw rows of a Hugging Face dataset with images and a text, or with `messages`.
 
         Args:
             dataset: a `datasets.Dataset` (one split, not streamed).
@@ -246,20 +202,37 @@ class Probe:
             seed: of the random draw, which also depends on the order of the rows.
             texts: draw the texts from here and not from the same rows: a folder of text files, or another
                 `datasets.Dataset` with the text column.
-            image_column: name of a column with the `Image` feature.
-            text_column: name of a column of strings.
+            image_column: name of a column with an image, or a list of images, a row; None if there is none.
+            text_column: name of a column of strings, or of conversations: lists of turns whose `content` is a string,
+                or a list of items of type "text", "image" and "video". Images are where a text has `<image>` or such
+                an item, or first if it has none, and videos likewise. The text of a sample is the text of all turns,
+                one turn a line.
+            video_column: name of a column with videos: paths as for :meth:`from_llava_json`, or lists of frames.
+            layouts: which rows to draw from, as for :meth:`from_llava_json`.
+            video_frames: frames to take of each video, evenly spread.
             max_text_tokens: longer texts are cut to this many tokens.
 
         Raises:
-            ProbeError: not such a dataset, fewer rows than asked for, an unreadable image, an empty text.
-            ConfigError: as :meth:`from_folders`.
+            ProbeError: not such a dataset, fewer usable rows than asked for, more or fewer `<image>` than images, an
+                unreadable image or video, an empty text.
+            ConfigError: as :meth:`from_llava_json`.
 
         Example::
 
             dataset = datasets.load_dataset("lmms-lab/textvqa", split="validation")
             probe = Probe.from_dataset(dataset, text_column="question")
+            probe = Probe.from_dataset(sft_data, image_column="images", text_column="messages", layouts="images")
         """
         check_draw(num_samples, seed)
+        choice = Choice(layouts, video_frames)
+        columns = {"image": image_column, "text": text_column, "video": video_column}
+        if texts is None and conversations.has_layouts(dataset, columns, choice):
+            samples = conversations.samples_of_dataset(dataset, columns, num_samples, seed, choice)
+            return cls(tuple(samples), max_text_tokens, matched=True)
+        if image_column is None or video_column is not None or layouts != PAIRS:
+            raise ConfigError(
+                "texts= pairs each text with one image: give image_column, no video_column and no layouts."
+            )
         drawn = sources.images_of_dataset(dataset, image_column, num_samples, seed)
         if isinstance(texts, (str, Path)):
             read = sources.texts_of_folder(as_path(texts, "texts"), num_samples, seed)
@@ -303,30 +276,69 @@ class Probe:
                 count = f" with {len(pair)} items" if isinstance(pair, (tuple, list)) else ""
                 raise ProbeError(f"{name} is a {type(pair).__name__}{count}. Pass (image, text) tuples.")
             image, text = pair
-            if not isinstance(image, Image.Image):
-                raise ProbeError(
-                    f"The image of {name} is a {type(image).__name__}, not a PIL image: {image!r:.80}. Pass "
-                    "PIL.Image.open(path), or PIL.Image.fromarray(array)."
-                )
             if not isinstance(text, str):
                 raise ProbeError(f"The text of {name} is a {type(text).__name__}, not a string: {text!r:.80}.")
-            buffer = io.BytesIO()
-            try:
-                _to_rgb(image).save(buffer, format="PNG")
-            except Exception as error:  # of a file that was opened and is damaged: any kind
-                raise ProbeError(
-                    f"Could not read the image of {name}: {type(error).__name__}: {error}. Replace it."
-                ) from error
-            samples.append(Sample(name, buffer.getvalue(), text))
+            samples.append(Sample.pair(name, _png_of(image, f"the image of {name}"), text))
         return cls(tuple(samples), max_text_tokens, matched=matched)
+
+    @classmethod
+    def from_samples(
+        cls,
+        samples: Iterable[Sequence[Any]],
+        *,
+        matched: bool = False,
+        max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    ) -> Probe:
+        """Build a probe of any layout from images, videos and texts in memory. Images are stored as PNG, without loss.
+
+        Args:
+            samples: each a list of parts, in the order in which the model gets them: PIL images of at most 8 bits per
+                channel, strings, and lists of PIL images of one size, the frames of a video.
+            matched: whether the texts of each sample belong to its images, as ``vision_gain`` needs.
+            max_text_tokens: longer texts are cut to this many tokens.
+
+        Raises:
+            ProbeError: no samples or none with an image, a part that is none of these, an unreadable image, a sample
+                without a text.
+            ConfigError: max_text_tokens is not a positive integer, or matched not a bool.
+
+        Ranks: any. Ranks that call it with the same samples get the same probe.
+
+        Example:
+            >>> from mir_callback import Probe
+            >>> from PIL import Image
+            >>> black = Image.new("RGB", (8, 6))
+            >>> probe = Probe.from_samples([["before", black, "and after", black, "it is dark"], ["a text alone"]])
+            >>> [sample.describe() for sample in probe.samples]
+            ['2 images and 3 texts', '1 text']
+        """
+        found = []
+        sample: Any  # whatever the caller passed
+        for index, sample in enumerate(samples):
+            name = f"sample {index}"
+            if not isinstance(sample, (tuple, list)):
+                raise ProbeError(
+                    f"{name} is a {type(sample).__name__}: {sample!r:.80}. Pass a list of its images and texts."
+                )
+            parts = (_part_of(part, f"part {number} of {name}") for number, part in enumerate(sample, start=1))
+            found.append(Sample(name, tuple(parts)))
+        return cls(tuple(found), max_text_tokens, matched=matched)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of image bytes, texts, their order, max_text_tokens and the encoding rules; 16 hexadecimal digits."""
-        digest = hashlib.sha256(f"{ENCODING}; max_text_tokens={self.max_text_tokens}".encode())
+        """Hash of images, texts, their order, max_text_tokens and the encoding rules; 16 hexadecimal digits."""
+        only_pairs = all(sample.is_pair for sample in self.samples)
+        rules = ENCODING if only_pairs else LAYOUTS_ENCODING
+        digest = hashlib.sha256(f"{rules}; max_text_tokens={self.max_text_tokens}".encode())
         for sample in self.samples:
-            digest.update(hashlib.sha256(sample.image).digest())
-            digest.update(hashlib.sha256(sample.text.encode()).digest())
+            if not only_pairs:
+                digest.update(f"{len(sample.parts)} parts".encode())
+            for part, kind in zip(sample.parts, sample.kinds, strict=True):
+                files = contents_of(part)
+                if not only_pairs:
+                    digest.update(f"{kind} {len(files)}".encode())
+                for content in files:
+                    digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -347,8 +359,7 @@ class Probe:
 
         Ranks: rank 0 only.
         """
-        entries = [(sample.name, sample.image, sample.text) for sample in self.samples]
-        stored = storage.StoredProbe(entries, self.max_text_tokens, self.fingerprint, self.matched)
+        stored = storage.StoredProbe(self.samples, self.max_text_tokens, self.fingerprint, self.matched)
         return storage.write(as_path(path, "path"), stored)
 
     @classmethod
@@ -361,8 +372,7 @@ class Probe:
         Ranks: any.
         """
         stored = storage.read(as_path(path, "path"))
-        samples = tuple(Sample(*entry) for entry in stored.entries)
-        probe = cls(samples, stored.max_text_tokens, matched=stored.matched)
+        probe = cls(stored.samples, stored.max_text_tokens, matched=stored.matched)
         if probe.fingerprint != stored.fingerprint:
             raise ProbeError(
                 f"Probe {path} has fingerprint {probe.fingerprint}, but {stored.fingerprint} was stored with it: its "
@@ -428,7 +438,7 @@ class ProbeSource:
 def _pair_up(images: list[tuple[str, bytes]], texts: list[tuple[str, str]]) -> tuple[Sample, ...]:
     """Samples of drawn images and texts; those of one row of a dataset have one name."""
     return tuple(
-        Sample(name if name == text_name else f"{name} + {text_name}", image, text)
+        Sample.pair(name if name == text_name else f"{name} + {text_name}", image, text)
         for (name, image), (text_name, text) in zip(images, texts, strict=True)
     )
 
@@ -445,7 +455,22 @@ def _require_positive_int(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"mode {image.mode} has more than 8 bits per channel, which RGB would clip")
-    return image.convert("RGB")
+def _part_of(given: Any, what: str) -> Part:
+    """A part from memory; a list is a video."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, (list, tuple)):
+        return Video(tuple(_png_of(frame, f"frame {number} of {what}") for number, frame in enumerate(given, start=1)))
+    return Picture(_png_of(given, what, "neither a PIL image nor a string nor a list of PIL images"))
+
+
+def _png_of(image: Any, what: str, else_: str = "not a PIL image") -> bytes:
+    if not isinstance(image, Image.Image):
+        raise ProbeError(
+            f"{what[0].upper()}{what[1:]} is a {type(image).__name__}, {else_}: {image!r:.80}. Pass "
+            "PIL.Image.open(path), or PIL.Image.fromarray(array)."
+        )
+    try:
+        return to_png(image)
+    except Exception as error:  # of a file that was opened and is damaged: any kind
+        raise ProbeError(f"Could not read {what}: {type(error).__name__}: {error}. Replace it.") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where samples are drawn from: folders, LLaVA's and TextVQA's files, Hugging Face datasets.
+"""Where images and texts are drawn from: folders, TextVQA's files, columns of Hugging Face datasets.
 
 Images are (name for messages, bytes of the image file as stored), texts are (name, text). A draw depends on the seed
 and on what there is to draw from, and on nothing else.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,18 +31,23 @@ def as_path(given: str | Path, name: str) -> Path:
 
 def draw(items: list[T], num_samples: int, seed: int, field: str, origin: str | Path) -> list[T]:
     """Draw ``num_samples`` items without replacement; ProbeError if there are fewer."""
-    if len(items) < num_samples:
-        raise ProbeError(
-            f"num_samples={num_samples}, but {field} has only {len(items)} usable items ({origin}). Lower num_samples "
-            "or add more."
-        )
+    require_enough(len(items), num_samples, field, origin)
     return random.Random(seed).sample(items, num_samples)
+
+
+def require_enough(count: int, num_samples: int, field: str, origin: str | Path) -> None:
+    """ProbeError if there are fewer items than samples to draw."""
+    if count < num_samples:
+        raise ProbeError(
+            f"num_samples={num_samples}, but {field} has only {count} usable items ({origin}). Lower num_samples or "
+            "add more."
+        )
 
 
 def images_of_folder(folder: Path, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
     """Image files of a folder, searched recursively."""
     files = draw(_files(folder, IMAGE_SUFFIXES, "images"), num_samples, seed, "images", folder)
-    return [(name, _image_bytes(folder / name, name)) for name in files]
+    return [(name, image_bytes(folder / name, name)) for name in files]
 
 
 def texts_of_folder(folder: Path, num_samples: int, seed: int) -> list[tuple[str, str]]:
@@ -74,7 +80,8 @@ def _read_text(path: Path) -> str:
     return (text.partition("@highlight")[0] if path.suffix.lower() == ".story" else text).strip()
 
 
-def _image_bytes(path: Path, name: str) -> bytes:
+def image_bytes(path: Path, name: str) -> bytes:
+    """The bytes of an image file; ProbeError, which says what it is the image of, if it cannot be read."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a null character in a name is a ValueError
@@ -83,45 +90,13 @@ def _image_bytes(path: Path, name: str) -> bytes:
         ) from error
 
 
-def records_of_llava_json(json_file: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes, str]]:
-    """Records of a LLaVA-format list that have exactly one image, as (name, image, text)."""
-    data = _read_json(json_file)
-    if not isinstance(data, list):
-        raise ProbeError(
-            f"{json_file} is a JSON {type(data).__name__}, not a list of records in LLaVA's format: "
-            '[{"id": ..., "image": ..., "conversations": [...]}, ...].'
-        )
-    records = [_record(entry, index, json_file) for index, entry in enumerate(data)]
-    usable = [record for record in records if record is not None]
-    drawn = draw(usable, num_samples, seed, "json_file", json_file)
-    return [(name, _image_bytes(images / image, name), text) for name, image, text in drawn]
-
-
-def _record(entry: Any, index: int, json_file: Path) -> tuple[str, str, str] | None:
-    """Name, image and text of a record; None if it has no image or several."""
-    name = f"record {entry.get('id', index) if isinstance(entry, dict) else index} of {json_file.name}"
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        raise ProbeError(
-            f'{name} has no conversations in LLaVA\'s format, a list of {{"from": ..., "value": text}}: {turns!r:.80}. '
-            "Repair or remove it."
-        )
-    image = entry.get("image")
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if not isinstance(image, str):
-        return None
-    spoken = (turn["value"].replace("<image>", "").strip() for turn in turns)
-    return name, image, "\n".join(text for text in spoken if text)
-
-
 def images_of_questions(questions: Path, images: Path, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
     """Images that a TextVQA question file asks about, each once.
 
     The file is TextVQA's own JSON (`data`: a list with `image_id`, for a `.jpg`), or JSON lines with `image`, the
     format of LLaVA's evaluation.
     """
-    data = _read_json(questions)
+    data = read_json(questions)
     entries = data.get("data") if isinstance(data, dict) else data
     if not isinstance(entries, list):
         raise ProbeError(
@@ -130,7 +105,7 @@ def images_of_questions(questions: Path, images: Path, num_samples: int, seed: i
         )
     names = dict.fromkeys(_question_image(entry, index, questions) for index, entry in enumerate(entries))
     drawn = draw(list(names), num_samples, seed, "images", questions)
-    return [(name, _image_bytes(images / name, name)) for name in drawn]
+    return [(name, image_bytes(images / name, name)) for name in drawn]
 
 
 def _question_image(entry: Any, index: int, path: Path) -> str:
@@ -144,8 +119,8 @@ def _question_image(entry: Any, index: int, path: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file; of a `.jsonl` file the list of its lines."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, of a `.jsonl` file the list of its lines; ProbeError if it is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
@@ -176,7 +151,7 @@ def open_dataset(path: str, split: str) -> Any:
 
 def images_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, bytes]]:
     """Rows of an image column, not decoded."""
-    stored = _column(dataset, column, "image_column")
+    stored = require_columns(dataset, {"image": column})
     feature = dataset.features[column]
     if type(feature).__name__ != "Image":
         raise ProbeError(
@@ -190,13 +165,13 @@ def images_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) ->
         if image is None:
             raise ProbeError(f"The image of {name} is None. Drop such rows with dataset.filter.")
         content = image["bytes"]
-        found.append((name, _image_bytes(Path(image["path"]), name) if content is None else bytes(content)))
+        found.append((name, image_bytes(Path(image["path"]), name) if content is None else bytes(content)))
     return found
 
 
 def texts_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> list[tuple[str, str]]:
     """Rows of a text column."""
-    stored = _column(dataset, column, "text_column")
+    stored = require_columns(dataset, {"text": column})
     found = []
     for row in _draw_rows(dataset, num_samples, seed):
         text = stored[row][column]
@@ -209,16 +184,20 @@ def texts_of_dataset(dataset: Any, column: str, num_samples: int, seed: int) -> 
     return found
 
 
-def _column(dataset: Any, column: str, field: str) -> Any:
+def require_columns(dataset: Any, columns: Mapping[str, str]) -> Any:
+    """One split of a dataset with these columns only, by kind; ProbeError if it is no such dataset or lacks one."""
     # A DatasetDict has a dict of column names, a streamed dataset has no length.
     if not isinstance(getattr(dataset, "column_names", None), list) or not hasattr(dataset, "__len__"):
         raise ProbeError(
             f"dataset is a {type(dataset).__name__}. Pass one split of a Hugging Face dataset, not streamed: "
             'datasets.load_dataset(name, split="validation").'
         )
-    if column not in dataset.column_names:
-        raise ProbeError(f"{field}={column!r} is not a column of the dataset: {', '.join(dataset.column_names)}.")
-    return dataset.select_columns([column])
+    for kind, column in columns.items():
+        if column not in dataset.column_names:
+            raise ProbeError(
+                f"{kind}_column={column!r} is not a column of the dataset: {', '.join(dataset.column_names)}."
+            )
+    return dataset.select_columns(list(columns.values()))
 
 
 def _draw_rows(dataset: Any, num_samples: int, seed: int) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A probe on disk: `probe.json` with the texts and one image file per sample, in a folder or a .zip file."""
+"""A probe on disk: `probe.json` with the texts and a file for each image, in a folder or a .zip file."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from mir_callback.errors import ProbeError
 from mir_callback.fs import beside, fsync
+from mir_callback.probe.sample import IMAGE, TEXT, VIDEO, Part, Picture, Sample, Video, contents_of
 
 # File name of a run's probe in its output folder.
 RUN_PROBE = "mir_probe.zip"
 _MANIFEST = "probe.json"
 _FORMAT = "mir-callback probe"
-_VERSION = 1
+_VERSION, _LAYOUTS_VERSION = 1, 2  # of probes of pairs, and of others
 # What no honest probe reaches; a file made to exhaust memory does. Every rank keeps its probe in memory.
-MAX_SAMPLES = 100_000
+MAX_SAMPLES = 100_000  # and images
 MAX_BYTES = 4 * 2**30  # of all its files
 MAX_INDEX_BYTES = 64 * 2**20  # of probe.json, with the texts
 MAX_INFLATION = 20  # times the size of a .zip file; ours are not compressed
 _SMALL = 2**20  # bytes that a file of any size may unpack to
-
-Entry = tuple[str, bytes, str]  # name, image bytes, text
 
 
 @dataclass(frozen=True)
 class StoredProbe:
     """Contents of a probe file or folder."""
 
-    entries: list[Entry]
+    samples: tuple[Sample, ...]
     max_text_tokens: int
     fingerprint: str
     matched: bool
@@ -126,25 +126,37 @@ def _parse(path: Path, content: Callable[[str, int], bytes]) -> StoredProbe:
     """Read a probe from its files, which ``content`` reads by name, up to a number of bytes."""
     try:
         manifest = json.loads(content(_MANIFEST, MAX_INDEX_BYTES))
-        if manifest["format"] != _FORMAT or manifest["version"] != _VERSION:
+        if manifest["format"] != _FORMAT or manifest["version"] not in (_VERSION, _LAYOUTS_VERSION):
             found = f"{manifest['format']!r} version {manifest['version']!r}"
-            raise ValueError(f"it has format {found}, this version reads {_FORMAT!r} version {_VERSION}")
+            raise ValueError(f"it has format {found}, this version reads {_FORMAT!r} up to {_LAYOUTS_VERSION}")
         samples = manifest["samples"]
         if len(samples) > MAX_SAMPLES:
             raise ValueError(f"it has {len(samples)} samples, more than {MAX_SAMPLES}")
-        images = [_image_member(sample["image"]) for sample in samples]
+        layouts = [_parts_in(sample) for sample in samples]
+        images = [member for parts in layouts for kind, members in parts if kind != TEXT for member in members]
         if len({*images}) < len(images):
-            raise ValueError(f"{len(images)} samples share {len({*images})} images, each should have its own")
-        entries, left = [], MAX_BYTES
-        for image, sample in zip(images, samples, strict=True):
-            entries.append((str(sample["name"]), content(image, left), str(sample["text"])))
-            left -= len(entries[-1][1])
+            raise ValueError(
+                f"{len(samples)} samples share {len({*images})} images, each of {len(images)} should have its own"
+            )
+        if len(images) > MAX_SAMPLES:
+            raise ValueError(f"it has {len(images)} images, more than {MAX_SAMPLES}")
+        files, left = dict[str, bytes](), MAX_BYTES
+        for member in images:
+            files[member] = content(member, left)
+            left -= len(files[member])
+        found = tuple(
+            Sample(str(sample["name"]), tuple(_part_of(kind, values, files) for kind, values in parts))
+            for sample, parts in zip(samples, layouts, strict=True)
+        )
         matched = manifest.get("matched", False)  # older files do not say
         if not isinstance(matched, bool):
             raise ValueError(f"matched is {matched!r}, not true or false")
-        return StoredProbe(entries, manifest["max_text_tokens"], str(manifest["fingerprint"]), matched)
+        return StoredProbe(found, manifest["max_text_tokens"], str(manifest["fingerprint"]), matched)
     # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
-    except (KeyError, OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(AttributeError, KeyError, TypeError, ValueError),
+        *(OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ProbeError(
             f"Could not read the probe {path}: {type(error).__name__}: {error}. Save it again, with this version."
         ) from error
@@ -164,6 +176,27 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         fsync(path / name)
 
 
+def _parts_in(sample: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Kind of each part of a sample in probe.json, and its text or the names of its images."""
+    if "parts" not in sample:
+        return [(IMAGE, [_image_member(sample["image"])]), (TEXT, [str(sample["text"])])]
+    found = []
+    for part in sample["parts"]:
+        ((kind, value),) = part.items()
+        if kind not in (TEXT, IMAGE, VIDEO) or isinstance(value, list) != (kind == VIDEO):
+            raise ValueError(f"a part is {str(part):.80}, not a text, an image or a video")
+        members = value if isinstance(value, list) else [value]
+        found.append((kind, [str(value)] if kind == TEXT else [_image_member(member) for member in members]))
+    return found
+
+
+def _part_of(kind: str, values: list[str], files: Mapping[str, bytes]) -> Part:
+    if kind == TEXT:
+        return values[0]
+    contents = tuple(files[value] for value in values)
+    return Video(contents) if kind == VIDEO else Picture(contents[0])
+
+
 def _image_member(name: object) -> str:
     """The name of an image, refused if it would lead out of the probe."""
     text = str(name)
@@ -174,27 +207,38 @@ def _image_member(name: object) -> str:
 
 def _files(probe: StoredProbe) -> dict[str, bytes]:
     """Names and contents of the files of a probe."""
-    images, entries = {}, probe.entries
-    for index, (_, image, _) in enumerate(entries):
+    images: dict[str, bytes] = {}
+
+    def add(image: bytes) -> str:
         with Image.open(io.BytesIO(image)) as opened:
-            images[f"images/{index:05d}.{(opened.format or 'image').lower()}"] = image
+            member = f"images/{len(images):05d}.{(opened.format or 'image').lower()}"
+        images[member] = image
+        return member
+
+    def entry(sample: Sample) -> dict[str, Any]:
+        if sample.is_pair:
+            return {"name": sample.name, "image": add(contents_of(sample.parts[0])[0]), "text": sample.text}
+        parts: list[dict[str, Any]] = []
+        for part, kind in zip(sample.parts, sample.kinds, strict=True):
+            members = [part] if isinstance(part, str) else [add(image) for image in contents_of(part)]
+            parts.append({kind: members if kind == VIDEO else members[0]})
+        return {"name": sample.name, "parts": parts}
+
     manifest = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": _VERSION if all(sample.is_pair for sample in probe.samples) else _LAYOUTS_VERSION,
         "fingerprint": probe.fingerprint,
         "max_text_tokens": probe.max_text_tokens,
         "matched": probe.matched,
-        "samples": [
-            {"name": name, "image": member, "text": text}
-            for (name, _, text), member in zip(entries, images, strict=True)
-        ],
+        "samples": [entry(sample) for sample in probe.samples],
     }
     # Names of files may be no valid text; so escaped, JSON reads them back.
     texts = json.dumps(manifest, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
     total = sum(map(len, images.values()))
-    if len(entries) > MAX_SAMPLES or len(texts) > MAX_INDEX_BYTES or total > MAX_BYTES:
+    if max(len(probe.samples), len(images)) > MAX_SAMPLES or len(texts) > MAX_INDEX_BYTES or total > MAX_BYTES:
         raise ProbeError(
-            f"The probe is too large to be saved: {len(entries)} samples (at most {MAX_SAMPLES}), {total} bytes of "
-            f"images (at most {MAX_BYTES}), {len(texts)} of texts (at most {MAX_INDEX_BYTES}). Draw fewer samples."
+            f"The probe is too large to be saved: {len(probe.samples)} samples and {len(images)} images (at most "
+            f"{MAX_SAMPLES} of each), {total} bytes of images (at most {MAX_BYTES}), {len(texts)} of texts (at most "
+            f"{MAX_INDEX_BYTES}). Draw fewer samples."
         )
     return {_MANIFEST: texts, **images}

@@ -27,9 +27,13 @@ _PLAIN = {  # fields that say how values were made, in words for everybody
     "dtype": "dtype of the hidden states",
     "root": "root",
     "prompt": "prompt",
+    "text_positions": "text positions",
+    "text_only": "samples without an image",
     "world_size": "ranks",
 }
 _NAMES = {
+    "text_positions": "text positions",
+    "text_only": "samples without an image",
     "probe_fingerprint": "probe",
     "prompt": "prompt",
     "tokens_fingerprint": "tokens of the probe",
@@ -179,7 +183,7 @@ def find_incomparable(runs: Sequence[RunView]) -> list[str]:
         found = {str(value) for run in runs for value in run.distinct(name)}
         unknown = [run.name for run in runs if not run.distinct(name)]
         if len(found) > 1:
-            shown = ", ".join(sorted(found)) if name in ("root", "prompt") else f"{len(found)} different ones"
+            shown = ", ".join(sorted(found)) if not name.endswith("fingerprint") else f"{len(found)} different ones"
             messages.append(f"{_NAMES[name]}: {shown}")
         elif unknown and len(runs) > 1 and name in DEFINITION_FIELDS:
             messages.append(f"{_NAMES[name]}: not known of {', '.join(unknown[:4])}")

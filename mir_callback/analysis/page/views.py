@@ -14,7 +14,7 @@ import numpy as np
 from mir_callback.analysis.compare import Recipe
 from mir_callback.analysis.load import Run, noted_losses
 from mir_callback.analysis.page.charts import Kind
-from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record
+from mir_callback.record import FIELDS, STOPPING, EvalRecord, lowest_record, read_definition
 
 PLANNED = "planned steps"  # among the settings of a run
 WOULD_STOP = "would stop"  # of a rule that only observes, where it has found the plateau
@@ -109,7 +109,9 @@ class RunView:
 
     def distinct(self, name: str) -> list[Any]:
         """The different values of a field over the run, of another version's too, in order of appearance."""
-        found = (record[name] if name in FIELDS else record.unknown.get(name) for record in self.records)
+        found = (
+            read_definition(record, name) if name in FIELDS else record.unknown.get(name) for record in self.records
+        )
         return list({repr(value): value for value in found if value is not None}.values())
 
     def thin(self, most: int) -> RunView:
