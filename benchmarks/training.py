@@ -54,7 +54,7 @@ class RandomCaptions(torch.utils.data.Dataset[dict[str, Any]]):
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        batch = self._adapter.encode([Sample("", Image.new("RGB", (4, 4)), str(10_000 + index))], 0)
+        batch = self._adapter.encode([Sample.pair("", b"", str(10_000 + index))], 0)
         inputs = {name: tensor[0] for name, tensor in batch.inputs.items()}
         labels = inputs["input_ids"].clone()
         labels[: IMAGE_TOKENS + 1] = -100

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mir_callback.probe.sample import Picture, Sample
+
 SENTENCE = "the model reads an image and then a text about something else "
 
 
@@ -34,6 +36,13 @@ def pairs(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
         )
         for i in range(count)
     ]
+
+
+def image_of(sample: Sample) -> bytes:
+    """The bytes of the image of a pair."""
+    picture = sample.parts[0]
+    assert isinstance(picture, Picture)
+    return picture.data
 
 
 def write_folders(root: Path, count: int, seed: int = 0) -> tuple[Path, Path]:

@@ -16,8 +16,9 @@ from mir_callback.errors import ConfigError, ProbeError
 from mir_callback.evaluation.hidden_states import GB
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import exchange_images
+from mir_callback.probe.sample import Sample
 from tests import tiny_models
-from tests.samples import pairs
+from tests.samples import image_of, pairs
 
 COUNT = 7
 FIELDS = ("probe_loss", "vision_gain", "vision_gain_se")
@@ -121,15 +122,13 @@ def test_a_model_that_ignores_images_gains_nothing(probe):
 
 
 def with_images(probe, numbers):
-    return [
-        dataclasses.replace(probe.samples[0], image=probe.samples[n].image, text=f"{i}") for i, n in enumerate(numbers)
-    ]
+    return [Sample.pair(probe.samples[0].name, image_of(probe.samples[n]), f"{i}") for i, n in enumerate(numbers)]
 
 
 def test_the_other_image_is_the_next_samples_if_all_differ(probe):
     samples = with_images(probe, [0, 1, 2])
     found = exchange_images(samples)
-    assert [sample.image for sample in found] == [sample.image for sample in [*samples[1:], samples[0]]]
+    assert [image_of(sample) for sample in found] == [image_of(sample) for sample in [*samples[1:], samples[0]]]
     assert [sample.text for sample in found] == [sample.text for sample in samples]
 
 
@@ -141,29 +140,29 @@ def test_images_are_used_as_often_as_before_and_never_for_their_own_sample(probe
             exchange_images(samples)
         return
     found = exchange_images(samples)
-    assert sorted(sample.image for sample in found) == sorted(sample.image for sample in samples)
-    assert all(other.image != own.image for other, own in zip(found, samples, strict=True))
+    assert sorted(map(image_of, found)) == sorted(image_of(sample) for sample in samples)
+    assert all(image_of(other) != image_of(own) for other, own in zip(found, samples, strict=True))
 
 
 def test_one_picture_in_two_files_is_one_image(probe):
     bitmap = io.BytesIO()
     probe.samples[0].open_image().save(bitmap, "BMP")
     with pytest.raises(ProbeError, match="2 of the 2"):
-        exchange_images([probe.samples[0], dataclasses.replace(probe.samples[0], image=bitmap.getvalue())])
+        exchange_images([probe.samples[0], Sample.pair("bitmap", bitmap.getvalue(), "text")])
 
 
 class Counting(HuggingFaceAdapter):
     """Says how wide the image is, so that the text depends on it."""
 
     def encode(self, samples, max_text_tokens):
-        told = [dataclasses.replace(s, text=f"{s.open_image().height} {s.text}") for s in samples]
+        told = [Sample.pair(s.name, image_of(s), f"{s.open_image().height} {s.text}") for s in samples]
         return super().encode(told, max_text_tokens)
 
 
 def test_what_has_no_gain_is_refused_before_any_forward(probe):
     model, processor = tiny_models.llava()
     same = dataclasses.replace(
-        probe, samples=[dataclasses.replace(s, image=probe.samples[0].image) for s in probe.samples]
+        probe, samples=[Sample.pair(s.name, image_of(probe.samples[0]), s.text) for s in probe.samples]
     )
     unmatched = dataclasses.replace(probe, matched=False)
     adapter = Counting(model, processor)

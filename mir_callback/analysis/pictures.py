@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from mir_callback.analysis.load import noted_losses, read_run
+from mir_callback.analysis.samples import draw_images, write_out
 from mir_callback.analysis.statistics import BAND
 from mir_callback.errors import ConfigError, HistoryError
 from mir_callback.probe.probe import Probe
@@ -146,7 +147,7 @@ def _write_plain_numbers(axes: Axes) -> None:
 def draw_sheet(
     probe: Probe, path: str | Path, counts: TokenCounts | None = None, *, columns: int | None = None
 ) -> Path:
-    """Draw a contact sheet of a probe: each image with the beginning of its text.
+    """Draw a contact sheet of a probe: the images of each sample with the beginning of its text.
 
     Args:
         probe: the samples.
@@ -177,10 +178,11 @@ def draw_sheet(
     pen.text((_MARGIN, _LINE), heading, fill=_INK, font=ImageFont.load_default(_FONT_SIZE + 4))
     for index, sample in enumerate(probe.samples):
         left, top = index % across * _CELL[0] + _MARGIN, index // across * _CELL[1] + title
-        image = ImageOps.contain(sample.open_image(), _IMAGE)
-        sheet.paste(image, (left + (_IMAGE[0] - image.width) // 2, top + _IMAGE[1] - image.height))
+        image = draw_images(sample, _IMAGE)
+        if image is not None:
+            sheet.paste(image, (left + (_IMAGE[0] - image.width) // 2, top + _IMAGE[1] - image.height))
         top += _IMAGE[1] + _LINE // 2
-        text = _wrap(" ".join(sample.text.split()), _TEXT_LINES)
+        text = _wrap(write_out(sample), _TEXT_LINES)
         for faint, line in enumerate([_caption(index, counts), *_wrap(sample.name, 1), *text]):
             pen.text((left, top), line, fill=_FAINT if faint < 2 else _INK, font=font)
             top += _LINE

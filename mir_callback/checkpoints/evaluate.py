@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -53,7 +53,7 @@ class EvalOptions:
     autocast: str | None = None  # bfloat16 or float16, as with bf16=True or fp16=True in training; None for none
     config: MIRConfig = field(default_factory=MIRConfig)
 
-    def with_options(self, **options: str) -> EvalOptions:
+    def with_options(self, options: Mapping[str, Any]) -> EvalOptions:
         """The same with these of ``prompt``, ``text_positions`` and ``text_only``."""
         loaded = {name: value for name, value in options.items() if name != "text_only"}
         return replace(self, loading=replace(self.loading, **loaded), config=replace(self.config, **options))

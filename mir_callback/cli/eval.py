@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,9 @@ def run(options: Namespace) -> None:
         try:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
-            names = [each.name for each in fields(LoadOptions)]
-            loading = LoadOptions(**{n: value for n in names if (value := getattr(options, n)) is not None})
+            loading = LoadOptions(**_given(options, [each.name for each in fields(LoadOptions)]))
             names = ("root", "batch_size", "prompt", "vision_gain", "text_positions", "text_only")
-            given = {name: value for name in names if (value := getattr(options, name)) is not None}
-            config = MIRConfig(**given)
+            config = MIRConfig(**_given(options, names))
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")
@@ -155,7 +154,7 @@ def _evaluate_run(
     live = LiveValues(run)
     _note(options, f"{run}: probe {probe.fingerprint} ({len(probe)} samples), writing to {results.path}")
     of_run = {name: value for name, value in live.options.items() if getattr(options, name) is None}
-    how = how.with_options(**of_run)
+    how = how.with_options(of_run)
     if "prompt" in of_run:
         _note(options, f"  the run's prompt: {of_run['prompt']}")
     if live.problem:
@@ -178,6 +177,11 @@ def _evaluate_run(
         if record.mir is None:
             failed.append(str(checkpoint.folder))
     return failed
+
+
+def _given(options: Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Flags that were given, or have a default, of these."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _load_probe(source: ProbeSource, run: Path) -> Probe:

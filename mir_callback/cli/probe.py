@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from mir_callback.analysis.pictures import check_sheet_path, draw_sheet
 from mir_callback.errors import ConfigError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import TokenCounts, counts_of_model, counts_of_tokenizer
+from mir_callback.probe.conversations import DEFAULT_VIDEO_FRAMES, LAYOUTS
 from mir_callback.probe.probe import DEFAULT_MAX_TEXT_TOKENS, Probe
 from mir_callback.probe.sources import open_dataset
 
@@ -23,9 +25,11 @@ examples:
   mir probe probe.zip --model llava-hf/llava-1.5-7b-hf
 """
 _SOURCES = ("questions", "llava_json", "dataset")  # none of them: two folders
-_DATASET_FLAGS = ("split", "image_column", "text_column")
+_DATASET_FLAGS = ("split", "image_column", "text_column", "video_column")
+_RECORD_FLAGS = ("layouts", "video_frames")  # of --llava-json and --dataset
+_LAYOUTS_SHOWN = 5
 _DRAW = ("num_samples", "seed", "max_text_tokens")
-_BUILDING = ("images", "texts", *_SOURCES, *_DATASET_FLAGS, *_DRAW)
+_BUILDING = ("images", "texts", *_SOURCES, *_DATASET_FLAGS, *_RECORD_FLAGS, *_DRAW)
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -39,9 +43,19 @@ def add_flags(parser: ArgumentParser) -> None:
     source.add_argument("--dataset", metavar="NAME", help="Hugging Face dataset: a hub name or a folder")
     source.add_argument("--split", metavar="NAME", help="of --dataset (default: validation)")
     source.add_argument("--image-column", metavar="NAME", help="of --dataset (default: image)")
-    source.add_argument("--text-column", metavar="NAME", help="of --dataset (default: text)")
+    source.add_argument("--text-column", metavar="NAME", help="of --dataset: texts, or conversations (default: text)")
+    source.add_argument("--video-column", metavar="NAME", help="of --dataset (default: none)")
+    source.add_argument(
+        "--layouts",
+        choices=LAYOUTS,
+        help="of --llava-json and --dataset, what to draw: pairs of one image and one text (default); images: also "
+        "with several images, or videos; all: also without any",
+    )
+    source.add_argument(
+        "--video-frames", type=int, metavar="N", help=f"frames to take of a video (default: {DEFAULT_VIDEO_FRAMES})"
+    )
     drawing = parser.add_argument_group("the draw")
-    drawing.add_argument("--num-samples", type=int, metavar="N", help="number of image and text pairs (default: 100)")
+    drawing.add_argument("--num-samples", type=int, metavar="N", help="number of samples (default: 100)")
     drawing.add_argument("--seed", type=int, metavar="N", help="of the random draw (default: 0)")
     drawing.add_argument("--max-text-tokens", type=int, metavar="N", help=f"(default: {DEFAULT_MAX_TEXT_TOKENS})")
     result = parser.add_argument_group("output")
@@ -67,9 +81,15 @@ def run(options: Namespace) -> None:
     belonging = " that belong to their images" if probe.matched else ""
     cut = f"texts of at most {probe.max_text_tokens} tokens{belonging}"
     print(f"probe {probe.fingerprint}: {len(probe)} samples, {cut}")
-    sizes = [sample.open_image().size for sample in probe.samples]
+    layouts = Counter(sample.describe() for sample in probe.samples)
+    if not all(sample.is_pair for sample in probe.samples):
+        for layout, count in layouts.most_common(_LAYOUTS_SHOWN):
+            print(f"  layout  {layout}: {count}")
+        if len(layouts) > _LAYOUTS_SHOWN:
+            print(f"  layout  {len(layouts) - _LAYOUTS_SHOWN} others")
+    sizes = [image.size for sample in probe.samples for image in sample.open_images()]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
-    print(f"  texts   {_range([len(sample.text.split()) for sample in probe.samples])} words")
+    print(f"  texts   {_range([len(' '.join(sample.texts).split()) for sample in probe.samples])} words")
     counts = _count_tokens(probe, options.model) if options.model else None
     if options.save:
         print(f"saved {options.save}")
@@ -89,18 +109,21 @@ def _open_or_build(options: Namespace) -> Probe:
         raise ConfigError(f"{' and '.join(map(_flag, sources))} exclude each other. Pass one source.")
     if options.dataset is None and (stray := list(_pick(options, _DATASET_FLAGS))):
         raise ConfigError(f"{_flag(stray[0])} needs --dataset. See mir probe --help.")
+    record = _pick(options, _RECORD_FLAGS)
+    if record and not {*sources} & {"llava_json", "dataset"}:
+        raise ConfigError(f"{_flag(next(iter(record)))} needs --llava-json or --dataset. See mir probe --help.")
     match sources:
         case ["questions"]:
             _check_folders(options, "with --questions", images=True, texts=True)
             return Probe.from_textvqa(options.questions, options.images, options.texts, **draw)
         case ["llava_json"]:
             _check_folders(options, "with --llava-json", images=True, texts=False)
-            return Probe.from_llava_json(options.llava_json, options.images, **draw)
+            return Probe.from_llava_json(options.llava_json, options.images, **draw, **record)
         case ["dataset"]:
             _check_folders(options, "with --dataset", images=False)
             columns = _pick(options, _DATASET_FLAGS[1:])
             dataset = open_dataset(options.dataset, options.split or "validation")
-            return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw)
+            return Probe.from_dataset(dataset, texts=options.texts, **columns, **draw, **record)
         case _:
             _check_folders(options, "to build a probe (or name a saved one)", images=True, texts=True)
             return Probe.from_folders(options.images, options.texts, **draw)

@@ -312,8 +312,13 @@ def attach_mir(
         callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
         config = MIRConfig.from_options(options)
         if isinstance(getattr(trainer, "model", None), nn.Module):
-            how = {"prompt": config.prompt, "text_positions": config.text_positions}
-            find_adapter(trainer.model, processor, adapter=adapter, trainer=trainer, **how)
+            find_adapter(
+                *(trainer.model, processor),
+                adapter=adapter,
+                prompt=config.prompt,
+                text_positions=config.text_positions,
+                trainer=trainer,
+            )
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         samples = source.load()
     return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)

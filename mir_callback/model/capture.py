@@ -220,7 +220,7 @@ class HiddenStateCapture:
                     "image features. Either the images did not reach the model, or it mixes them in by "
                     "cross-attention, which MIR does not cover."
                 )
-        self._verified = True
+        self._verified = bool(seen.vision.any())  # with images, that is
 
 
 class TextLoss:
@@ -250,7 +250,7 @@ class TextLoss:
             positions = mask.nonzero()[:, 0]
             if len(positions) > len(ids):
                 raise _no_loss(f"a sample has {len(positions)} text positions but only {len(ids)} token ids")
-            before.append(row * text.shape[1] + positions[:-1])
+            before.append(row * text.shape[1] + positions[1:] - 1)  # an image may stand between two texts
             targets.append(ids.to(text.device)[1 : len(positions)])
         self._before, self._targets = torch.cat(before), torch.cat(targets)
         self._counts = torch.tensor([len(each) for each in targets], device=text.device)

@@ -16,7 +16,8 @@ from mir_callback.errors import ProbeError
 from mir_callback.model.modality import COUNT, LEAVE_OUT, ModalityMasks
 from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import Adapter, cut_text
-from mir_callback.probe.probe import Probe, Sample
+from mir_callback.probe.probe import Probe
+from mir_callback.probe.sample import Sample, measured_samples
 
 # A changed setting of the image processor shows in any image, so it is enough to encode a few, one by one.
 _PIXEL_SAMPLES = 4
@@ -120,16 +121,6 @@ class EncodedProbe:
         a reason for a warning, not for an error.
         """
         return _fingerprint(self.pixel_digests)
-
-
-def measured_samples(probe: Probe, text_only: str) -> list[int]:
-    """Places in the probe of the samples that are measured: all, or those that have an image or a video. Ranks: pure.
-
-    Args:
-        probe: the probe.
-        text_only: as of :class:`mir_callback.config.MIRConfig`.
-    """
-    return [i for i, sample in enumerate(probe.samples) if sample.has_vision or text_only == COUNT]
 
 
 def samples_of(share: SampleShare, samples: Sequence[Sample]) -> list[tuple[int, bool]]:
@@ -266,7 +257,7 @@ def encode_probe(
     ConfigError if the processor cannot batch, ProbeError if a sample does not fit the model. Ranks: any; no
     communication.
     """
-    samples = [probe.samples[place] for place in measured_samples(probe, text_only)]
+    samples = [probe.samples[place] for place in measured_samples(probe.samples, text_only == COUNT)]
     cut, chosen = probe.max_text_tokens, samples_of(share, samples)
     shard, others = encode_shards(samples, cut, adapter, chosen, batch_size, other_images=other_images)
     kept = [(index, ids) for (index, keep), ids in zip(shard.samples, shard.token_ids, strict=True) if keep]
@@ -321,7 +312,7 @@ def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
     """Tokens of every sample in an evaluation, with an adapter that knows its masks before the forward."""
     encoded = encode_probe(probe, adapter, share=SampleShare(), batch_size=1)
     vision, text = [0] * len(probe), [0] * len(probe)
-    places = measured_samples(probe, LEAVE_OUT)
+    places = measured_samples(probe.samples)
     for (index, _), batch in zip(encoded.shard.samples, encoded.batches, strict=True):
         if batch.masks is not None:
             vision[places[index]] = int(batch.masks.vision.sum())

@@ -128,7 +128,8 @@ def place(text: str, images: Sequence[Picture], videos: Sequence[Video], name: s
     pieces = re.split(f"({'|'.join(_MARKS.values())})", text)
     parts: list[Part] = []
     waiting: dict[str, Iterator[Part]] = {}
-    for (kind, mark), given in zip(_MARKS.items(), (images, videos), strict=True):
+    kinds: tuple[Sequence[Part], ...] = (images, videos)
+    for (kind, mark), given in zip(_MARKS.items(), kinds, strict=True):
         count = pieces.count(mark)
         if count not in (0, len(given)):
             raise ProbeError(

@@ -18,6 +18,8 @@ from mir_callback.probe.conversations import DEFAULT_VIDEO_FRAMES, PAIRS, Choice
 from mir_callback.probe.sample import Part, Picture, Sample, Video, contents_of, to_png
 from mir_callback.probe.sources import as_path
 
+__all__ = ["DEFAULT_MAX_TEXT_TOKENS", "Probe", "ProbeSource", "Sample"]
+
 # Part of the fingerprint: values of samples that are encoded differently cannot be compared.
 ENCODING = "image, text; plain prompt; version 1"  # of a probe of pairs
 LAYOUTS_ENCODING = "parts in order; version 1"

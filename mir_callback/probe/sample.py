@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -123,6 +123,11 @@ class Sample:
     def has_vision(self) -> bool:
         """Whether it has an image or a video."""
         return any(kind != TEXT for kind in self.kinds)
+
+    @property
+    def num_images(self) -> int:
+        """Its images and the frames of its videos."""
+        return sum(len(contents_of(part)) for part in self.parts if not isinstance(part, str))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -247,6 +252,14 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     to_rgb(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def measured_samples(samples: Sequence[Sample], text_only: bool = False) -> list[int]:
+    """Places of the samples that are measured: those with an image or a video, and with ``text_only`` the others too.
+
+    Ranks: pure.
+    """
+    return [place for place, sample in enumerate(samples) if text_only or sample.has_vision]
 
 
 def contents_of(part: Part) -> tuple[bytes, ...]:

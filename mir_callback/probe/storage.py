@@ -144,14 +144,14 @@ def _parse(path: Path, content: Callable[[str, int], bytes]) -> StoredProbe:
         for member in images:
             files[member] = content(member, left)
             left -= len(files[member])
-        found = tuple(
+        read = tuple(
             Sample(str(sample["name"]), tuple(_part_of(kind, values, files) for kind, values in parts))
             for sample, parts in zip(samples, layouts, strict=True)
         )
         matched = manifest.get("matched", False)  # older files do not say
         if not isinstance(matched, bool):
             raise ValueError(f"matched is {matched!r}, not true or false")
-        return StoredProbe(found, manifest["max_text_tokens"], str(manifest["fingerprint"]), matched)
+        return StoredProbe(read, manifest["max_text_tokens"], str(manifest["fingerprint"]), matched)
     # zipfile raises RuntimeError for encrypted members and NotImplementedError for unknown compression.
     except (
         *(AttributeError, KeyError, TypeError, ValueError),

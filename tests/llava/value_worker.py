@@ -7,7 +7,6 @@ of the image counted from the placeholder's index, everything after it text, flo
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def authors_procedure(model: Any, tokenizer: Any, probe: Probe, template: str) -
     """MIR as the authors' script computes it, with an exact root."""
     vision, text = [], []
     for sample in probe.samples:
-        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+        image = sample.open_image()
         pixels = process_images([image], model.get_vision_tower().image_processor, model.config)
         token = DEFAULT_IMAGE_TOKEN
         if model.config.mm_use_im_start_end:

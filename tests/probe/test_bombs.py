@@ -16,7 +16,7 @@ from mir_callback.analysis.load import read_run
 from mir_callback.errors import HistoryError, ProbeError
 from mir_callback.history import FILE_NAME, read_history
 from mir_callback.probe import storage
-from mir_callback.probe.probe import MAX_PIXELS, Sample
+from mir_callback.probe.sample import MAX_PIXELS, Sample
 from tests.commands.running import run_command
 from tests.samples import pairs
 
@@ -147,14 +147,14 @@ def test_an_image_is_refused_by_its_declared_size_before_it_is_decoded(monkeypat
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ProbeError, match=f"{MAX_PIXELS} .*{side * side} pixels"):
-        Sample("a", content, "text").open_image()
+        Sample.pair("a", content, "text").open_image()
 
 
 def test_no_other_program_is_run_to_read_an_image():
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "EPS")
     with pytest.raises(ProbeError, match="format is EPS"):
-        Sample("a", buffer.getvalue(), "text").open_image()
+        Sample.pair("a", buffer.getvalue(), "text").open_image()
 
 
 def test_a_page_goes_on_without_pictures_and_says_why(tmp_path, monkeypatch, capsys, unpacked):

@@ -7,7 +7,7 @@ import pytest
 from mir_callback import Probe
 from mir_callback.errors import ProbeError
 from mir_callback.probe.sources import open_dataset
-from tests.samples import pairs, write_folders
+from tests.samples import image_of, pairs, write_folders
 
 FEATURES = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
 
@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_stored_files(tmp_path):
     linked = datasets.Dataset.from_dict({"image": files, "text": ["a text"] * 4}, features=FEATURES)
     probe = Probe.from_dataset(linked, num_samples=4)
     stored = {path.read_bytes() for path in folder.rglob("*.png")}
-    assert {sample.image for sample in probe.samples} == stored
+    assert {image_of(sample) for sample in probe.samples} == stored
 
 
 def test_texts_can_come_from_a_folder_or_another_dataset(dataset, tmp_path):

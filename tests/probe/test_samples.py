@@ -14,7 +14,8 @@ from PIL import Image
 
 from mir_callback import Probe
 from mir_callback.errors import ConfigError, ProbeError
-from tests.samples import pairs, write_folders, write_llava_json
+from mir_callback.probe.sample import Sample
+from tests.samples import image_of, pairs, write_folders, write_llava_json
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def test_fingerprint_changes_with_image_text_order_and_cut():
     variants = [
         Probe((first, third, second)),
         Probe((first, second)),
-        Probe((first, second, dataclasses.replace(third, text=third.text + "."))),
-        Probe((first, second, dataclasses.replace(third, image=first.image))),
+        Probe((first, second, Sample.pair("", image_of(third), third.text + "."))),
+        Probe((first, second, Sample.pair("", image_of(first), third.text))),
         Probe(probe.samples, max_text_tokens=10),
     ]
     assert len({probe.fingerprint, *(variant.fingerprint for variant in variants)}) == 6

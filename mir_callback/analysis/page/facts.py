@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
 
 from mir_callback.analysis.page.charts import format_value
 from mir_callback.analysis.page.views import PLANNED, RunView, find_fall, read_verdict
+from mir_callback.analysis.samples import draw_images, write_out
 from mir_callback.analysis.statistics import standard_error
-from mir_callback.probe.probe import Probe, Sample
-from mir_callback.record import DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord
+from mir_callback.probe.probe import Probe
+from mir_callback.probe.sample import Sample, measured_samples
+from mir_callback.record import DEFINITION_FIELDS, DESCRIBED_FIELDS, EvalRecord, read_definition
 from mir_callback.second_opinion import find_contradiction
 
 _PLAIN = {  # fields that say how values were made, in words for everybody
@@ -202,7 +203,7 @@ class Card:
     effect: float | None  # what it adds to MIR, about, in log10 units
     name: str
     text: str  # its beginning
-    picture: str  # address of a JPEG that holds the picture itself
+    picture: str | None  # address of a JPEG that holds the images themselves; None if there are none
 
 
 def make_cards(runs: Sequence[RunView], probe: Probe) -> tuple[list[Card], str]:
@@ -211,23 +212,27 @@ def make_cards(runs: Sequence[RunView], probe: Probe) -> tuple[list[Card], str]:
     own = (each for each in newest if each[1].probe_fingerprint == probe.fingerprint)
     run, record = next(own, (None, None))
     influences = (record.influences if record else None) or []
+    places = measured_samples(probe.samples, read_definition(record, "text_only") == "count") if record else []
     # An influence is the derivative of MIR by a sample's weight; a sample has one part in their number of the weight.
-    known = len(influences) == len(probe)
-    effects = [influence / len(probe) for influence in influences] if known else [None] * len(probe)
+    known = bool(places) and len(influences) == len(places)
+    effects: list[float | None] = [None] * len(probe)
+    for place, influence in zip(places, influences, strict=True) if known else ():
+        effects[place] = influence / len(places)
     cards = [
-        Card(index, effect, sample.name, _shorten(sample.text), _encode(sample))
+        Card(index, effect, sample.name, _shorten(write_out(sample)), _encode(sample))
         for index, (sample, effect) in enumerate(zip(probe.samples, effects, strict=True))
     ]
     whose = f"{run.name} at step {record.step}" if run and record and known else ""
     return sorted(cards, key=lambda card: -abs(card.effect or 0.0)), whose
 
 
-def _encode(sample: Sample) -> str:
-    file = io.BytesIO()
-    ImageOps.contain(sample.open_image(), _THUMBNAIL).save(file, "JPEG", quality=72)
+def _encode(sample: Sample) -> str | None:
+    image, file = draw_images(sample, _THUMBNAIL), io.BytesIO()
+    if image is None:
+        return None
+    image.save(file, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _shorten(text: str) -> str:
-    words = " ".join(text.split())
+def _shorten(words: str) -> str:
     return words if len(words) <= _CHARACTERS else words[:_CHARACTERS].rstrip() + " ..."
