@@ -66,7 +66,9 @@ def changed(draw, original):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Members of a saved probe."""
-    path = Probe.from_pairs(pairs(2)).save(tmp_path_factory.mktemp("probe") / "probe.zip")
+    (image, text), (other, _) = pairs(2)
+    probe = Probe.from_samples([[image, text], ["a", image, "b", other], [[image, image], text]])
+    path = probe.save(tmp_path_factory.mktemp("probe") / "probe.zip")
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -146,10 +148,12 @@ def test_llava_json_and_question_files(tmp_path, data):
     if not images.exists():
         write_folders(tmp_path, 3)
     record = {"id": "a", "image": "part0/000.png", "conversations": [{"from": "gpt", "value": "words"}]}
+    several = {**record, "image": ["part0/000.png"] * 2, "video": "part0"}
     question = {"data": [{"image_id": "a"}, {"image": "part0/000.png"}]}
-    (tmp_path / "data.json").write_text(json.dumps(data.draw(changed([record, record]))))
+    (tmp_path / "data.json").write_text(json.dumps(data.draw(changed([record, several]))))
     (tmp_path / "questions.json").write_text(json.dumps(data.draw(changed(question))))
-    works_or_says_why(Probe.from_llava_json, tmp_path / "data.json", images, num_samples=1)
+    for layouts in ("pairs", "all"):
+        works_or_says_why(Probe.from_llava_json, tmp_path / "data.json", images, num_samples=1, layouts=layouts)
     works_or_says_why(Probe.from_textvqa, tmp_path / "questions.json", images, texts, num_samples=1)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mir probe`, from the command line to the files it leaves."""
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -67,6 +68,23 @@ def test_other_sources(folders, capsys, tmp_path):
         assert expected.fingerprint in told, flags
 
 
+def test_samples_of_any_layout_are_drawn_and_described(folders, capsys, tmp_path):
+    turns = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "both"}]
+    names = ["part0/000.png", "part1/001.png"]
+    records = [{"id": i, "image": names, "conversations": turns} for i in range(3)]
+    records.append({"id": 3, "video": "part0", "conversations": [{"from": "human", "value": "<video> seen"}]})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    flags = ["--llava-json", "data.json", "--images", folders[0], "--layouts", "images", "--video-frames", 2]
+    status, told, error = mir(capsys, *flags, "--num-samples", 4, "--save", "p.zip", "--show", "p.png")
+    assert status == 0, error
+    assert "2 images and 2 texts: 3\n" in told
+    assert "1 video, then 1 text: 1\n" in told
+    assert f"probe {Probe.load('p.zip').fingerprint}: 4 samples" in told
+    status, _, error = mir(capsys, *flags[:4], "--num-samples", 1)
+    assert status == 2
+    assert "layouts='pairs' leaves out 4 more" in error
+
+
 def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
     model, processor = tiny_models.llava()
     model.config.save_pretrained(tmp_path / "model")
@@ -109,6 +127,8 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--save", "/dev/full"],
             "overwrite /dev/full",
         ),
+        (["--images", "images", "--texts", "texts", "--layouts", "all"], "--layouts needs --llava-json or --dataset"),
+        (["p.zip", "--layouts", "all"], "(p.zip) excludes --layouts"),
         (["p.zip", "--seed", "1"], "(p.zip) excludes --seed"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "The contact sheet p.txt"),
         (

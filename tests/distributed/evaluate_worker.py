@@ -14,6 +14,7 @@ from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ConfigError
 from tests import tiny_models
 from tests.distributed.launch import write_rank
+from tests.layouts import InOrder, mixed
 from tests.samples import pairs
 
 GOOD = {
@@ -22,17 +23,25 @@ GOOD = {
     "few tokens": {"count": 2, "max_text_tokens": 6},
     "paper_fast": {"count": 5, "root": "paper_fast"},
     "bfloat16": {"count": 6, "dtype": torch.bfloat16},
+    "layouts": {"count": 7, "adapter": InOrder, "text_only": "count"},
     "qwen": {"count": 5, "build": tiny_models.qwen2_5_vl, "vision_gain": True},
 }
 
 
 def good_value(
-    count: int, max_text_tokens: int = 99, dtype: Any = None, build: Any = tiny_models.llava, **options: Any
+    count: int,
+    max_text_tokens: int = 99,
+    dtype: Any = None,
+    build: Any = tiny_models.llava,
+    adapter: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """One evaluation, also called by the test itself on a single process."""
+    """One evaluation, also called by the test itself on a single process; with an ``adapter`` on samples of layouts."""
     model, processor = build()
-    probe = Probe.from_pairs(pairs(count), matched=True, max_text_tokens=max_text_tokens)
-    report = evaluate_mir(model.to(dtype or torch.float32), probe, processor=processor, batch_size=2, **options)
+    samples = pairs(count) if adapter is None else mixed(count)
+    probe = Probe.from_samples(samples, matched=True, max_text_tokens=max_text_tokens)
+    own = {"processor": processor} if adapter is None else {"adapter": adapter(model, processor)}
+    report = evaluate_mir(model.to(dtype or torch.float32), probe, batch_size=2, **own, **options)
     return report.to_fields()
 
 
@@ -92,7 +101,10 @@ def nan_on_rank_1(rank: int) -> None:
 class LocalProbe(Probe):
     """A probe that fails with an error of a class that other ranks can't import."""
 
-    def __len__(self) -> int:
+    @property
+    def fingerprint(self) -> str:
+        """Fails."""
+
         class LocalError(ConfigError):
             """Ours by descent only, and not picklable."""
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mir_callback.errors import UnsupportedModelError
-from mir_callback.model.modality import modality_masks, vision_token_ids
+from mir_callback.model.modality import count_all_text, modality_masks, vision_token_ids
 from tests import tiny_models
 
 V, PAD = 9, 0
@@ -52,6 +52,23 @@ def test_masks_are_disjoint_real_and_text_follows_all_vision(tokens):
     assert not ((found.vision | found.text) & ~real).any()
     if found.text.any():
         assert found.text.nonzero()[:, 1].min() > found.vision.nonzero()[:, 1].max()
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, V, 7, 8]), st.booleans()), min_size=1, max_size=20), st.booleans())
+def test_all_text_is_what_is_real_and_no_image_behind_the_special_tokens_at_the_beginning(tokens, counts):
+    ids = torch.tensor([[token for token, _ in tokens]])
+    real = torch.tensor([[real for _, real in tokens]])
+    plain = modality_masks(ids, real.long(), (V,))
+    found = count_all_text(plain, ids, real.long(), (7, 8), torch.tensor([counts]))
+    assert found.vision.equal(plain.vision)
+    if not counts:
+        assert found.text.equal(plain.text)
+        return
+    expected, begun = [], False
+    for token, is_real in tokens:
+        begun = begun or (is_real and token not in (7, 8))
+        expected.append(is_real and begun and token != V)
+    assert found.text[0].tolist() == expected
 
 
 @pytest.mark.parametrize("build", [tiny_models.llava, tiny_models.qwen2_5_vl, tiny_models.idefics3])
