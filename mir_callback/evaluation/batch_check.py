@@ -30,9 +30,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2, tor
 _TENSOR_FLOAT = 3e-3  # float32 where convolutions may round to 10 bits
 
 
-def unlike_pairs(
-    samples: Sequence[Sample], max_text_tokens: int, sizes: Sequence[tuple[int, int, int]]
-) -> list[Probe]:
+def unlike_pairs(samples: Sequence[Sample], max_text_tokens: int, sizes: Sequence[tuple[int, int, int]]) -> list[Probe]:
     """Of samples that share batches, those with the same modalities, the two that differ most, as probes. Ranks: pure.
 
     Args:

@@ -236,8 +236,8 @@ class Evaluator:
                 config = replace(config, batch_size=1)
                 if distributed.is_main():
                     log.warning("Attention is that of %s: the probe is forwarded one sample at a time.", packed)
-            other = {"other_images": config.vision_gain, "text_only": config.text_only}
-            encode = partial(encode_probe, probe, adapter, share=self._share, **other)
+            encode = partial(encode_probe, probe, adapter, share=self._share, other_images=config.vision_gain)
+            encode = partial(encode, text_only=config.text_only)
             fault = None
             try:
                 encoded = encode(batch_size=config.batch_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples with and without images on ranks that gather weights together: the same forwards on all, and the same value."""
+"""Samples with and without images on ranks that gather weights together: the same forwards on all."""
 
 import pytest
 
