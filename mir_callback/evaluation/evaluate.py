@@ -383,8 +383,8 @@ class Evaluator:
     def _check_batches(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
         """Once: forward one sample at a time from now on if a batch gives samples what they don't get alone."""
         pairs, self._unlike = self._unlike, []
-        config = replace(self._config, probe_loss=False, vision_gain=False)
         for pair in pairs:
+            config = replace(self._config, probe_loss=False, vision_gain=False)
             with _Bar(total=0, disable=True) as bar:
                 known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
                 fault = find_forward_fault(model, pair, *known)
