@@ -19,6 +19,7 @@ from mir_callback.analysis.pictures import draw_sheet
 from mir_callback.analysis.samples import draw_images
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
+from mir_callback.evaluation.batch_check import unlike_pairs
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, History
 from mir_callback.model.parallelism import SampleShare
@@ -306,3 +307,10 @@ def test_a_grid_has_room_for_any_number_of_images(count):
     picture = draw_images(Probe.from_samples([[[image] * count, "a"]]).samples[0], (60, 40))
     assert picture.width <= 60
     assert picture.height <= 40
+
+
+def test_batches_are_checked_with_the_smallest_and_the_largest_sample_that_share_them():
+    samples = drawn("it", "itt", "iit", "vt", "vtt", "t", "tt", "ivt")
+    sizes = [(index, 10 - index, 5) for index in range(len(samples))]
+    found = unlike_pairs(samples, 99, sizes)
+    assert [[each.name for each in pair.samples] for pair in found] == [["s4", "s3"], ["s2", "s0"]]
