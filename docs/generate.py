@@ -206,10 +206,13 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
     ),
     "Models": (
         Support(
-            "transformers: LLaVA, Qwen2.5-VL, Idefics3, PaliGemma",
+            "84 of transformers' families, LLaVA, Qwen-VL, Gemma and InternVL among them",
             "tested",
-            "against the hidden states that the model itself returns",
-            ("model/test_capture.py::test_rows_equal_the_hidden_states_hugging_face_returns",),
+            "each against the hidden states that its model itself returns: [models](models.md)",
+            (
+                "families/test_families.py::test_value_is_that_of_the_reference",
+                "families/test_families.py::test_training_is_the_same_to_the_last_bit",
+            ),
         ),
         Support(
             "PEFT adapters on them",
@@ -256,10 +259,11 @@ SUPPORT: dict[str, tuple[Support, ...]] = {
             ("model/test_capture.py::test_refused_when_a_layer_is_skipped_or_repeated",),
         ),
         Support(
-            "cross-attention to images, sequences of another length than `input_ids`",
+            "encoder-decoders, cross-attention to images, several residual streams",
             "refused",
             "there are no vision tokens to measure, or their places are not known",
             (
+                "families/test_families.py::test_refused_with_its_reason",
                 "model/test_capture.py::test_refused_when_images_do_not_reach_the_stream",
                 "model/test_capture.py::test_refused_when_the_stream_has_another_shape_than_input_ids",
             ),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
-from mir_callback.model.modality import AFTER_IMAGE, LEAVE_OUT, TEXT_ONLY, TEXT_POSITIONS
+from mir_callback.model.modality import AFTER_IMAGE, LEAVE_OUT, TEXT_ONLY, TEXT_POSITIONS, parse_ids
 from mir_callback.probe.probe import ProbeSource
 from mir_callback.probe.prompt import check_prompt
 from mir_callback.schedule import (
@@ -93,6 +93,12 @@ class MIRConfig:
         "after_image: the text after a sample's last image, as in the paper; all: every position that is no image "
         "feature, but special tokens at the beginning",
     )
+    vision_ids: str | None = _option(
+        None,
+        "measure",
+        "ids of vision tokens, such as 4-8195,8200, for models whose configuration does not name them (default: the "
+        "configuration's)",
+    )
     text_only: str = _option(
         LEAVE_OUT,
         "measure",
@@ -154,6 +160,7 @@ class MIRConfig:
                 raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
         check_root(self.root)
         check_prompt(self.prompt)
+        parse_ids(self.vision_ids)
         for name, known in (("text_positions", TEXT_POSITIONS), ("text_only", TEXT_ONLY)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -189,6 +196,11 @@ class MIRConfig:
     def schedule(self) -> Schedule:
         """When to evaluate."""
         return self.every  # type: ignore[return-value]  # made one on construction
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options by which an adapter encodes samples: keyword arguments of `find_adapter`."""
+        return {"prompt": self.prompt, "text_positions": self.text_positions, "vision_ids": self.vision_ids}
 
     @property
     def num_losses(self) -> int:

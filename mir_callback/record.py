@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any, TypeGuard
 
 # What makes values comparable; a history continues only if these are the same.
-DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root", "text_positions", "text_only")
+DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root", "text_positions", "text_only", "vision_ids")
 # The same with what says why token ids differ, which older histories and other adapters may lack.
-DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root", "text_positions", "text_only")
+DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root", *DEFINITION_FIELDS[3:])
 # What fields were before records named them.
-_BEFORE = {"text_positions": "after_image", "text_only": "leave_out"}
+_BEFORE = {"text_positions": "after_image", "text_only": "leave_out", "vision_ids": ""}
 # These may change values slightly: a change of one is reported, not refused.
 CIRCUMSTANCES = {
     "dtype": "dtype of the hidden states",
@@ -144,7 +144,9 @@ class EvalRecord:
         "text", "definition", "which positions counted as text: after_image (also if null), or all"
     )
     text_only: str | None = _field("text", "definition", "samples without an image: leave_out (also if null), or count")
+    vision_ids: str | None = _field("text", "definition", "ids of vision tokens, where they were given")
     prompt: str | None = _field("text", "definition", "what was put around image and text, as a format string")
+    first_sample: str | None = _field("text", "definition", "its first sample with an image, as the model gets it")
     tokens_fingerprint: str | None = _field("text", "definition", "hash of the token ids of the probe")
     pixels_fingerprint: str | None = _field("text", "definition", "hash of the pixel inputs of its first images")
     dtype: str | None = _field("text", "definition", "dtype of the hidden states")

@@ -172,7 +172,13 @@ def test_evaluator_is_defined_by_what_makes_values_comparable(probe):
     model, processor = tiny_models.llava()
     evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor), MIRConfig(root="paper_fast"))
     fields = evaluator.evaluate(model).to_fields()
-    assert evaluator.definition == {name: fields[name] for name in DESCRIBED_FIELDS}
+    assert evaluator.definition == {name: fields[name] or "" for name in DESCRIBED_FIELDS}
+    assert fields["first_sample"] == "[16 x <image>]the model reads an inumber 385"
+    given = HuggingFaceAdapter(model, processor, vision_ids="3")
+    evaluator = Evaluator(model, probe, given, MIRConfig(vision_ids="3"))
+    assert evaluator.definition["vision_ids"] == "3"
+    with pytest.raises(ConfigError, match="vision_ids=None: HuggingFaceAdapter has '3'"):
+        Evaluator(model, probe, given, MIRConfig())
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"batch_size": True}, {"capture_budget_gb": -1}, {"every": 5}])

@@ -29,7 +29,7 @@ from mir_callback.probe.sample import Picture, Sample, Video
 from mir_callback.record import DEFINITION_FIELDS, as_records, read_definition
 from tests import reference, tiny_models
 from tests.analysis.pages import page_of
-from tests.layouts import InOrder, mixed
+from tests.layouts import mixed
 from tests.samples import pairs
 from tests.test_vision_gain import model_hook
 
@@ -68,7 +68,7 @@ def test_value_is_that_of_the_rows_asked_for(probe, text_positions, text_only):
     model, processor = tiny_models.llava()
     wanted = {"every_position": text_positions == "all", "with_text_only": text_only == "count"}
     vision, text, loss = rows_of(model, processor, mixed(), **wanted)
-    adapter = InOrder(model, processor, text_positions)
+    adapter = HuggingFaceAdapter(model, processor, text_positions=text_positions)
     options = {"text_positions": text_positions, "text_only": text_only, "probe_loss": True}
     expected, distances = reference.rate(vision, text)
     for batch_size in (1, 4):
@@ -85,7 +85,7 @@ def test_value_is_that_of_the_rows_asked_for(probe, text_positions, text_only):
 
 def test_samples_left_out_change_nothing(probe):
     model, processor = tiny_models.llava()
-    adapter = InOrder(model, processor)
+    adapter = HuggingFaceAdapter(model, processor)
     some = Probe(tuple(sample for sample in probe.samples if sample.has_vision), matched=True)
     whole, part = (evaluate_mir(model, each, adapter=adapter) for each in (probe, some))
     assert (whole.mir, whole.influences, whole.tokens_fingerprint) == (
@@ -115,10 +115,10 @@ def test_what_an_adapter_does_not_take_is_refused_by_name_before_any_forward(pro
             evaluate_mir(model, beside, adapter=paired, text_only="count")
         with pytest.raises(ConfigError, match="text_positions='all': PairsOnly .*'after_image'"):
             evaluate_mir(model, probe, adapter=paired, text_positions="all")
-        with pytest.raises(ConfigError, match="text_positions='after_image': InOrder .*'all'"):
-            evaluate_mir(model, probe, adapter=InOrder(model, processor, "all"))
+        with pytest.raises(ConfigError, match="text_positions='after_image': HuggingFaceAdapter .*'all'"):
+            evaluate_mir(model, probe, adapter=HuggingFaceAdapter(model, processor, text_positions="all"))
         with pytest.raises(ProbeError, match="vision_gain .* sample 2 has none.*leave_out"):
-            evaluate_mir(model, probe, adapter=InOrder(model, processor), vision_gain=True, text_only="count")
+            evaluate_mir(model, probe, processor=processor, vision_gain=True, text_only="count")
     assert evaluate_mir(model, beside, adapter=paired).num_samples == 4
 
 
@@ -150,7 +150,9 @@ def test_all_ranks_forward_the_same_modalities_in_the_same_order(layouts, parts,
 
 def test_a_batch_has_samples_of_the_same_modalities(probe):
     model, processor = tiny_models.llava()
-    encoded = encode_probe(probe, InOrder(model, processor), share=SampleShare(), batch_size=4, text_only="count")
+    encoded = encode_probe(
+        probe, HuggingFaceAdapter(model, processor), share=SampleShare(), batch_size=4, text_only="count"
+    )
     assert [len(batch.names) for batch in encoded.batches] == [4, 2, 3]
     assert all(("pixel_values" in batch.inputs) == bool(batch.masks.vision.any()) for batch in encoded.batches)
 
@@ -210,14 +212,14 @@ def test_gain_of_two_images_and_texts_between_is_that_of_the_models_own_losses()
     ]
     probe = Probe.from_samples(samples, matched=True)
     options = {"text_positions": "all", "vision_gain": True, "standard_error": False}
-    report = evaluate_mir(model, probe, adapter=InOrder(model, processor, "all"), batch_size=2, **options)
+    report = evaluate_mir(model, probe, processor=processor, batch_size=2, **options)
     assert report.vision_gain == pytest.approx(losses[1] - losses[0], abs=2e-6)
     assert report.probe_loss == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_counts_are_of_every_sample_of_the_probe(probe):
     model, processor = tiny_models.llava()
-    counts = counts_of_model(probe, InOrder(model, processor))
+    counts = counts_of_model(probe, HuggingFaceAdapter(model, processor))
     assert counts.vision == [16, 32, 0] * 3
     assert [bool(count) for count in counts.text] == [True, True, False] * 3
     assert all(counts_of_tokenizer(probe, processor.tokenizer).text)
@@ -257,7 +259,7 @@ def test_what_a_failed_evaluation_counted_is_not_known():
 def test_definition_and_record_say_what_counted(probe):
     model, processor = tiny_models.llava()
     config = MIRConfig(text_positions="all", text_only="count")
-    evaluator = Evaluator(model, probe, InOrder(model, processor, "all"), config)
+    evaluator = Evaluator(model, probe, HuggingFaceAdapter(model, processor, text_positions="all"), config)
     assert evaluator.definition["text_positions"] == "all"
     record = EvalRecord.from_dict({"step": 1, **evaluator.evaluate(model).to_fields()})
     assert (record.text_positions, record.text_only) == ("all", "count")

@@ -24,6 +24,7 @@ _MEANING = {
     "root": "root",
     "text_positions": "positions that count as text",
     "text_only": "samples without an image",
+    "vision_ids": "ids of vision tokens",
 }
 
 

@@ -35,6 +35,7 @@ _REMEDIES = {
     "root": "pass the root of the run: --root",
     "text_positions": "pass that of the run: --text-positions",
     "text_only": "pass that of the run: --text-only",
+    "vision_ids": "pass those of the run: --vision-ids",
     "pixels_fingerprint": "the image processor's settings or its image library differ",
     "dtype": "pass the precision of the run: --dtype or --autocast",
 }
@@ -68,7 +69,7 @@ def find_record(checkpoint: Checkpoint, probe: Probe, options: EvalOptions, resu
     if (
         record is None
         or record.mir is None
-        or any(read_definition(record, name) != value for name, value in method.items())
+        or any((read_definition(record, name) or None) != value for name, value in method.items())
     ):
         return None
     if options.config.vision_gain and record.vision_gain is None:
@@ -110,11 +111,13 @@ def _describe_method(checkpoint: Checkpoint, probe: Probe, options: EvalOptions)
     """The record's fields that identify how it was evaluated."""
     loading = asdict(options.loading)
     loading.pop("trust_checkpoint")  # changes no value
-    loading.pop("text_positions")  # has a field of its own
+    for name in ("text_positions", "vision_ids"):
+        loading.pop(name)  # has a field of its own
     return {
         "probe_fingerprint": probe.fingerprint,
         "root": options.config.root,
         "text_positions": options.config.text_positions,
+        "vision_ids": options.config.vision_ids,
         "text_only": options.config.text_only,
         "loading": {**loading, "autocast": options.autocast},
         "weights_stamp": compute_stamp(checkpoint),
@@ -168,7 +171,8 @@ class LiveValues:
         records = list(self._by_step.values())
         if not records:
             return {}
-        found = {name: read_definition(records[-1], name) for name in ("text_positions", "text_only")}
+        names = ("text_positions", "text_only", "vision_ids")
+        found = {name: value for name in names if (value := read_definition(records[-1], name))}
         prompts = [record.prompt for record in records if record.prompt is not None]
         return {**({"prompt": prompts[-1]} if prompts and is_format(prompts[-1]) else {}), **found}
 

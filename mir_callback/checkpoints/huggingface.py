@@ -79,7 +79,12 @@ def open_checkpoint(checkpoint: Checkpoint, options: LoadOptions) -> Opened:
     else:
         model = _load_whole(checkpoint, options)
         places.append(_find_config(checkpoint, storage, options))
-    return Opened(model, HuggingFaceAdapter(model, _load_processor(options, places), prompt=options.prompt))
+    how: dict[str, Any] = {
+        "prompt": options.prompt,
+        "text_positions": options.text_positions,
+        "vision_ids": options.vision_ids,
+    }
+    return Opened(model, HuggingFaceAdapter(model, _load_processor(options, places), **how))
 
 
 def _load_whole(checkpoint: Checkpoint, options: LoadOptions) -> nn.Module:

@@ -44,6 +44,7 @@ class LoadOptions:
     processor: str | None = None  # folder or hub name of the processor (for LLaVA: tokenizer)
     prompt: str | None = None  # as MIRConfig.prompt
     text_positions: str = AFTER_IMAGE  # as MIRConfig.text_positions
+    vision_ids: str | None = None  # as MIRConfig.vision_ids
     trust_checkpoint: bool = False  # run code that is in its files
 
 

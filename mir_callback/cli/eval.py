@@ -78,6 +78,7 @@ def add_flags(parser: ArgumentParser) -> None:
         "--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples per forward"
     )
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
+    opening.add_argument("--vision-ids", metavar="IDS", help="ids of vision tokens (default: as in the run)")
     opening.add_argument(
         "--text-positions", choices=TEXT_POSITIONS, help="positions that count as text (default: as in the run)"
     )
@@ -109,7 +110,7 @@ def run(options: Namespace) -> None:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
             loading = LoadOptions(**_given(options, [each.name for each in fields(LoadOptions)]))
-            names = ("root", "batch_size", "prompt", "vision_gain", "text_positions", "text_only")
+            names = ("root", "batch_size", "prompt", "vision_gain", "text_positions", "text_only", "vision_ids")
             config = MIRConfig(**_given(options, names))
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:

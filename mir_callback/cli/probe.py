@@ -167,7 +167,10 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
         with torch.device("meta"):  # the architecture without its weights
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-        counts = counts_of_model(probe, HuggingFaceAdapter(model, processor))
+        adapter = HuggingFaceAdapter(model, processor)
+        counts = counts_of_model(probe, adapter)
+        first = next(sample for sample in probe.samples if sample.has_vision)
+        print(f"  first sample: {adapter.describe(first, probe.max_text_tokens)}")
     for modality, tokens in (("vision", counts.vision), ("text", counts.text)):
         if tokens is not None:
             print(f"  {modality + ' tokens':13} {_range(tokens)} per sample, {sum(tokens):,} in total")

@@ -49,7 +49,7 @@ from mir_callback.watchdog import enter_phase
 _OPTION_GROUPS = ("measure", "memory")
 _ALIKE_ON_RANKS = (
     *("batch_size", "root", "standard_error", "probe_loss", "vision_gain", "capture_budget_gb"),
-    *("text_positions", "text_only"),
+    *("text_positions", "text_only", "vision_ids"),
 )
 _BAR_DELAY_SECONDS = 3.0
 
@@ -82,6 +82,8 @@ class MIRReport:
     text_outliers: list[int]
     probe_fingerprint: str
     text_positions: str
+    vision_ids: str | None
+    first_sample: str | None
     text_only: str
     prompt: str | None
     tokens_fingerprint: str
@@ -186,9 +188,7 @@ def evaluate_mir(
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model must be a torch module, got {type(model).__name__}. Pass e.g. trainer.model.")
         config = MIRConfig.from_options({"batch_size": batch_size, **options}, _OPTION_GROUPS)
-        adapter = find_adapter(
-            model, processor, adapter=adapter, prompt=config.prompt, text_positions=config.text_positions
-        )
+        adapter = find_adapter(model, processor, adapter=adapter, **config.encoding)
     return Evaluator(model, probe, adapter, config).evaluate(model, optimizer=optimizer, progress=progress)
 
 
@@ -222,12 +222,13 @@ class Evaluator:
                     "(Probe.matched). Probe.from_llava_json, Probe.from_dataset without texts=, and "
                     "Probe.from_pairs(..., matched=True) give such a probe; else set vision_gain=False."
                 )
-            counted = getattr(adapter, "text_positions", AFTER_IMAGE)
-            if counted != config.text_positions:
-                raise ConfigError(
-                    f"text_positions={config.text_positions!r}: {type(adapter).__name__} counts {counted!r} as text, "
-                    "and no other positions. Leave the option out, or use another adapter."
-                )
+            for name, default in (("text_positions", AFTER_IMAGE), ("vision_ids", None)):
+                asked, done = getattr(config, name), getattr(adapter, name, default)
+                if asked != done:
+                    raise ConfigError(
+                        f"{name}={asked!r}: {type(adapter).__name__} has {done!r} and knows no other. Leave the "
+                        "option out, or use another adapter."
+                    )
         self._share = find_share(model)
         with distributed.fail_together():
             decoder = decoder_of(model, adapter)
@@ -269,6 +270,12 @@ class Evaluator:
         self._num_layers = len(decoder.layers)
         self._expected = expected
         self._probe, self._adapter, self._config = probe, adapter, config
+        with distributed.fail_together():
+            describe, example = getattr(adapter, "describe", None), None
+            first = next((sample for sample in probe.samples if sample.has_vision), None)
+            if describe is not None and first is not None and distributed.is_main():
+                example = describe(first, probe.max_text_tokens)
+        self._example: str | None = distributed.broadcast_object(example)
         self._unlike: list[Probe] = []  # two samples each, to compare in a batch and alone before the first evaluation
         self._find_encoding_fault(fault, sum(sizes, []))
 
@@ -288,6 +295,7 @@ class Evaluator:
             "root": config.root,
             "text_positions": config.text_positions,
             "text_only": config.text_only,
+            "vision_ids": config.vision_ids or "",
         }
         return {name: values[name] for name in DESCRIBED_FIELDS if values[name] is not None}
 
@@ -351,6 +359,8 @@ class Evaluator:
             text_outliers=[result.text_outliers for result in results],
             probe_fingerprint=self._encoded.fingerprint,
             text_positions=config.text_positions,
+            vision_ids=config.vision_ids,
+            first_sample=self._example,
             text_only=config.text_only,
             prompt=self._prompt,
             tokens_fingerprint=self._encoded.tokens_fingerprint,

@@ -242,8 +242,7 @@ class MIRCallback(TrainerCallback):
 
     def _adapter_for(self, model: nn.Module, trainer: Any, keeper: Any) -> Adapter:
         """The adapter that encodes the probe for a model: as given, or as registered for its family."""
-        how = {"prompt": self.config.prompt, "text_positions": self.config.text_positions}
-        options = {"adapter": self._adapter, "trainer": trainer, "keeper": keeper, **how}
+        options = {"adapter": self._adapter, "trainer": trainer, "keeper": keeper, **self.config.encoding}
         return _without_template_hook(find_adapter(model, self._processor, **options), trainer)
 
     def _running(self) -> MIRMonitor:
@@ -312,13 +311,7 @@ def attach_mir(
         callbacks_of(trainer)  # refuse what is not a Trainer, or has no known model, before anything is read
         config = MIRConfig.from_options(options)
         if isinstance(getattr(trainer, "model", None), nn.Module):
-            find_adapter(
-                *(trainer.model, processor),
-                adapter=adapter,
-                prompt=config.prompt,
-                text_positions=config.text_positions,
-                trainer=trainer,
-            )
+            find_adapter(trainer.model, processor, adapter=adapter, trainer=trainer, **config.encoding)
         source = ProbeSource(probe=probe, images=images, texts=texts, num_samples=num_samples, seed=seed)
         samples = source.load()
     return MIRCallback(samples, processor=processor, adapter=adapter, **options).attach(trainer)

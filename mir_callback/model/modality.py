@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mir_callback.errors import UnsupportedModelError
+from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.decoder import find_decoder
 
 _CROSS = ("cross_attn", "crossattn", "cross_attention", "crossattention")
@@ -29,10 +29,11 @@ class ModalityMasks:
     text: Tensor  # positions after the sample's last image feature, or all that are text; without padding
 
 
-def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
+def vision_token_ids(model: nn.Module, written: str | None = None) -> tuple[int, ...]:
     """Sorted ids of the image placeholders in ``input_ids``, from the model's configuration and its sub-configurations.
 
-    Empty for a model with a vision tower whose configuration names none, as kosmos-2's.
+    Those ``written`` down, as for :func:`parse_ids`, are taken instead if there are any. Empty for a model with a
+    vision tower whose configuration names none, as kosmos-2's.
 
     Raises:
         UnsupportedModelError: images are no tokens of the decoder's sequence: a text-only model, an encoder-decoder,
@@ -47,7 +48,7 @@ def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
             f"{kind} is an encoder-decoder: images are in the encoder's sequence, text in the decoder's. {_NEED}"
         )
     ids = {getattr(part, field, None) for part in configs for field in _ID_FIELDS}
-    found = tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
+    found = parse_ids(written) or tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
     if not found and getattr(config, "vision_config", None) is None:
         raise UnsupportedModelError(
             f"{kind} has no vision tokens: its config has no vision_config and none of {', '.join(_ID_FIELDS)}. {_NEED}"
@@ -56,6 +57,25 @@ def vision_token_ids(model: nn.Module) -> tuple[int, ...]:
     if crossing is not None:
         raise UnsupportedModelError(f"{kind} mixes images in by cross-attention ({crossing}). {_NEED}")
     return found
+
+
+def parse_ids(written: str | None) -> tuple[int, ...]:
+    """Token ids written as numbers and ranges; ConfigError if they are not. Ranks: pure.
+
+    Example:
+        >>> parse_ids("4-6,9")
+        (4, 5, 6, 9)
+    """
+    found: set[int] = set()
+    for part in written.split(",") if isinstance(written, str) else ():
+        first, is_range, last = part.strip().partition("-")
+        last = last if is_range else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise ConfigError(f"vision_ids={written!r}: {part!r} is neither an id nor a range. Write 4-8195,8200.")
+        found |= set(range(int(first), int(last) + 1))
+    if written is not None and not found:
+        raise ConfigError(f"vision_ids={written!r} names no ids. Write them as 4-8195,8200, or leave the option out.")
+    return tuple(sorted(found))
 
 
 def _find_cross_attention(model: nn.Module) -> str | None:

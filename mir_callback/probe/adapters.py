@@ -80,6 +80,7 @@ def find_adapter(
     adapter: Adapter | None = None,
     prompt: str | None = None,
     text_positions: str = AFTER_IMAGE,
+    vision_ids: str | None = None,
     trainer: Any = None,
     keeper: Any = None,
 ) -> Adapter:
@@ -93,6 +94,7 @@ def find_adapter(
         prompt: what to put around image and text, see :class:`mir_callback.config.MIRConfig`; None for the family's
             default.
         text_positions: which positions count as text, see :class:`mir_callback.config.MIRConfig`.
+        vision_ids: ids of vision tokens, likewise.
         trainer: the Trainer, from which a factory may read how the run encodes its data.
         keeper: where to look for the processor, if not in the Trainer.
 
@@ -136,9 +138,10 @@ def find_adapter(
             f"registered factory knows it (asked: {asked}{missing}). Write an adapter "
             "(mir_callback.probe.adapters.Adapter) and pass adapter=..., or register a factory with register_adapter."
         )
-    vision_token_ids(unwrap(model))  # first: a text-only model has no processor that could be missing
+    vision_token_ids(unwrap(model), vision_ids)  # first: a text-only model has no processor that could be missing
     processor = search_processor(model, keeper) if processor is None else processor
-    return HuggingFaceAdapter(model, processor, prompt=prompt)
+    how: dict[str, Any] = {"prompt": prompt, "text_positions": text_positions, "vision_ids": vision_ids}
+    return HuggingFaceAdapter(model, processor, **how)
 
 
 def _fits_transformers(model: Any, processor: Any, keeper: Any) -> bool:

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import text_config, unwrap
-from mir_callback.model.modality import ModalityMasks, masks_of, vision_token_ids
+from mir_callback.model.modality import AFTER_IMAGE, EVERY, ModalityMasks, count_all_text, masks_of, vision_token_ids
 from mir_callback.probe.encoding import AdaptedBatch, LiveMasks, cut_text, require_plain_text
-from mir_callback.probe.markup import find_markup, vision_of
+from mir_callback.probe.markup import Markup, as_frames, find_markup, vision_of
 from mir_callback.probe.probe import Sample
 from mir_callback.probe.processors import REMEDY, handles_images
 from mir_callback.probe.prompt import (
@@ -32,7 +34,17 @@ from mir_callback.probe.prompt import (
 )
 
 # Families in which text after the image attends to later text, so that no loss of it is a prediction.
+_SHOWN = 80  # characters of a text in a description
 _SEE_AHEAD = ("paligemma",)
+
+
+@dataclass
+class _Written:
+    """A sample as a processor takes it."""
+
+    prompt: str = ""
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
 
 
 class HuggingFaceAdapter:
@@ -44,9 +56,13 @@ class HuggingFaceAdapter:
         prompt: "plain" (None) is image, then text, as in LLaVA's pre-training; "chat" the processor's chat template
             with the image as the user's turn and the text as the assistant's, as MIR's authors do; else a format string
             with {image} and {text}. It goes to the processor, which adds its special tokens as it does in any call.
+            Samples of other layouts have only the plain one: their parts in order.
+        text_positions: which positions count as text, see :class:`mir_callback.config.MIRConfig`.
+        vision_ids: ids of vision tokens, likewise.
 
     Attributes:
         prompt: the prompt as a format string.
+        text_positions, vision_ids: as given.
 
     Raises:
         UnsupportedModelError: the model's configuration names no image token, so the model has no vision tokens.
@@ -60,15 +76,27 @@ class HuggingFaceAdapter:
         batch.masks.vision.sum(dim=1)  # vision tokens of each sample
     """
 
-    def __init__(self, model: nn.Module, processor: Any, *, prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        prompt: str | None = None,
+        text_positions: str = AFTER_IMAGE,
+        vision_ids: str | None = None,
+    ) -> None:
         check_prompt(prompt)
+        self.text_positions, self.vision_ids = text_positions, vision_ids
         top: Any = unwrap(model)
         self._sees_ahead = getattr(top.config, "model_type", None) in _SEE_AHEAD
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
-        self._vision_ids = vision_token_ids(top)  # first: a text-only model has no processor that could be missing
-        self._processor = processor
+        self._vision_ids = vision_token_ids(
+            top, vision_ids
+        )  # first: a text-only model has no processor that could be missing
+        self._processor, self._config = processor, top.config
         self._tokenizer = require_processor(processor)
         self._image = find_markup(processor, self._tokenizer, top.config, self._vision_ids)
+        self._video: Markup | None = None  # found when there is one to encode
         self._is_chat = prompt == CHAT
         self.prompt = self._find_format(prompt, type(top).__name__)
 
@@ -80,36 +108,61 @@ class HuggingFaceAdapter:
                 "use batch_size=1."
             )
         inputs = self._process(samples, max_text_tokens)
-        masks = masks_of(vision_of(inputs, self._vision_ids), inputs["attention_mask"])
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        every = self.text_positions == EVERY
+        whole = torch.tensor([every or not sample.has_vision for sample in samples])
+        masks = masks_of(vision_of(inputs, self._vision_ids), attention)
+        masks = count_all_text(masks, ids, attention, self._tokenizer.all_special_ids, whole)
         self._check(samples, inputs, masks, max_text_tokens)
-        real = [ids[mask != 0] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-        self._check_prompt(
-            real, [row[mask != 0] for row, mask in zip(masks.vision, inputs["attention_mask"], strict=True)]
-        )
+        real = [row[mask != 0] for row, mask in zip(ids, attention, strict=True)]
+        if all(sample.is_pair for sample in samples):
+            self._check_prompt(real, [row[mask != 0] for row, mask in zip(masks.vision, attention, strict=True)])
         if self._sees_ahead:
             return AdaptedBatch(inputs, masks, real)
         texts = [ids[mask] for ids, mask in zip(inputs["input_ids"], masks.text, strict=True)]
         return AdaptedBatch(inputs, masks, real, texts)
+
+    def describe(self, sample: Sample, max_text_tokens: int) -> str | None:
+        """A sample as the model gets it: its tokens in words, runs of vision tokens by their length. Ranks: pure.
+
+        None if only a forward shows where vision tokens are.
+
+        Example::
+
+            adapter.describe(probe.samples[0], 1024)  # "<s><|vision_start|>[256 x <|image_pad|>]<|vision_end|>A dog"
+        """
+        batch = self.encode([sample], max_text_tokens)
+        if batch.masks is None:
+            return None
+        tokens = zip(batch.token_ids[0].tolist(), batch.masks.vision[0].tolist(), strict=True)
+        pieces = []
+        for is_vision, group in groupby(tokens, key=lambda token: token[1]):
+            ids = [token for token, _ in group]
+            words = str(self._tokenizer.decode(ids if not is_vision else ids[:1]))
+            kinds = len(set(ids))
+            of = words if kinds == 1 else f"{kinds} kinds of image tokens"
+            pieces.append(f"[{len(ids)} x {of}]" if is_vision else shorten(words))
+        return "".join(pieces)
 
     def live_masks(self, model: nn.Module) -> AbstractContextManager[LiveMasks | None]:
         """Nothing to observe: :meth:`encode` returns the masks."""
         return nullcontext()
 
     def _process(self, samples: Sequence[Sample], max_text_tokens: int) -> dict[str, Any]:
-        texts = [cut_text(self._tokenizer, sample.text, max_text_tokens) for sample in samples]
-        for text, sample in zip(texts, samples, strict=True):
-            require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
-        prompts = [self._fill(text) for text in texts]
-        if self._is_chat:
-            prompts = [self._chat_of(text, sample.name) for text, sample in zip(texts, samples, strict=True)]
+        written = [self._write(sample, max_text_tokens) for sample in samples]
         bos, frame = getattr(self._tokenizer, "bos_token", None), self._fill("")
         # Of a chat as apply_chat_template does.
         has_bos = bos is not None and (frame.startswith(bos) if self._is_chat else bos in frame)
-        options = self._image.options | ({"add_special_tokens": False} if has_bos else {})
-        images = self._image.arrange([[sample.open_image()] for sample in samples])
+        options: dict[str, Any] = {"add_special_tokens": False} if has_bos else {}
+        if any(each.images for each in written):
+            options |= self._image.options | {"images": self._image.arrange([each.images for each in written])}
+        if any(each.videos for each in written):
+            assert self._video is not None
+            options |= self._video.options | {"videos": self._video.arrange([each.videos for each in written])}
+        prompts = [each.prompt for each in written]
         try:
             encoded: Mapping[str, Any] = self._processor(
-                images=images, text=prompts, padding=len(samples) > 1, return_tensors="pt", **options
+                text=prompts, padding=len(samples) > 1, return_tensors="pt", **options
             )
         except Exception as error:
             names = ", ".join(sample.name for sample in samples)
@@ -120,6 +173,46 @@ class HuggingFaceAdapter:
         inputs = {name: value for name, value in encoded.items() if name not in ("labels", "label", "label_ids")}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return inputs
+
+    def _write(self, sample: Sample, max_text_tokens: int) -> _Written:
+        """A sample as the processor takes it: each of its texts cut, a placeholder where an image or video stands."""
+        found, text = _Written(), ""
+        for part in sample.open_parts():
+            if isinstance(part, str):
+                text = cut_text(self._tokenizer, part, max_text_tokens)
+                require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
+                found.prompt += text
+            elif isinstance(part, list):
+                found.prompt += self._video_markup(sample).written
+                found.videos.append(as_frames(part))
+            else:
+                found.prompt += self._image.written
+                found.images.append(part)
+        if sample.is_pair:
+            found.prompt = self._chat_of(text, sample.name) if self._is_chat else self._fill(text)
+        elif self.prompt != PLAIN_FORMAT:
+            raise ProbeError(
+                f"prompt={self.prompt!r} is for samples of one image, then one text; {sample.name} holds "
+                f"{sample.describe()}. Leave the prompt out."
+            )
+        elif not self._image.written and sample.has_vision:
+            raise ProbeError(
+                f"{sample.name} holds {sample.describe()}, but {type(self._processor).__name__} puts the image first "
+                "by itself: it takes one image, then one text."
+            )
+        return found
+
+    def _video_markup(self, sample: Sample) -> Markup:
+        """How a video is written; ProbeError for a family without one."""
+        if self._video is None:
+            known = (self._processor, self._tokenizer, self._config, self._vision_ids)
+            try:
+                self._video = find_markup(*known, kind="video")
+            except (ConfigError, UnsupportedModelError) as error:
+                raise ProbeError(
+                    f"{sample.name} holds {sample.describe()}, and the model takes no video: {error}"
+                ) from error
+        return self._video
 
     def _fill(self, text: str) -> str:
         return self.prompt.format(image=self._image.written, text=text)
@@ -186,16 +279,22 @@ class HuggingFaceAdapter:
                     f"tokens that prompt={self.prompt!r} has before it. Use prompt='plain'."
                 )
 
+    def _fail(self, sample: Sample, masks: ModalityMasks, modality: str, remedy: str) -> NoReturn:
+        places = masks.vision.shape[1]
+        raise ProbeError(f"Probe sample {sample.name} has no {modality} tokens among its {places} positions. {remedy}")
+
     def _check(
         self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks, max_text_tokens: int
     ) -> None:
-        for modality, mask in (("vision", masks.vision), ("text", masks.text)):
-            for sample, found in zip(samples, mask.any(dim=1).tolist(), strict=True):
-                if not found:
-                    raise ProbeError(
-                        f"Probe sample {sample.name} has no {modality} tokens among its {mask.shape[1]} positions. "
-                        "Check that the processor belongs to this model."
-                    )
+        vision, text = masks.vision.any(dim=1).tolist(), masks.text.any(dim=1).tolist()
+        for sample, has_vision, has_text in zip(samples, vision, text, strict=True):
+            if sample.has_vision and not has_vision:
+                self._fail(sample, masks, "vision", "Check that the processor belongs to this model.")
+            if not has_text and sample.is_pair:
+                self._fail(sample, masks, "text", "Check that the processor belongs to this model.")
+            if not has_text:
+                remedy = "text_positions='all' counts all of its text, not only what follows the last image."
+                self._fail(sample, masks, "text", remedy)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         length, sample = max(zip(lengths, samples, strict=True), key=lambda pair: pair[0])
         if isinstance(self._max_positions, int) and length > self._max_positions:
@@ -203,6 +302,11 @@ class HuggingFaceAdapter:
                 f"Probe sample {sample.name} has {length} tokens, and the model takes at most {self._max_positions}. "
                 f"Build the probe with max_text_tokens below the {max_text_tokens} it has now."
             )
+
+
+def shorten(words: str) -> str:
+    """The beginning and the end of a text."""
+    return words if len(words) <= _SHOWN else f"{words[: _SHOWN // 2]} ... {words[-_SHOWN // 2 :]}"
 
 
 def require_processor(processor: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a family writes an image into a prompt, found by trial on a blank image; no list of families.
+"""How a family writes an image or a video into a prompt, found by trial on blank ones; no list of families.
 
 Processors differ in the token that stands for an image, in whether they put the family's start and end tokens around
 its features or leave that to the prompt, in how they take images, and in what they return only on request.
@@ -7,12 +7,14 @@ its features or leave that to the prompt, in how they take images, and in what t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os.path import commonprefix
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,22 +24,36 @@ from mir_callback.probe.prompt import TEXT
 
 # Of kosmos-2 and its like, whose image features have no token id of their own: where they are.
 POSITION_MASK = "image_embeds_position_mask"
-_PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token")  # attributes of processors, best first
-_IMAGE_IDS = ("image_token_id", "image_token_index")
-_BORDERS = (
-    ("vision_start_token", "vision_end_token"),
-    ("image_start_token", "image_end_token"),
-    ("image_bos_token", "image_eos_token"),
-    ("start_image_token", "end_image_token"),
-    ("img_start_token", "img_end_token"),
-    ("boi_token", "eoi_token"),
-)
+Kind = Literal["image", "video"]
+# Attributes of processors, best first.
+_PLACEHOLDERS = {"image": ("image_placeholder_token", "image_token", "boi_token"), "video": ("video_token",)}
+_BORDERS = {
+    "image": (
+        ("vision_start_token", "vision_end_token"),
+        ("image_start_token", "image_end_token"),
+        ("image_bos_token", "image_eos_token"),
+        ("start_image_token", "end_image_token"),
+        ("img_start_token", "img_end_token"),
+        ("boi_token", "eoi_token"),
+    ),
+    "video": (("video_start_token", "video_end_token"), ("vision_start_token", "vision_end_token")),
+}
+# What some processors need for a video whose frames have no times; all frames are taken where they can be asked for.
+_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "image": ({},),
+    "video": (
+        {"do_sample_frames": False},
+        {},
+        {"do_sample_frames": False, "return_metadata": True},
+        {"return_metadata": True},
+    ),
+}
 _BLANK = Image.new("RGB", (64, 48), (127, 127, 127))
 
 
 @dataclass(frozen=True)
-class ImageMarkup:
-    """How an image is written.
+class Markup:
+    """How an image, or a video, is written.
 
     Attributes:
         written: what stands for it in the text that goes to the processor; empty if that places images itself.
@@ -57,29 +73,32 @@ class ImageMarkup:
         around = self.written.partition(self.token) if self.token else ()
         return [each for each in around if each]
 
-    def arrange(self, images: list[list[Any]]) -> list[Any]:
-        """The images of each sample as the processor takes them."""
-        return images if self.nested else [image for own in images for image in own]
+    def arrange(self, each: list[list[Any]]) -> list[Any]:
+        """The images, or videos, of each sample as the processor takes them."""
+        return each if self.nested else [one for own in each for one in own]
 
 
-def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[int, ...]) -> ImageMarkup:
-    """How this processor's family writes an image.
+def find_markup(
+    processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[int, ...], kind: Kind = "image"
+) -> Markup:
+    """How this processor's family writes an image, or a video.
 
     Args:
         processor: of images and text.
         tokenizer: its tokenizer.
         config: of the model.
         vision_ids: ids of vision tokens; empty if the model names none.
+        kind: of what.
 
     Raises:
-        ConfigError: the processor takes an image in none of the ways known.
+        ConfigError: the processor takes an image, or video, in none of the ways known.
         UnsupportedModelError: no position of its output is an image's.
 
     Ranks: pure, but for the processor.
     """
-    trial = _Trial(processor, vision_ids)
+    trial = _Trial(processor, vision_ids, kind)
     itself = trial.run("")
-    tokens = _placeholders(processor, tokenizer, config)
+    tokens = _placeholders(processor, tokenizer, config, kind)
     for token in tokens:
         bare = trial.run(token)
         # One that places images itself takes a placeholder for words, or for another image.
@@ -89,7 +108,7 @@ def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[i
         if written is not None:
             return written
     if itself is not None:
-        return ImageMarkup("", "", itself.nested, itself.options)
+        return Markup("", "", itself.nested, itself.options)
     name = type(processor).__name__
     if trial.saw_none and not vision_ids:
         raise UnsupportedModelError(
@@ -99,12 +118,12 @@ def find_markup(processor: Any, tokenizer: Any, config: Any, vision_ids: tuple[i
         )
     if trial.saw_none:
         ids = ", ".join(map(str, vision_ids))
-        why = f"it gave none of the model's image tokens ({ids}) for a blank image"
+        why = f"it gave none of the model's image tokens ({ids}) for a blank {kind}"
     else:
-        why = f"it failed on a blank image and a word: {trial.errors.get(next(iter(tokens), ''))}"
-    tried = ", ".join(map(repr, tokens)) or "none, as it names no image_token"
+        why = f"it failed on a blank {kind} and a word: {trial.errors.get(next(iter(tokens), ''))}"
+    tried = ", ".join(map(repr, tokens)) or f"none, as it names no {kind}_token"
     raise ConfigError(
-        f"The processor {name} can't be used with this model: {why} (image tokens tried: {tried}). Check that it "
+        f"The processor {name} can't be used with this model: {why} ({kind} tokens tried: {tried}). Check that it "
         "belongs to this model, or write an adapter and pass adapter=..."
     )
 
@@ -120,24 +139,22 @@ class _Outcome:
 
 
 class _Trial:
-    """Runs the processor on a blank image and a word."""
+    """Runs the processor on a blank image, or video, and a word."""
 
-    def __init__(self, processor: Any, vision_ids: tuple[int, ...]) -> None:
-        self.processor, self._vision_ids = processor, vision_ids
+    def __init__(self, processor: Any, vision_ids: tuple[int, ...], kind: Kind) -> None:
+        self.processor, self.kind, self._vision_ids = processor, kind, vision_ids
         self.errors: dict[str, str] = {}
         self.saw_none = False
 
     def run(self, written: str) -> _Outcome | None:
         """The outcome with this text before the word; None if the processor fails or no token is the image's."""
-        for nested in (True, False):
+        for nested, known in itertools.product((True, False), _OPTIONS[self.kind]):
             call = self._caller(f"{written}{TEXT}", nested)
             try:
-                encoded = call({})
-                options = {name: True for name in self._on_request(encoded)}
-                if options and call(options).keys() > encoded.keys():
-                    encoded = call(options)
-                else:
-                    options = {}
+                encoded, options = call(known), known
+                more = known | {name: True for name in self._on_request(encoded)}
+                if more != known and call(more).keys() > encoded.keys():
+                    encoded, options = call(more), more
                 ids, *others = encoded["input_ids"]
                 if others:
                     raise ValueError(f"it makes {1 + len(others)} texts of one")
@@ -151,8 +168,9 @@ class _Trial:
         return None
 
     def _caller(self, text: str, nested: bool) -> Callable[[dict[str, Any]], Mapping[str, Any]]:
-        images = [[_BLANK]] if nested else [_BLANK]
-        return lambda options: self.processor(images=images, text=[text], return_tensors="pt", **options)
+        blank = _BLANK if self.kind == "image" else as_frames([_BLANK] * 4)
+        given = {f"{self.kind}s": [[blank]] if nested else [blank]}
+        return lambda options: self.processor(text=[text], return_tensors="pt", **given, **options)
 
     def _on_request(self, encoded: Mapping[str, Any]) -> Iterator[str]:
         for name in getattr(self.processor, "model_input_names", None) or ():
@@ -168,18 +186,24 @@ def vision_of(encoded: Mapping[str, Any], vision_ids: tuple[int, ...]) -> Tensor
     return torch.isin(ids, torch.tensor(vision_ids, dtype=ids.dtype))
 
 
-def _placeholders(processor: Any, tokenizer: Any, config: Any) -> list[str]:
-    """Tokens that may stand for an image, best first: those that the processor names, then the model's own."""
-    named = [str(each) for name in _PLACEHOLDERS if (each := getattr(processor, name, None))]
-    ids = [each for name in _IMAGE_IDS if isinstance(each := getattr(config, name, None), int)]
+def as_frames(images: list[Image.Image]) -> Any:
+    """A video as processors take it: (T, H, W, 3) uint8."""
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _placeholders(processor: Any, tokenizer: Any, config: Any, kind: Kind) -> list[str]:
+    """Tokens that may stand for one, best first: those that the processor names, then the model's own."""
+    named = [str(each) for name in _PLACEHOLDERS[kind] if (each := getattr(processor, name, None))]
+    known = (getattr(config, name, None) for name in (f"{kind}_token_id", f"{kind}_token_index"))
+    ids = [each for each in known if isinstance(each, int)]
     own = [each for each in tokenizer.convert_ids_to_tokens(ids) if isinstance(each, str)]
     return list(dict.fromkeys([*named, *own]))
 
 
-def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, config: Any) -> ImageMarkup | None:
+def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, config: Any) -> Markup | None:
     """The placeholder with what the family has around it, unless its processor adds that itself; None if none works."""
-    from_template = _from_chat_template(trial.processor, tokenizer, token)
-    around = list(_borders(trial.processor, tokenizer, config))
+    from_template = _from_chat_template(trial.processor, tokenizer, token, trial.kind)
+    around = list(_borders(trial.processor, tokenizer, config, trial.kind))
     candidates = []
     for start, end in around:
         # Within the family's own pair a template may know more; one beyond it goes on to another message.
@@ -194,27 +218,27 @@ def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, 
     for written in candidates:
         found, listed = trial.run(written), written.count(token)
         if found is not None and (bare is None or found.count == (bare.count if listed == 1 else listed)):
-            return ImageMarkup(written, token, found.nested, found.options)
-    return None if bare is None else ImageMarkup(token, token, bare.nested, bare.options)
+            return Markup(written, token, found.nested, found.options)
+    return None if bare is None else Markup(token, token, bare.nested, bare.options)
 
 
-def _borders(processor: Any, tokenizer: Any, config: Any) -> Iterator[tuple[str, str]]:
-    """Pairs of tokens that may have to stand around an image: of the configuration, then of the processor."""
-    for pair in _BORDERS:
+def _borders(processor: Any, tokenizer: Any, config: Any, kind: Kind) -> Iterator[tuple[str, str]]:
+    """Pairs of tokens that may have to stand around it: of the configuration, then of the processor."""
+    for pair in _BORDERS[kind]:
         ids = [each for name in pair if isinstance(each := getattr(config, f"{name}_id", None), int)]
         named = tokenizer.convert_ids_to_tokens(ids)
         if ids and all(isinstance(each, str) for each in named):
             yield named[0], "".join(named[1:])
     known = tokenizer.get_vocab()
-    for pair in _BORDERS:
+    for pair in _BORDERS[kind]:
         tokens = [getattr(processor, name, None) for name in pair]
         if all(str(each) in known for each in tokens):
             yield str(tokens[0]), str(tokens[1])
 
 
-def _from_chat_template(processor: Any, tokenizer: Any, token: str) -> str | None:
-    """What the chat template writes for an image, if special tokens stand around the placeholder; else None."""
-    image, text = {"type": "image"}, {"type": "text", "text": TEXT}
+def _from_chat_template(processor: Any, tokenizer: Any, token: str, kind: Kind) -> str | None:
+    """What the chat template writes for one, if special tokens stand around the placeholder; else None."""
+    image, text = {"type": kind}, {"type": "text", "text": TEXT}
     if getattr(processor, "chat_template", None) is None:
         return None
     try:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ConfigError
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
-from tests.layouts import InOrder, mixed
+from tests.layouts import mixed
 from tests.samples import pairs
 
 GOOD = {
@@ -23,7 +24,7 @@ GOOD = {
     "few tokens": {"count": 2, "max_text_tokens": 6},
     "paper_fast": {"count": 5, "root": "paper_fast"},
     "bfloat16": {"count": 6, "dtype": torch.bfloat16},
-    "layouts": {"count": 7, "adapter": InOrder, "text_only": "count"},
+    "layouts": {"count": 7, "adapter": HuggingFaceAdapter, "text_only": "count"},
     "qwen": {"count": 5, "build": tiny_models.qwen2_5_vl, "vision_gain": True},
 }
 

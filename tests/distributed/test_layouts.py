@@ -6,7 +6,7 @@ import pytest
 from mir_callback import Probe, evaluate_mir
 from tests import tiny_models
 from tests.distributed.launch import run_ranks
-from tests.layouts import InOrder, mixed
+from tests.layouts import mixed
 
 
 @pytest.mark.slow
@@ -15,6 +15,6 @@ def test_texts_alone_are_measured_under_zero_3_as_in_one_process(tmp_path):
     assert [record["step"] for record in first] == [0, 1, 2]
     assert [record["mir"] for record in first] == [record["mir"] for record in second]
     model, processor = tiny_models.llava()
-    alone = evaluate_mir(model, Probe.from_samples(mixed(8)), adapter=InOrder(model, processor), text_only="count")
+    alone = evaluate_mir(model, Probe.from_samples(mixed(8)), processor=processor, text_only="count")
     assert first[0]["mir"] == pytest.approx(alone.mir, abs=1e-6)
     assert first[0]["num_samples"] == 8

@@ -2,6 +2,7 @@
 """Every family of the registry: right at any batch size and training as without MIR, or refused with its reason."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mir_callback.probe.adapters import find_adapter
 from mir_callback.probe.batches import encode_probe
 from tests.families.reference import mir_of
 from tests.families.registry import families
+from tests.families.run import PAGE
 from tests.samples import pairs
 
 ALL = families()
@@ -114,3 +116,13 @@ def test_training_is_the_same_to_the_last_bit(family, samples, tmp_path):
     assert all(record.mir is not None for record in records)
     assert repr(ours) == repr(losses)
     assert [name for name, each in theirs.items() if not torch.equal(each, weights[name])] == []
+
+
+def test_the_page_lists_every_family():
+    text = PAGE.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([^|]+?) \|", text, re.MULTILINE)
+    assert [name for name in listed if name not in ("family", "---")] == [
+        *(family.name for family in ALL if not family.refused),
+        *(family.name for family in ALL if family.refused),
+    ]
+    assert f"{len([family for family in ALL if not family.refused])} are right to 1e-5" in text

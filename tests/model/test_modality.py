@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mir_callback.errors import UnsupportedModelError
-from mir_callback.model.modality import count_all_text, modality_masks, vision_token_ids
+from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.model.modality import count_all_text, modality_masks, parse_ids, vision_token_ids
 from tests import tiny_models
 
 V, PAD = 9, 0
@@ -81,3 +81,14 @@ def test_error_when_the_configuration_names_no_image_token():
     model, _ = tiny_models.llava()
     with pytest.raises(UnsupportedModelError, match="has no vision tokens: .*image_token_id"):
         vision_token_ids(model.model.language_model)
+
+
+@pytest.mark.parametrize("written", ["", "a", "3-", "-3", "5-4", "1,,2", "0x3"])
+def test_ids_that_are_none_are_refused(written):
+    with pytest.raises(ConfigError, match="vision_ids="):
+        parse_ids(written)
+
+
+def test_ids_given_take_the_place_of_the_configurations():
+    model, _ = tiny_models.llava()
+    assert vision_token_ids(model, "7-9,3") == (3, 7, 8, 9)
