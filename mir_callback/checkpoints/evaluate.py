@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mir_callback import distributed
 from mir_callback.checkpoints.discover import Checkpoint, compute_stamp, read_trainer_state
@@ -22,7 +21,6 @@ from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, HistoryError, MIRError, NumericsError
 from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.history import FILE_NAME, read_history
-from mir_callback.model.decoder import unwrap
 from mir_callback.probe.probe import Probe
 from mir_callback.probe.prompt import is_format
 from mir_callback.record import CIRCUMSTANCES, EvalRecord, read_definition
@@ -94,8 +92,6 @@ def evaluate_checkpoint(checkpoint: Checkpoint, probe: Probe, options: EvalOptio
     with _explain_misfit():
         evaluator = Evaluator(opened.model, probe, opened.adapter, options.config)
     results.require_same_definition(evaluator.definition)
-    with distributed.fail_together():
-        _require_known_tokens(opened.model, evaluator)
     load_seconds = time.perf_counter() - started
     autocast = DTYPES[options.autocast] if options.autocast else None
     try:
@@ -138,18 +134,6 @@ def _explain_misfit() -> Iterator[None]:
             f"The model failed on the probe: {shorten_message(error)}. Check that the processor is the model's own "
             "(--processor), and that memory suffices for --batch-size."
         ) from error
-
-
-def _require_known_tokens(model: nn.Module, evaluator: Evaluator) -> None:
-    """Refuse token ids beyond the model's vocabulary, which on a GPU would crash the process."""
-    top: Any = unwrap(model)
-    known = int(top.get_input_embeddings().weight.shape[0])
-    highest = max(int(batch.inputs["input_ids"].max()) for batch in evaluator.batches)
-    if highest >= known:
-        raise ConfigError(
-            f"The processor is not the model's: it gives token id {highest}, the vocabulary has {known}. Pass the "
-            "model's own: --processor FOLDER_OR_HUB_NAME."
-        )
 
 
 class LiveValues:

@@ -252,6 +252,7 @@ class Evaluator:
                     f"{option} needs the token ids of the texts (AdaptedBatch.text_ids), which "
                     f"{type(adapter).__name__} does not return for {type(unwrap(model)).__name__}. Set {option}=False."
                 )
+            _require_known_tokens(model, encoded.batches)
             counts = encoded.shard.row_counts
             expected = ExpectedRows(counts, exact=counts is not None)
             need, budget = expected.layer_bytes(decoder)[0], config.capture_budget_gb
@@ -434,6 +435,25 @@ class Evaluator:
                 "Out of memory in a forward of the probe with batch_size=%d; going on with batch_size=%d on every rank "
                 "(%s)",
                 *(before, before // 2, messages),
+            )
+
+
+def _require_known_tokens(model: nn.Module, batches: Sequence[ProbeBatch]) -> None:
+    """Refuse token ids beyond the model's vocabulary, which on a GPU would crash the process.
+
+    Those of images may lie beyond it: some families replace them before they look tokens up.
+    """
+    weight: Any = getattr(getattr(unwrap(model), "get_input_embeddings", lambda: None)(), "weight", None)
+    shape: Sequence[int] = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # of ZeRO-3 the whole one
+    for batch in batches if len(shape) == 2 and shape[0] else ():
+        ids = batch.inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            continue
+        text = ids if batch.masks is None else ids[~batch.masks.vision]
+        if text.numel() and int(text.max()) >= shape[0]:
+            raise ConfigError(
+                f"The processor is not the model's: it gives token id {int(text.max())} for {', '.join(batch.names)}, "
+                f"and the vocabulary has {shape[0]}. Pass the model's own (processor=, --processor FOLDER_OR_HUB_NAME)."
             )
 
 
