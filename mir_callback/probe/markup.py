@@ -99,8 +99,9 @@ def find_markup(
     trial = _Trial(processor, vision_ids, kind)
     itself = trial.run("")
     tokens = _placeholders(processor, tokenizer, config, kind)
-    for token in tokens:
-        bare = trial.run(token)
+    tried = [(token, trial.run(token)) for token in tokens]
+    # Those that need the family's marks around them last: within them another token may be the placeholder.
+    for token, bare in sorted(tried, key=lambda each: each[1] is None):
         # One that places images itself takes a placeholder for words, or for another image.
         if bare is not None and itself is not None and bare.ids != itself.ids:
             continue
@@ -121,9 +122,9 @@ def find_markup(
         why = f"it gave none of the model's image tokens ({ids}) for a blank {kind}"
     else:
         why = f"it failed on a blank {kind} and a word: {trial.errors.get(next(iter(tokens), ''))}"
-    tried = ", ".join(map(repr, tokens)) or f"none, as it names no {kind}_token"
+    names = ", ".join(map(repr, tokens)) or f"none, as it names no {kind}_token"
     raise ConfigError(
-        f"The processor {name} can't be used with this model: {why} ({kind} tokens tried: {tried}). Check that it "
+        f"The processor {name} can't be used with this model: {why} ({kind} tokens tried: {names}). Check that it "
         "belongs to this model, or write an adapter and pass adapter=..."
     )
 

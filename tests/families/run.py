@@ -36,6 +36,9 @@ tokens, lists of images) is found by trial on a blank image, and the run says so
 `mir probe PROBE --model NAME` before it. A family that is not in the table most likely works; a new one is [one
 entry](../tests/families/registry.py).
 
+Other versions: [4.57.6 by hand](../benchmarks/notes/integrations.md#older-transformers), 4.37.2 through LLaVA's own
+code.
+
 "One by one": samples of the family change one another in a batch, which is found before the first evaluation.
 """
 
