@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mir_callback.early_stopping import PlateauRule
 from mir_callback.errors import ConfigError
 from mir_callback.metric.frechet import check_root
-from mir_callback.model.modality import AFTER_IMAGE, LEAVE_OUT, TEXT_ONLY, TEXT_POSITIONS, parse_ids
+from mir_callback.model.modality import AFTER_IMAGE, LEAVE_OUT, TEXT_ONLY, TEXT_POSITIONS, parse_ids, write_ids
 from mir_callback.probe.probe import ProbeSource
 from mir_callback.probe.prompt import check_prompt
 from mir_callback.schedule import (
@@ -160,7 +160,8 @@ class MIRConfig:
                 raise ConfigError(f"{each.name} must be True or False, got {getattr(self, each.name)!r}")
         check_root(self.root)
         check_prompt(self.prompt)
-        parse_ids(self.vision_ids)
+        if ids := parse_ids(self.vision_ids):
+            object.__setattr__(self, "vision_ids", write_ids(ids))  # 3,4 and 3-4 are one definition
         for name, known in (("text_positions", TEXT_POSITIONS), ("text_only", TEXT_ONLY)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -180,6 +180,8 @@ class MIRMonitor:
             drops = [step for step in self._drops if step >= start_step]
             for note in start_notes(self.config, len(probe.samples), total_steps, total_epochs, drops):
                 _log.info("NOTE: %s", note)
+            if self._evaluator.first_sample is not None:
+                _log.info("the first sample as the model gets it: %s", self._evaluator.first_sample)
             if self.config.dry_run:
                 enter_phase("dry run")
                 self._dry_run(total_epochs)

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any, TypeGuard
 
 # What makes values comparable; a history continues only if these are the same.
-DEFINITION_FIELDS = ("probe_fingerprint", "tokens_fingerprint", "root", "text_positions", "text_only", "vision_ids")
+DEFINITION_FIELDS = ("probe_fingerprint", "text_positions", "text_only", "vision_ids", "tokens_fingerprint", "root")
 # The same with what says why token ids differ, which older histories and other adapters may lack.
-DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", "tokens_fingerprint", "root", *DEFINITION_FIELDS[3:])
+DESCRIBED_FIELDS = ("probe_fingerprint", "prompt", *DEFINITION_FIELDS[1:])
 # What fields were before records named them.
 _BEFORE = {"text_positions": "after_image", "text_only": "leave_out", "vision_ids": ""}
 # These may change values slightly: a change of one is reported, not refused.

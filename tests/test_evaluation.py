@@ -341,3 +341,10 @@ def test_probe_loss_is_refused_when_the_adapter_tells_no_text_ids(probe):
     adapter = Silent(model, processor)
     with pytest.raises(ConfigError, match="probe_loss .* Silent"):
         evaluate_mir(model, probe, adapter=adapter, probe_loss=True)
+
+
+def test_an_output_layer_that_is_the_token_embedding_is_left_alone(probe):
+    model, processor = tiny_models.llava()
+    expected = evaluate_mir(model, probe, processor=processor).mir
+    model.get_output_embeddings = model.get_input_embeddings
+    assert evaluate_mir(model, probe, processor=processor).mir == pytest.approx(expected, abs=1e-9)

@@ -158,7 +158,7 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
             processor = kind.from_pretrained(name, trust_remote_code=False)
             break
         except Exception as error:  # any kind, of the hub client or a damaged folder
-            failures.append(f"{kind.__name__}: {error}")
+            failures.append(f"{kind.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     else:
         raise ConfigError(f"Could not load a processor or tokenizer of --model {name}: {'; '.join(failures)}")
     if getattr(processor, "image_processor", None) is None:
@@ -175,7 +175,8 @@ def _count_tokens(probe: Probe, name: str) -> TokenCounts:
         if tokens is not None:
             print(f"  {modality + ' tokens':13} {_range(tokens)} per sample, {sum(tokens):,} in total")
     known = f"tokens fingerprint {counts.fingerprint}" if counts.fingerprint else None
-    print(f"  {known or 'vision tokens not counted: the model has only a tokenizer'}")
+    why = f"its processor could not be loaded: {failures[0]}" if failures else "the model has only a tokenizer"
+    print(f"  {known or f'vision tokens not counted: {why}'}")
     return counts
 
 

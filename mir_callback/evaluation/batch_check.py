@@ -26,7 +26,7 @@ from mir_callback.probe.encoding import Adapter
 from mir_callback.probe.probe import Probe, Sample
 
 # How far rows may differ, relative to the norm of all, by the precision of the forwards.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 _TENSOR_FLOAT = 3e-3  # float32 where convolutions may round to 10 bits
 
 
@@ -95,7 +95,7 @@ def find_forward_fault(
     rows = [both for layers in zip(together, alone, strict=True) for both in zip(*layers, strict=True)]
     worst = max(distributed.gather_objects(max(_difference(*both) for both in rows)))
     dtype, device = together[0][0].dtype, together[0][0].device.type
-    allowed = _TENSOR_FLOAT if dtype == torch.float32 and device != "cpu" else _TOLERANCE.get(dtype, 0.2)
+    allowed = _TENSOR_FLOAT if dtype == torch.float32 and device != "cpu" else _TOLERANCE.get(dtype, 0.06)
     if worst <= allowed:
         return None
     names = " and ".join(sample.name for sample in pair.samples)

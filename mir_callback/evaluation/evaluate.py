@@ -276,7 +276,7 @@ class Evaluator:
             first = next((sample for sample in probe.samples if sample.has_vision), None)
             if describe is not None and first is not None and distributed.is_main():
                 example = describe(first, probe.max_text_tokens)
-        self._example: str | None = distributed.broadcast_object(example)
+        self.first_sample: str | None = distributed.broadcast_object(example)
         self._unlike: list[Probe] = []  # two samples each, to compare in a batch and alone before the first evaluation
         self._find_encoding_fault(fault, sum(sizes, []))
 
@@ -361,7 +361,7 @@ class Evaluator:
             probe_fingerprint=self._encoded.fingerprint,
             text_positions=config.text_positions,
             vision_ids=config.vision_ids,
-            first_sample=self._example,
+            first_sample=self.first_sample,
             text_only=config.text_only,
             prompt=self._prompt,
             tokens_fingerprint=self._encoded.tokens_fingerprint,

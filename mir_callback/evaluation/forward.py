@@ -113,7 +113,8 @@ def forward_probe(
             peak.sample()
             store.append(layer, state, positions)
 
-        capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None)
+        codes = has_image_codes(adapter, batches)
+        capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None, image_codes=codes)
         live = evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer)
         packed = find_packed_attention(decoder)
         with live[0], live[1], whole_sequences(model), one_sequence(decoder, packed):
@@ -208,6 +209,14 @@ def _check_attention(
 def placed(model: nn.Module, batch: ProbeBatch) -> ProbeBatch:
     """The batch on the model's device, floating inputs in the dtype of its weights. Ranks: pure."""
     return batch.on(find_device(model), next(p.dtype for p in model.parameters() if p.is_floating_point()))
+
+
+def has_image_codes(adapter: Adapter, batches: Sequence[ProbeBatch]) -> bool:
+    """Whether images are tokens of the vocabulary: vision ids were given, and several of them occur. Ranks: pure."""
+    if getattr(adapter, "vision_ids", None) is None:
+        return False
+    seen = [batch.inputs["input_ids"][batch.masks.vision] for batch in batches if batch.masks is not None]
+    return len(torch.cat(seen).unique()) > 1 if seen else False
 
 
 def waits_for_ranks(model: nn.Module) -> bool:

@@ -54,9 +54,13 @@ class HiddenStateCapture:
     Use it as a context manager, which registers and removes the hooks. After every forward it checks how the layers
     were called, so that an unsupported model is refused and not measured wrongly. Without a ``text_loss`` logits are
     computed for one position only. With one, :meth:`only_loss` leaves the rows out of further forwards.
+
+    With ``image_codes`` images may be tokens of the vocabulary, whose embeddings are all that the model has of them.
     """
 
-    def __init__(self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, keep_rows: KeepRows, text_loss: TextLoss | None = None, *, image_codes: bool = False
+    ) -> None:
         # For each batch (n, 2) int64 on the CPU, the number of vision and text rows of each kept sample, in order.
         self.sample_rows: list[Tensor] = []
         self._decoder = decoder
@@ -65,7 +69,7 @@ class HiddenStateCapture:
         self._text_loss = text_loss
         self._hooks = ExitStack()
         self._forward: _Forward | None = None
-        self._verified = False
+        self._verified, self._image_codes = False, image_codes
 
     def __enter__(self) -> HiddenStateCapture:
         """Register the hooks."""
@@ -81,6 +85,8 @@ class HiddenStateCapture:
             self._hooks.callback(self._decoder.embedding.register_forward_hook(self._embedding_hook).remove)
         head = getattr(model, "get_output_embeddings", _nothing)()
         head = not_compiled(head) if isinstance(head, nn.Module) else None
+        if head is self._decoder.embedding:  # tied, and not called as a module for logits
+            head = None
         if self._text_loss is not None:
             if head is None:
                 self._hooks.close()
@@ -211,7 +217,7 @@ class HiddenStateCapture:
             )
         if self._verified:
             return
-        if seen.embeddings is not None and seen.embeddings.shape == shape:
+        if seen.embeddings is not None and seen.embeddings.shape == shape and not self._image_codes:
             assert seen.first_input is not None
             plain = (seen.first_input[seen.vision] == seen.embeddings[seen.vision]).all(dim=-1)
             if bool(plain.any()):
@@ -330,6 +336,7 @@ def _accepts(model: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _last_position(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _last_position(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Logits of one position, as all would be B x S x vocabulary floats."""
-    return (args[0][:, -1:], *args[1:])
+    is_sequence = bool(args) and isinstance(args[0], Tensor) and args[0].ndim == 3 and args[0].is_floating_point()
+    return (args[0][:, -1:], *args[1:]) if is_sequence else None

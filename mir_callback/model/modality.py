@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from mir_callback.model.decoder import find_decoder
 
 _CROSS = ("cross_attn", "crossattn", "cross_attention", "crossattention")
 _VISION = ("vision", "visual", "qformer", "perceiver", "resampler")
+_MOST_IDS = 10_000_000
 _NEED = "MIR compares vision tokens with text tokens of one sequence, the decoder's."
 _ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 # Which positions count as text, and whether samples without an image do: options of MIRConfig, the default first.
@@ -43,7 +45,8 @@ def vision_token_ids(model: nn.Module, written: str | None = None) -> tuple[int,
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
-    if any(getattr(part, "is_encoder_decoder", False) for part in configs):
+    # Not of all: an encoder of sound may have a decoder that nobody uses.
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise UnsupportedModelError(
             f"{kind} is an encoder-decoder: images are in the encoder's sequence, text in the decoder's. {_NEED}"
         )
@@ -51,7 +54,8 @@ def vision_token_ids(model: nn.Module, written: str | None = None) -> tuple[int,
     found = parse_ids(written) or tuple(sorted(token for token in ids if isinstance(token, int) and token >= 0))
     if not found and getattr(config, "vision_config", None) is None:
         raise UnsupportedModelError(
-            f"{kind} has no vision tokens: its config has no vision_config and none of {', '.join(_ID_FIELDS)}. {_NEED}"
+            f"{kind} has no vision tokens: its config has no vision_config and none of {', '.join(_ID_FIELDS)} "
+            f"(if images are tokens of its vocabulary, name them: vision_ids='4-8195'). {_NEED}"
         )
     crossing = _find_cross_attention(model)
     if crossing is not None:
@@ -67,15 +71,31 @@ def parse_ids(written: str | None) -> tuple[int, ...]:
         (4, 5, 6, 9)
     """
     found: set[int] = set()
-    for part in written.split(",") if isinstance(written, str) else ():
+    if not isinstance(written, str | None):
+        raise ConfigError(f"vision_ids={written!r:.60} is no string. Write ids and ranges of them: '4-8195,8200'.")
+    for part in (written or "").split(",") if written is not None else ():
         first, is_range, last = part.strip().partition("-")
         last = last if is_range else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ConfigError(f"vision_ids={written!r}: {part!r} is neither an id nor a range. Write 4-8195,8200.")
+        if int(last) >= _MOST_IDS:
+            raise ConfigError(f"vision_ids={written!r:.60} goes beyond {_MOST_IDS}, and no vocabulary does.")
         found |= set(range(int(first), int(last) + 1))
     if written is not None and not found:
         raise ConfigError(f"vision_ids={written!r} names no ids. Write them as 4-8195,8200, or leave the option out.")
     return tuple(sorted(found))
+
+
+def write_ids(ids: Sequence[int]) -> str:
+    """Token ids as :func:`parse_ids` reads them, ranges short. Ranks: pure.
+
+    Example:
+        >>> write_ids((4, 5, 6, 9))
+        '4-6,9'
+    """
+    runs = groupby(enumerate(sorted(ids)), key=lambda each: each[1] - each[0])
+    ends = [(found[0][1], found[-1][1]) for found in (list(run) for _, run in runs)]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def _find_cross_attention(model: nn.Module) -> str | None:

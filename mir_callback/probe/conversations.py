@@ -123,7 +123,7 @@ def place(text: str, images: Sequence[Picture], videos: Sequence[Video], name: s
 
     Example:
         >>> place("a <image> in <image>", [Picture(b"1"), Picture(b"2")], [], "row 0")
-        ('a', Picture(), 'in', Picture())
+        ('a ', Picture(), ' in ', Picture())
     """
     pieces = re.split(f"({'|'.join(_MARKS.values())})", text)
     parts: list[Part] = []
@@ -142,8 +142,10 @@ def place(text: str, images: Sequence[Picture], videos: Sequence[Video], name: s
     for piece in pieces:
         if piece in waiting:
             parts.append(next(waiting[piece]))
-        elif piece.strip():
-            parts.append(piece.strip())
+        elif piece:
+            parts.append(piece)
+    if len(parts) == 2 and isinstance(parts[0], Picture) and isinstance(parts[1], str):
+        parts[1] = parts[1].strip()  # a pair, as of LLaVA's files
     return tuple(parts)
 
 
@@ -233,6 +235,8 @@ def _picture(stored: Any, name: str) -> Picture:
 
 def _videos(value: Any, count: int, name: str) -> Iterator[Video]:
     """The videos of a row: a path or a list of paths; a list of frames, or several such lists."""
+    if isinstance(value, Mapping):
+        raise ProbeError(f"A video of {name} is stored as one file. Give its path, or a list of its frames.")
     given = _listed(value)
     if given and all(isinstance(each, Mapping) for each in given):
         given = [given]

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from mir_callback.errors import ConfigError, ProbeError, UnsupportedModelError
 from mir_callback.model.decoder import text_config, unwrap
-from mir_callback.model.modality import AFTER_IMAGE, EVERY, ModalityMasks, count_all_text, masks_of, vision_token_ids
+from mir_callback.model.modality import (
+    AFTER_IMAGE,
+    EVERY,
+    ModalityMasks,
+    count_all_text,
+    masks_of,
+    parse_ids,
+    vision_token_ids,
+    write_ids,
+)
 from mir_callback.probe.encoding import AdaptedBatch, LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.markup import Markup, as_frames, find_markup, vision_of
 from mir_callback.probe.probe import Sample
@@ -86,7 +95,8 @@ class HuggingFaceAdapter:
         vision_ids: str | None = None,
     ) -> None:
         check_prompt(prompt)
-        self.text_positions, self.vision_ids = text_positions, vision_ids
+        self.text_positions = text_positions
+        self.vision_ids = write_ids(ids) if (ids := parse_ids(vision_ids)) else None
         top: Any = unwrap(model)
         self._sees_ahead = getattr(top.config, "model_type", None) in _SEE_AHEAD
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
@@ -298,9 +308,11 @@ class HuggingFaceAdapter:
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         length, sample = max(zip(lengths, samples, strict=True), key=lambda pair: pair[0])
         if isinstance(self._max_positions, int) and length > self._max_positions:
+            own = int(masks.vision[list(samples).index(sample)].sum())
             raise ProbeError(
-                f"Probe sample {sample.name} has {length} tokens, and the model takes at most {self._max_positions}. "
-                f"Build the probe with max_text_tokens below the {max_text_tokens} it has now."
+                f"Probe sample {sample.name} has {length} tokens, {own} of them of images and videos, and the model "
+                f"takes at most {self._max_positions}. Build the probe with max_text_tokens below the "
+                f"{max_text_tokens} it has now, or with fewer or smaller images and frames."
             )
 
 

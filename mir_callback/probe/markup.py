@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mir_callback.errors import ConfigError, UnsupportedModelError
+from mir_callback.model.modality import write_ids
 from mir_callback.probe.prompt import TEXT
 
 # Of kosmos-2 and its like, whose image features have no token id of their own: where they are.
@@ -48,6 +49,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"return_metadata": True},
     ),
 }
+_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 _BLANK = Image.new("RGB", (64, 48), (127, 127, 127))
 
 
@@ -118,8 +120,7 @@ def find_markup(
             "in it all the same, write an adapter and pass adapter=..."
         )
     if trial.saw_none:
-        ids = ", ".join(map(str, vision_ids))
-        why = f"it gave none of the model's image tokens ({ids}) for a blank {kind}"
+        why = f"it gave none of the model's image tokens ({write_ids(vision_ids)}) for a blank {kind}"
     else:
         why = f"it failed on a blank {kind} and a word: {trial.errors.get(next(iter(tokens), ''))}"
     names = ", ".join(map(repr, tokens)) or f"none, as it names no {kind}_token"
@@ -163,7 +164,9 @@ class _Trial:
             except Exception as error:  # of anybody's processor: any kind
                 self.errors.setdefault(written, f"{type(error).__name__}: {error}"[:300])
                 continue
-            if count:
+            # A token that stays as it was, beside nothing of the image, is no placeholder.
+            is_dropped = count == 1 and not encoded.keys() - set(_OF_TEXT)
+            if count and not is_dropped:
                 return _Outcome(ids.tolist(), count, nested, options)
             self.saw_none = True
         return None
@@ -224,13 +227,13 @@ def _bordered(token: str, bare: _Outcome | None, trial: _Trial, tokenizer: Any, 
 
 
 def _borders(processor: Any, tokenizer: Any, config: Any, kind: Kind) -> Iterator[tuple[str, str]]:
-    """Pairs of tokens that may have to stand around it: of the configuration, then of the processor."""
+    """Pairs of tokens that may have to stand around it: of the configuration, then of the processor; no words."""
+    known = tokenizer.get_added_vocab()
     for pair in _BORDERS[kind]:
         ids = [each for name in pair if isinstance(each := getattr(config, f"{name}_id", None), int)]
         named = tokenizer.convert_ids_to_tokens(ids)
-        if ids and all(isinstance(each, str) for each in named):
+        if ids and all(each in known for each in named):
             yield named[0], "".join(named[1:])
-    known = tokenizer.get_vocab()
     for pair in _BORDERS[kind]:
         tokens = [getattr(processor, name, None) for name in pair]
         if all(str(each) in known for each in tokens):
@@ -256,7 +259,8 @@ def _from_chat_template(processor: Any, tokenizer: Any, token: str, kind: Kind) 
     end = len(whole) - len(commonprefix([whole[begin:][::-1], without[begin:][::-1]]))
     end = next((stop for start, stop in places if start < end < stop), end)
     written = whole[begin:end].strip()
-    special = tuple(each for each in marks if each != token)
+    ends = {token, *(getattr(tokenizer, f"{name}_token", None) for name in ("bos", "eos", "pad"))}  # of texts
+    special = tuple(each for each in marks if each not in ends)
     is_bordered = written.startswith(special) and written.endswith(special)
     run = token * written.count(token)  # some write one for each of the image's tokens
     return written if is_bordered and run and run in written else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mir_callback.errors import ConfigError, ProbeError
+from mir_callback.fs import require_file
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".story"})
@@ -83,6 +84,7 @@ def _read_text(path: Path) -> str:
 def image_bytes(path: Path, name: str) -> bytes:
     """The bytes of an image file; ProbeError, which says what it is the image of, if it cannot be read."""
     try:
+        require_file(path)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a null character in a name is a ValueError
         raise ProbeError(

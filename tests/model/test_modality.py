@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import WhisperConfig
 
 from mir_callback.errors import ConfigError, UnsupportedModelError
 from mir_callback.model.modality import count_all_text, modality_masks, parse_ids, vision_token_ids
@@ -83,7 +84,7 @@ def test_error_when_the_configuration_names_no_image_token():
         vision_token_ids(model.model.language_model)
 
 
-@pytest.mark.parametrize("written", ["", "a", "3-", "-3", "5-4", "1,,2", "0x3"])
+@pytest.mark.parametrize("written", ["", "a", "3-", "-3", "5-4", "1,,2", "0x3", "3-100000000000", 3, [3]])
 def test_ids_that_are_none_are_refused(written):
     with pytest.raises(ConfigError, match="vision_ids="):
         parse_ids(written)
@@ -92,3 +93,11 @@ def test_ids_that_are_none_are_refused(written):
 def test_ids_given_take_the_place_of_the_configurations():
     model, _ = tiny_models.llava()
     assert vision_token_ids(model, "7-9,3") == (3, 7, 8, 9)
+
+
+def test_a_part_for_sound_makes_no_encoder_decoder(monkeypatch):
+    model, _ = tiny_models.llava()
+    model.config.audio_config = WhisperConfig()
+    parts = {**model.config.sub_configs, "audio_config": WhisperConfig}
+    monkeypatch.setattr(type(model.config), "sub_configs", parts)
+    assert vision_token_ids(model)

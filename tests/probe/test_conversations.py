@@ -53,14 +53,14 @@ def turns(*values):
     [
         (
             {"image": ["3.png", "5.png"], **turns("Compare <image>\nwith <image>", "same")},
-            ["Compare", 3, "with", 5, "same"],
+            ["Compare ", 3, "\nwith ", 5, "\nsame"],
         ),
-        ({"image": ["3.png", "5.png"], **turns("<image><image> Compare", "same")}, [3, 5, "Compare\nsame"]),
+        ({"image": ["3.png", "5.png"], **turns("<image><image> Compare", "same")}, [3, 5, " Compare\nsame"]),
         ({"image": ["3.png", "5.png"], **turns("Compare", "same")}, [3, 5, "Compare\nsame"]),
         ({"image": ["3.png"], **turns("What is <image>?", "red")}, [3, "What is ?\nred"]),
         ({"image": "3.png", **turns("<image>\nWhat?", "red")}, [3, "What?\nred"]),
-        ({"video": "clip", **turns("<video>\nWhat?", "red")}, [[0, 4, 7, 11], "What?\nred"]),
-        ({"video": ["clip"], "image": "3.png", **turns("a <image> b <video>")}, ["a", 3, "b", [0, 4, 7, 11]]),
+        ({"video": "clip", **turns("<video>\nWhat?", "red")}, [[0, 4, 7, 11], "\nWhat?\nred"]),
+        ({"video": ["clip"], "image": "3.png", **turns("a <image> b <video>")}, ["a ", 3, " b ", [0, 4, 7, 11]]),
         (turns("no image", "true"), ["no image\ntrue"]),
     ],
 )
@@ -160,7 +160,7 @@ def test_lists_of_images_stand_where_the_text_has_them():
         1: ("image", "image", "text"),
         2: ("image", "text"),
     }
-    assert found[0].texts == ("one", "two")
+    assert found[0].texts == (" one ", " two")
     for opened, image in zip(found[0].open_images(), dataset[0]["images"], strict=True):
         assert opened.tobytes() == image.convert("RGB").tobytes()
     assert len(Probe.from_dataset(dataset, 4, image_column="images", layouts="all")) == 4
@@ -203,7 +203,7 @@ def test_messages_are_read_turn_by_turn(messages):
     assert [part for part in found[0].parts if isinstance(part, str)] == ["What is it?\nA dog."]
     assert found[0].is_pair
     assert found[1].kinds == ("text", "image", "text", "image", "text")
-    assert found[1].texts == ("Compare", "with", "Alike.")
+    assert [text.strip() for text in found[1].texts] == ["Compare", "with", "Alike."]
 
 
 def test_llavas_conversations_with_a_single_image_column_are_read_too():
@@ -220,7 +220,7 @@ def test_videos_of_datasets_are_paths_or_frames(images):
         dataset = datasets.Dataset.from_dict({"videos": videos, "text": ["<video> seen"]})
         options = {"image_column": None, "video_column": "videos", "layouts": "images", "video_frames": 2}
         (sample,) = Probe.from_dataset(dataset, 1, **options).samples
-        assert shades(sample) == [[0, 4 if videos == [[frames]] else 11], "seen"]
+        assert shades(sample) == [[0, 4 if videos == [[frames]] else 11], " seen"]
     stored = datasets.Dataset.from_dict(
         {"videos": [frames], "text": ["seen"]},
         features=datasets.Features({"videos": datasets.List(datasets.Image()), "text": datasets.Value("string")}),
