@@ -117,7 +117,7 @@ def forward_probe(
         capture = HiddenStateCapture(decoder, keep_rows, text_losses[0] if text_losses else None, image_codes=codes)
         live = evaluation_weights(model, optimizer), preserve_training_state(model, model, optimizer)
         packed = find_packed_attention(decoder)
-        with live[0], live[1], whole_sequences(model), one_sequence(decoder, packed):
+        with live[0], live[1], one_sequence(decoder, packed):
             if packed is not None and first == 0:
                 enter_phase(f"trying the attention of {packed}", find_failure)
                 _check_attention(model, adapter, batches[0], decoder, packed)
@@ -163,7 +163,8 @@ def _forward_batches(
     channel: distributed.SideChannel,
     find_failure: Callable[[], str | None] | None,
 ) -> None:
-    with adapter.live_masks(unwrap(model)) as live:
+    # Inside: it puts hooks back that an adapter may take off the model.
+    with adapter.live_masks(unwrap(model)) as live, whole_sequences(model):
         for number, batch in enumerate(batches, start=1):
             enter_phase(f"forward of batch {number} of {len(batches)}{which}", find_failure)
             ready = placed(model, batch)
@@ -195,7 +196,7 @@ def _check_attention(
         )
     inputs = {**placed(model, batch).inputs, **lean_outputs(decoder.model, few_logits=True)}
     try:
-        with adapter.live_masks(unwrap(model)):
+        with adapter.live_masks(unwrap(model)), whole_sequences(model):
             check_one_sequence(packed, decoder, lambda: distributed.finish(model(**inputs)))
     except Exception as error:
         if isinstance(error, MIRError) or is_out_of_memory(error):

@@ -159,12 +159,12 @@ def test_trial_fails_when_its_last_evaluation_has_failed(tmp_path):
 
     def init():
         model = healthy()
-        calls = {"evaluations": 0}
+        calls = {"forwards": 0}
 
         def spoil(module, inputs):
             if not module.training:
-                calls["evaluations"] += 1
-                if calls["evaluations"] > 1:
+                calls["forwards"] += 1
+                if calls["forwards"] > 4:  # two samples together and each alone, then all four
                     raise RuntimeError("broken on purpose")
 
         model.register_forward_pre_hook(spoil)

@@ -28,19 +28,30 @@ _PLAIN = {  # fields that say how values were made, in words for everybody
     "dtype": "dtype of the hidden states",
     "root": "root",
     "prompt": "prompt",
+    "first_sample": "first sample",
     "text_positions": "text positions",
     "text_only": "samples without an image",
+    "vision_ids": "ids of vision tokens",
     "world_size": "ranks",
 }
 _NAMES = {
     "text_positions": "text positions",
     "text_only": "samples without an image",
+    "vision_ids": "ids of vision tokens",
     "probe_fingerprint": "probe",
     "prompt": "prompt",
     "tokens_fingerprint": "tokens of the probe",
     "root": "root",
 }
-_DETAILS = (*DEFINITION_FIELDS[:2], "pixels_fingerprint", "batch_size", "passes", "storage_device", "weights_stamp")
+_DETAILS = (
+    "probe_fingerprint",
+    "tokens_fingerprint",
+    "pixels_fingerprint",
+    "batch_size",
+    "passes",
+    "storage_device",
+    "weights_stamp",
+)
 _MUCH_LONGER = 2.0  # norm ratio, averaged over the layers
 _LEAST_FALL = 0.05  # of MIR: what is less is not explained
 _LEAST_PART = 0.5  # of a fall, that norms alone account for
