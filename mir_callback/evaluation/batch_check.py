@@ -82,16 +82,16 @@ def find_forward_fault(
 
     Ranks: collective; the same on every rank.
     """
-    found: list[list[tuple[Tensor, Tensor]]] = []
+    passes: list[ProbePass] = []
     for batch_size in (2, 1):
         batches = _encode(pair, adapter, batch_size).batches
         known = (ExpectedRows(None, exact=False), config, ranks_here)
         passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
         if not isinstance(passed, ProbePass) or not passed.layers:
             return None
-        ends = sorted({passed.layers[0], passed.layers[-1]})
-        found.append([passed.take(range(layer, layer + 1))[0] for layer in ends])
-    together, alone = found
+        passes.append(passed)
+    last = min(passed.layers[-1] for passed in passes)  # memory may have sufficed for fewer layers in one of them
+    together, alone = ([passed.take(range(layer, layer + 1))[0] for layer in sorted({0, last})] for passed in passes)
     rows = [both for layers in zip(together, alone, strict=True) for both in zip(*layers, strict=True)]
     worst = max(distributed.gather_objects(max(_difference(*both) for both in rows)))
     dtype, device = together[0][0].dtype, together[0][0].device.type

@@ -63,6 +63,7 @@ def main(folder: str) -> None:
 
     def healed(function: str, call: int, name: str) -> dict[str, Any]:
         fresh = evaluator(name)  # its batches may be cut anew
+        fresh.evaluate(model, progress=False)  # samples have been compared in a batch and alone
         with memory_ends_in(function, call) if rank == 1 else nullcontext():
             report = fresh.evaluate(model, progress=False)
         return {"value": report.mir, "batch_size": report.batch_size, "passes": report.passes}
