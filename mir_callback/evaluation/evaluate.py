@@ -42,6 +42,7 @@ from mir_callback.model.parallelism import find_share
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
 from mir_callback.probe.encoding import decoder_of
+from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.probe.probe import Probe
 from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase
@@ -272,10 +273,10 @@ class Evaluator:
         self._expected = expected
         self._probe, self._adapter, self._config = probe, adapter, config
         with distributed.fail_together():
-            describe, example = getattr(adapter, "describe", None), None
+            example = None
             first = next((sample for sample in probe.samples if sample.has_vision), None)
-            if describe is not None and first is not None and distributed.is_main():
-                example = describe(first, probe.max_text_tokens)
+            if isinstance(adapter, HuggingFaceAdapter) and first is not None and distributed.is_main():
+                example = adapter.describe(first, probe.max_text_tokens)
         self.first_sample: str | None = distributed.broadcast_object(example)
         self._unlike: list[Probe] = []  # two samples each, to compare in a batch and alone before the first evaluation
         self._find_encoding_fault(fault, sum(sizes, []))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from mir_callback.model.modality import (
 )
 from mir_callback.probe.encoding import AdaptedBatch, LiveMasks, cut_text, require_plain_text
 from mir_callback.probe.markup import Markup, as_frames, find_markup, vision_of
-from mir_callback.probe.probe import Sample
 from mir_callback.probe.processors import REMEDY, handles_images
 from mir_callback.probe.prompt import (
     CHAT,
@@ -41,6 +41,7 @@ from mir_callback.probe.prompt import (
     require_no_image_token,
     require_single_ends,
 )
+from mir_callback.probe.sample import IMAGE, Sample
 
 # Families in which text after the image attends to later text, so that no loss of it is a prediction.
 _SHOWN = 80  # characters of a text in a description
@@ -107,6 +108,12 @@ class HuggingFaceAdapter:
         self._tokenizer = require_processor(processor)
         self._image = find_markup(processor, self._tokenizer, top.config, self._vision_ids)
         self._video: Markup | None = None  # found when there is one to encode
+        added = self._tokenizer.get_added_vocab()
+        written = self._tokenizer(self._image.written, add_special_tokens=False)["input_ids"]
+        self._marks = [token for token in written if token in set(added.values())]  # that a text must not have
+        own = inspect.signature(type(top).forward).parameters.get("pixel_values")
+        is_required = own is not None and own.default is inspect.Parameter.empty
+        self._needs_image = is_required or not self._vision_ids  # images by a mask of positions: each row has them
         self._is_chat = prompt == CHAT
         self.prompt = self._find_format(prompt, type(top).__name__)
 
@@ -176,9 +183,11 @@ class HuggingFaceAdapter:
             )
         except Exception as error:
             names = ", ".join(sample.name for sample in samples)
+            alone = not any(sample.has_vision for sample in samples)
+            hint = ". Does it need an image in every sample? Then: text_only='leave_out'" if alone else ""
             raise ProbeError(
                 f"The processor {type(self._processor).__name__} failed on the probe samples {names}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{hint}"
             ) from error
         inputs = {name: value for name, value in encoded.items() if name not in ("labels", "label", "label_ids")}
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -190,7 +199,7 @@ class HuggingFaceAdapter:
         for part in sample.open_parts():
             if isinstance(part, str):
                 text = cut_text(self._tokenizer, part, max_text_tokens)
-                require_plain_text(self._tokenizer, text, sample.name, self._vision_ids)
+                require_plain_text(self._tokenizer, text, sample.name, (*self._vision_ids, *self._marks))
                 found.prompt += text
             elif isinstance(part, list):
                 found.prompt += self._video_markup(sample).written
@@ -198,6 +207,11 @@ class HuggingFaceAdapter:
             else:
                 found.prompt += self._image.written
                 found.images.append(part)
+        if self._needs_image and not found.images:
+            raise ProbeError(
+                f"{sample.name} holds {sample.describe()}, and the model needs an image in every sample. Remove it, or "
+                "set text_only='leave_out'."
+            )
         if sample.is_pair:
             found.prompt = self._chat_of(text, sample.name) if self._is_chat else self._fill(text)
         elif self.prompt != PLAIN_FORMAT:
@@ -296,6 +310,16 @@ class HuggingFaceAdapter:
     def _check(
         self, samples: Sequence[Sample], inputs: Mapping[str, Any], masks: ModalityMasks, max_text_tokens: int
     ) -> None:
+        end = self._marks[-1] if self._marks and self._image.written != self._image.token else None
+        for sample, ids in zip(samples, inputs["input_ids"].tolist(), strict=True):
+            images = sample.kinds.count(IMAGE)
+            if end is not None and end not in self._vision_ids and ids.count(end) < images:
+                words = self._tokenizer.convert_ids_to_tokens(end)
+                raise ProbeError(
+                    f"Probe sample {sample.name} has {images} images and {ids.count(end)} of their {words!r}: "
+                    f"{type(self._processor).__name__} cuts what is too long. Build the probe with fewer images or "
+                    "less text."
+                )
         vision, text = masks.vision.any(dim=1).tolist(), masks.text.any(dim=1).tolist()
         for sample, has_vision, has_text in zip(samples, vision, text, strict=True):
             if sample.has_vision and not has_vision:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ProbeError
+from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests.families.registry import families
 from tests.reference import rate
 from tests.samples import pairs
@@ -122,3 +123,33 @@ def test_a_video_is_refused_by_a_family_without_any():
 def test_several_images_are_refused_where_the_processor_places_the_image():
     with pytest.raises(ProbeError, match="puts the image first by itself"):
         measured(BY_NAME["blip-2"], layouts())
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["blip-2", "kosmos-2", "instructblip", "paligemma"])
+def test_a_family_that_needs_an_image_in_every_sample_says_so_before_its_first_forward(name):
+    model, processor = build(BY_NAME[name])
+    probe = Probe.from_samples([*([image, text] for image, text in pairs(2)), ["a text alone"]])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    with pytest.raises(ProbeError, match="text_only='leave_out'"):
+        evaluate_mir(model, probe, processor=processor, text_only="count")
+
+
+@pytest.mark.families
+def test_an_image_that_is_cut_off_is_named():
+    model, processor = build(BY_NAME["qwen3_vl"])
+    adapter = HuggingFaceAdapter(model, processor)
+    end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    whole = type(processor).__call__
+
+    def cut(self, *given, **named):
+        found = whole(self, *given, **named)
+        found["input_ids"][found["input_ids"] == end] = 5
+        return found
+
+    type(processor).__call__ = cut
+    try:
+        with pytest.raises(ProbeError, match="1 images and 0 of their '<|vision_end|>'"):
+            adapter.encode(Probe.from_pairs(pairs(1)).samples, 100)
+    finally:
+        type(processor).__call__ = whole
