@@ -101,9 +101,8 @@ class HuggingFaceAdapter:
         top: Any = unwrap(model)
         self._sees_ahead = getattr(top.config, "model_type", None) in _SEE_AHEAD
         self._max_positions = getattr(text_config(top), "max_position_embeddings", None)
-        self._vision_ids = vision_token_ids(
-            top, vision_ids
-        )  # first: a text-only model has no processor that could be missing
+        # First, as a text-only model has no processor that could be missing.
+        self._vision_ids = vision_token_ids(top, vision_ids)
         self._processor, self._config = processor, top.config
         self._tokenizer = require_processor(processor)
         self._image = find_markup(processor, self._tokenizer, top.config, self._vision_ids)

@@ -110,7 +110,8 @@ def test_a_dry_run_says_what_it_costs_and_trains_nothing(tmp_path, probe, capsys
     assert str(tmp_path / "mir_history.jsonl") in said[0]
     assert 'report_to="wandb"' in said[0]
     assert "NOTE: the probe has" in said[1]
-    said = said[2:]
+    assert "the first sample as the model gets it: [16 x <image>]" in said[2]
+    said = said[3:]
     assert said[0].startswith("[mir] dry run: MIR ")
     assert "one evaluation: " in said[1]
     assert " GB more" in said[1]
