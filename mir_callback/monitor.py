@@ -173,8 +173,7 @@ class MIRMonitor:
                     raise ConfigError(f"probe={probe!r:.60} is not a Probe: use Probe.from_folders or Probe.load")
                 self._loggers = log if isinstance(log, Loggers) else Loggers(log, options=self.config.for_trackers())
                 saver = (save_weights or default_saver(model, processor)) if self.config.keep_best else None
-                config = self.config
-                adapter = find_adapter(model, processor, adapter=adapter, **config.encoding)
+                adapter = find_adapter(model, processor, adapter=adapter, **self.config.encoding)
             self._evaluator = Evaluator(model, probe, adapter, self.config)
             self._total_epochs, self._drops = total_epochs, self._planned_drops(lr_scheduler)
             drops = [step for step in self._drops if step >= start_step]

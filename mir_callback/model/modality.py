@@ -15,7 +15,7 @@ from mir_callback.model.decoder import find_decoder
 
 _CROSS = ("cross_attn", "crossattn", "cross_attention", "crossattention")
 _VISION = ("vision", "visual", "qformer", "perceiver", "resampler")
-_MOST_IDS = 10_000_000
+_MOST_IDS = 1_000_000
 _NEED = "MIR compares vision tokens with text tokens of one sequence, the decoder's."
 _ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 # Which positions count as text, and whether samples without an image do: options of MIRConfig, the default first.

@@ -230,7 +230,8 @@ def _borders(processor: Any, tokenizer: Any, config: Any, kind: Kind) -> Iterato
     """Pairs of tokens that may have to stand around it: of the configuration, then of the processor; no words."""
     known = tokenizer.get_added_vocab()
     for pair in _BORDERS[kind]:
-        ids = [each for name in pair if isinstance(each := getattr(config, f"{name}_id", None), int)]
+        start, end = (getattr(config, f"{name}_id", None) for name in pair)
+        ids = [each for each in (start, end) if isinstance(each, int)] if isinstance(start, int) else []
         named = tokenizer.convert_ids_to_tokens(ids)
         if ids and all(each in known for each in named):
             yield named[0], "".join(named[1:])
