@@ -234,10 +234,26 @@ def test_error_names_samples_and_quotes_the_models_own_when_its_forward_fails(pr
     model, processor = tiny_models.llava()
     processor.image_processor.size = {"shortest_edge": 64}
     processor.image_processor.crop_size = {"height": 64, "width": 64}
-    with pytest.raises(ForwardError, match=r"samples pair \d, pair \d: ValueError: Input image size") as caught:
+    with pytest.raises(ForwardError, match=r"samples pair \d: ValueError: Input image size") as caught:
         evaluate_mir(model, probe, processor=processor, batch_size=3)
     assert str(caught.value.__cause__) in str(caught.value)
     assert all(not module._forward_hooks for module in model.model.language_model.layers)
+
+
+def test_samples_are_forwarded_one_by_one_when_the_model_takes_no_batch(probe, caplog):
+    def refuse(_module, args, kwargs):
+        if (kwargs.get("pixel_values", args[0] if args else None)).shape[0] > 1:
+            raise RuntimeError("one image, please")
+
+    model, processor = tiny_models.llava()
+    expected = evaluate_mir(model, probe, processor=processor).mir
+    model.model.vision_tower.register_forward_pre_hook(refuse, with_kwargs=True)
+    with caplog.at_level("INFO", "mir_callback"):
+        report = evaluate_mir(model, probe, processor=processor, batch_size=3)
+    assert report.batch_size == 1
+    assert report.mir == pytest.approx(expected, abs=1e-6)
+    assert "one sample of the probe per forward" in caplog.text
+    assert "one image, please" in caplog.text
 
 
 def test_standard_error_is_that_of_the_samples_influences(probe):

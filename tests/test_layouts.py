@@ -19,8 +19,8 @@ from mir_callback.analysis.pictures import draw_sheet
 from mir_callback.analysis.samples import draw_images
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, HistoryError, ProbeError
-from mir_callback.evaluation.batch_check import unlike_pairs
 from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.trial import unlike_pairs
 from mir_callback.history import FILE_NAME, History
 from mir_callback.model.parallelism import SampleShare
 from mir_callback.probe.adapters import HuggingFaceAdapter
@@ -120,6 +120,18 @@ def test_what_an_adapter_does_not_take_is_refused_by_name_before_any_forward(pro
         with pytest.raises(ProbeError, match="vision_gain .* sample 2 has none.*leave_out"):
             evaluate_mir(model, probe, processor=processor, vision_gain=True, text_only="count")
     assert evaluate_mir(model, beside, adapter=paired).num_samples == 4
+
+
+def test_a_document_that_ends_with_an_image_has_no_text_after_it_but_may_count_all_of_its_text(caplog):
+    model, processor = tiny_models.llava()
+    images, texts = zip(*pairs(3), strict=True)
+    probe = Probe.from_samples([[images[0], texts[0]], [texts[1], images[1]], ["a text alone"]])
+    with model_hook(model, pytest.fail), pytest.raises(ProbeError, match=r"sample 1 \(.*\) has no text after its last"):
+        evaluate_mir(model, probe, processor=processor)
+    with caplog.at_level("INFO", "mir_callback"):
+        report = evaluate_mir(model, probe, processor=processor, text_positions="all")
+    assert report.num_samples == 2
+    assert "1 of the probe's 3 samples have no image and are not measured" in caplog.messages
 
 
 @pytest.mark.parametrize("option", ["text_positions", "text_only"])
@@ -315,4 +327,5 @@ def test_batches_are_checked_with_the_smallest_and_the_largest_sample_that_share
     samples = drawn("it", "itt", "iit", "vt", "vtt", "t", "tt", "ivt")
     sizes = [(index, 10 - index, 5) for index in range(len(samples))]
     found = unlike_pairs(samples, 99, sizes)
-    assert [[each.name for each in pair.samples] for pair in found] == [["s4", "s3"], ["s2", "s0"]]
+    # By vision tokens, then by images.
+    assert [[each.name for each in pair.samples] for pair in found] == [["s2", "s0"], ["s1", "s2"], ["s4", "s3"]]

@@ -20,11 +20,11 @@ from mir_callback.checkpoints.discover import Checkpoint, find_checkpoints, sele
 from mir_callback.checkpoints.evaluate import EvalOptions, LiveValues, evaluate_checkpoint, find_record
 from mir_callback.checkpoints.load import AUTO, DTYPES, LoadOptions, fetch_folder, is_local, shorten_message
 from mir_callback.checkpoints.results import RESULTS_NAME, Results
+from mir_callback.cli.arguments import ENCODING, add_encoding_flags
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, MIRError
 from mir_callback.fs import printable
 from mir_callback.metric.frechet import ROOTS
-from mir_callback.model.modality import TEXT_ONLY, TEXT_POSITIONS
 from mir_callback.probe.probe import Probe, ProbeSource
 from mir_callback.probe.storage import RUN_PROBE
 from mir_callback.record import EvalRecord
@@ -57,11 +57,11 @@ def add_flags(parser: ArgumentParser) -> None:
         "--base", metavar="NAME", help="base model of partial checkpoints (default: the one they name)"
     )
     opening.add_argument("--processor", metavar="NAME", help="(default: the one saved with the model)")
-    opening.add_argument(
-        "--prompt",
-        metavar="PROMPT",
-        help="plain, chat, a format string with {image} and {text}, or the name of a conversation of LLaVA (default: "
-        "that of the run's history; without one plain, for whole models of LLaVA their own)",
+    add_encoding_flags(
+        opening,
+        "plain, chat, a format string with {image} and {text}, or the name of a conversation of LLaVA (default: that "
+        "of the run's history; without one plain, for whole models of LLaVA their own)",
+        "as in the run",
     )
     opening.add_argument("--dtype", choices=[AUTO, *DTYPES], default=AUTO, help="(default: that of the weights)")
     opening.add_argument(
@@ -78,11 +78,6 @@ def add_flags(parser: ArgumentParser) -> None:
         "--batch-size", type=int, default=MIRConfig.batch_size, metavar="N", help="samples per forward"
     )
     opening.add_argument("--root", choices=ROOTS, default=ROOTS[0], help="(default: %(default)s)")
-    opening.add_argument("--vision-ids", metavar="IDS", help="ids of vision tokens (default: as in the run)")
-    opening.add_argument(
-        "--text-positions", choices=TEXT_POSITIONS, help="positions that count as text (default: as in the run)"
-    )
-    opening.add_argument("--text-only", choices=TEXT_ONLY, help="samples without an image (default: as in the run)")
     opening.add_argument(
         "--vision-gain",
         action="store_true",
@@ -110,8 +105,7 @@ def run(options: Namespace) -> None:
             _check_flags(options)
             source = ProbeSource(**{each.name: getattr(options, each.name) for each in fields(ProbeSource)})
             loading = LoadOptions(**_given(options, [each.name for each in fields(LoadOptions)]))
-            names = ("root", "batch_size", "prompt", "vision_gain", "text_positions", "text_only", "vision_ids")
-            config = MIRConfig(**_given(options, names))
+            config = MIRConfig(**_given(options, ("root", "batch_size", "vision_gain", *ENCODING)))
             failed = _evaluate_models(options, source, EvalOptions(loading, device, options.autocast, config))
             if failed:
                 raise ConfigError(f"{len(failed)} could not be measured (see above): {', '.join(failed)}")

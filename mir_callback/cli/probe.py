@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from mir_callback.analysis.pictures import check_sheet_path, draw_sheet
+from mir_callback.cli.arguments import ENCODING, add_encoding_flags
+from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError
+from mir_callback.model.modality import COUNT
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from mir_callback.probe.batches import TokenCounts, counts_of_model, counts_of_tokenizer
 from mir_callback.probe.conversations import DEFAULT_VIDEO_FRAMES, LAYOUTS
 from mir_callback.probe.probe import DEFAULT_MAX_TEXT_TOKENS, Probe
+from mir_callback.probe.sample import measured_samples
 from mir_callback.probe.sources import open_dataset
 
 EPILOG = """\
@@ -61,7 +65,12 @@ def add_flags(parser: ArgumentParser) -> None:
     result = parser.add_argument_group("output")
     result.add_argument("--save", metavar="PATH", help="save it as one file (.zip) or as a folder")
     result.add_argument("--show", metavar="PNG", help="draw a contact sheet of all samples")
-    result.add_argument("--model", metavar="NAME", help="count tokens for this model, without its weights")
+    reading = parser.add_argument_group("as a model reads it")
+    reading.add_argument(
+        "--model", metavar="NAME", help="count tokens for this model, without its weights, and print the first sample"
+    )
+    reading.add_argument("--processor", metavar="NAME", help="(default: the model's own)")
+    add_encoding_flags(reading, "plain, chat, or a format string with {image} and {text}", "as in a run without it")
 
 
 def run(options: Namespace) -> None:
@@ -73,6 +82,9 @@ def run(options: Namespace) -> None:
     for name, value in vars(options).items():
         if value == "":
             raise ConfigError(f"{_flag(name)} is empty. Is a shell variable unset?")
+    if options.model is None and (stray := list(_pick(options, ("processor", *ENCODING)))):
+        raise ConfigError(f"{_flag(stray[0])} needs --model. See mir probe --help.")
+    config = MIRConfig(**_pick(options, ENCODING))
     if options.show:
         check_sheet_path(options.show)
     probe = _open_or_build(options)
@@ -87,10 +99,13 @@ def run(options: Namespace) -> None:
             print(f"  layout  {layout}: {count}")
         if len(layouts) > _LAYOUTS_SHOWN:
             print(f"  layout  {len(layouts) - _LAYOUTS_SHOWN} others")
+    left_out = len(probe) - len(measured_samples(probe.samples, config.text_only == COUNT))
+    if left_out:
+        print(f"  {left_out} without an image or a video, which count only with text_only='count'")
     sizes = [image.size for sample in probe.samples for image in sample.open_images()]
     print(f"  images  {_range([width for width, _ in sizes])} x {_range([height for _, height in sizes])} pixels")
     print(f"  texts   {_range([len(' '.join(sample.texts).split()) for sample in probe.samples])} words")
-    counts = _count_tokens(probe, options.model) if options.model else None
+    counts = _count_tokens(probe, options.model, options.processor or options.model, config) if options.model else None
     if options.save:
         print(f"saved {options.save}")
     if options.show:
@@ -148,29 +163,31 @@ def _check_folders(options: Namespace, where: str, **needed: bool) -> None:
             raise ConfigError(f"--{name} {value} cannot be used {where}, which has its own. Leave it out.")
 
 
-def _count_tokens(probe: Probe, name: str) -> TokenCounts:
-    """Count and print tokens with a model's processor, or with its tokenizer if it has no image processor."""
+def _count_tokens(probe: Probe, name: str, own: str, config: MIRConfig) -> TokenCounts:
+    """Count and print tokens with the processor of ``own``, or with its tokenizer if it has no image processor."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     failures = []
     for kind in (AutoProcessor, AutoTokenizer):
         try:
-            processor = kind.from_pretrained(name, trust_remote_code=False)
+            processor = kind.from_pretrained(own, trust_remote_code=False)
             break
         except Exception as error:  # any kind, of the hub client or a damaged folder
             failures.append(f"{kind.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     else:
-        raise ConfigError(f"Could not load a processor or tokenizer of --model {name}: {'; '.join(failures)}")
+        flag = "--model" if own == name else "--processor"
+        raise ConfigError(f"Could not load a processor or tokenizer of {flag} {own}: {'; '.join(failures)}")
     if getattr(processor, "image_processor", None) is None:
         counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
         with torch.device("meta"):  # the architecture without its weights
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-        adapter = HuggingFaceAdapter(model, processor)
-        counts = counts_of_model(probe, adapter)
-        first = next(sample for sample in probe.samples if sample.has_vision)
-        print(f"  first sample: {adapter.describe(first, probe.max_text_tokens)}")
+            architecture = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_config(architecture, trust_remote_code=False)
+        adapter = HuggingFaceAdapter(model, processor, **config.encoding)
+        counts = counts_of_model(probe, adapter, config.text_only)
+        first = next((sample for sample in probe.samples if sample.has_vision), None)
+        if first is not None:
+            print(f"  first sample: {adapter.describe(first, probe.max_text_tokens)}")
     for modality, tokens in (("vision", counts.vision), ("text", counts.text)):
         if tokens is not None:
             print(f"  {modality + ' tokens':13} {_range(tokens)} per sample, {sum(tokens):,} in total")

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from mir_callback import distributed
 from mir_callback.config import MIRConfig, with_options
 from mir_callback.errors import ConfigError, ProbeError
-from mir_callback.evaluation.batch_check import find_encoding_fault, find_forward_fault, unlike_pairs
 from mir_callback.evaluation.forward import OutOfMemory, forward_probe
 from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
+from mir_callback.evaluation.trial import find_encoding_fault, try_forwards, unlike_pairs
 from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
@@ -39,8 +39,9 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.model.modality import AFTER_IMAGE
 from mir_callback.model.packing import find_packed_attention
 from mir_callback.model.parallelism import find_share
+from mir_callback.model.sharding import is_sharded
 from mir_callback.probe.adapters import Adapter, find_adapter
-from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards
+from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards, samples_of
 from mir_callback.probe.encoding import decoder_of
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.probe.probe import Probe
@@ -269,6 +270,9 @@ class Evaluator:
         tokens, pixels, machines, sizes = zip(*distributed.gather_objects(own), strict=True)
         self._encoded = replace(encoded, digests=sum(tokens, ()), pixel_digests=sum(pixels, ()))  # of all ranks
         self._ranks_here = machines.count(find_machine())
+        left_out = len(probe) - encoded.num_samples
+        if left_out and distributed.is_main():
+            log.info("%d of the probe's %d samples have no image and are not measured", left_out, len(probe))
         self._num_layers = len(decoder.layers)
         self._expected = expected
         self._probe, self._adapter, self._config = probe, adapter, config
@@ -278,7 +282,7 @@ class Evaluator:
             if isinstance(adapter, HuggingFaceAdapter) and first is not None and distributed.is_main():
                 example = adapter.describe(first, probe.max_text_tokens)
         self.first_sample: str | None = distributed.broadcast_object(example)
-        self._unlike: list[Probe] = []  # two samples each, to compare in a batch and alone before the first evaluation
+        self._unlike: list[Probe] = []  # two samples each, to try before the first evaluation
         self._find_encoding_fault(fault, sum(sizes, []))
 
     @property
@@ -318,7 +322,7 @@ class Evaluator:
         losses: tuple[Tensor, ...] = ()
         samples: SampleRows | None = None
         hidden = not (progress and distributed.is_main())
-        self._check_batches(model, optimizer, peak)
+        self._try_unlike(model, optimizer, peak)
         with _Bar(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
             while len(results) < self._num_layers:
                 batches = self.batches, self._encoded.other_images.batches if self._encoded.other_images else ()
@@ -381,39 +385,50 @@ class Evaluator:
 
     def _find_encoding_fault(self, fault: str | None, sizes: list[tuple[int, int, int]]) -> None:
         """Encode one sample at a time if the adapter can't encode them in batches; ``fault`` is this rank's."""
-        shard = self._encoded.shard
-        if self._config.batch_size > 1 and len(shard.samples) > 1:
-            self._unlike = unlike_pairs(self._encoded.samples, self._probe.max_text_tokens, sizes)
+        self._unlike = unlike_pairs(self._encoded.samples, self._probe.max_text_tokens, sizes)
         with distributed.fail_together():
-            for pair in self._unlike:
+            for pair in self._unlike if self._in_batches else ():
                 fault = fault or find_encoding_fault(pair, self._adapter)
         found = next(filter(None, distributed.gather_objects(fault)), None)
         if found is not None:
-            self._unlike = []
             self._encode_one_by_one(found)
 
-    def _check_batches(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
-        """Once: forward one sample at a time from now on if a batch gives samples what they don't get alone."""
+    @property
+    def _in_batches(self) -> bool:
+        return self._encoded.shard.batch_size > 1 and len(self._encoded.shard.samples) > 1
+
+    def _try_unlike(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
+        """Once: what samples that share a batch, or ranks that gather weights together, need from now on."""
         pairs, self._unlike = self._unlike, []
-        for pair in pairs:
+        gathered = is_sharded(model) and self._share.parts > 1
+        for pair in pairs if self._in_batches or gathered else ():
             config = replace(self._config, probe_loss=False, vision_gain=False)
             with _Bar(total=0, disable=True) as bar:
                 known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
-                fault = find_forward_fault(model, pair, *known)
-            if fault is not None:
-                self._encode_one_by_one(fault)
-                return
+                trial = try_forwards(model, pair, *known, batched=self._in_batches)
+            if trial.unlike_alone is not None:
+                self._encode_one_by_one(trial.unlike_alone)
+            if trial.unlike_calls is not None and gathered:
+                gathered = False
+                chosen = samples_of(self._share, self._encoded.samples, everywhere=True)
+                self._encode_anew(self._encoded.shard.batch_size, chosen)
+                if distributed.is_main():
+                    log.warning(
+                        "%s. So that ranks don't wait for one another, each forwards the whole probe: an evaluation "
+                        "takes up to %d times as long.",
+                        *(trial.unlike_calls, self._share.parts),
+                    )
 
     def _encode_one_by_one(self, fault: str) -> None:
         if self._encoded.shard.batch_size > 1:
             self._encode_anew(1)
         log.info("NOTE: one sample of the probe per forward, as samples in a batch change one another: %s", fault)
 
-    def _encode_anew(self, batch_size: int) -> None:
+    def _encode_anew(self, batch_size: int, chosen: Sequence[tuple[int, bool]] | None = None) -> None:
         enter_phase(f"encoding the probe in batches of {batch_size}")
         with distributed.fail_together():
             samples, cut = self._encoded.samples, self._probe.max_text_tokens
-            known = (samples, cut, self._adapter, self._encoded.shard.samples, batch_size)
+            known = (samples, cut, self._adapter, chosen or self._encoded.shard.samples, batch_size)
             shard, others = encode_shards(*known, other_images=self._config.vision_gain)
         self._encoded = replace(self._encoded, shard=shard, other_images=others)
         if self._expected.exact:

@@ -115,6 +115,34 @@ def preserve_fsdp(model: nn.Module) -> Iterator[None]:
         _reshard(model)
 
 
+@contextmanager
+def record_gathers(model: nn.Module) -> Iterator[list[list[int]]]:
+    """Inside, each forward of the model adds a list: the modules for whose calls weights are gathered, in order.
+
+    Modules are numbers here. ZeRO-3 gathers for every module with weights of its own, or for all of a leaf module at
+    once, FSDP for those it wraps. Ranks whose lists differ would wait for one another. Ranks: pure.
+    """
+    found: list[list[int]] = []
+
+    def note(number: int) -> Callable[..., None]:
+        return lambda *_: found[-1].append(number)
+
+    handles = [model.register_forward_pre_hook(lambda *_: found.append([]))]
+    within: set[nn.Module] = set()  # of a leaf module
+    for number, module in enumerate(model.modules()):
+        is_leaf = getattr(module, "_z3_leaf", False)
+        is_owner = is_leaf or any(hasattr(weight, "ds_id") for weight in module._parameters.values())
+        if module not in within and (is_owner or is_fsdp1(module) or hasattr(module, "_get_fsdp_state")):
+            handles.append(module.register_forward_pre_hook(note(number)))
+        if is_leaf:
+            within |= set(module.modules())
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def fsdp_states(model: nn.Module) -> list[Any]:
     """FSDP2's state of each module given to `fully_shard`, outer ones first. Ranks: pure."""
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]

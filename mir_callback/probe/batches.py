@@ -123,8 +123,8 @@ class EncodedProbe:
         return _fingerprint(self.pixel_digests)
 
 
-def samples_of(share: SampleShare, samples: Sequence[Sample]) -> list[tuple[int, bool]]:
-    """The samples that a rank encodes: (sample index, keep), equally many on every rank.
+def samples_of(share: SampleShare, samples: Sequence[Sample], *, everywhere: bool = False) -> list[tuple[int, bool]]:
+    """The samples that a rank encodes: (sample index, keep), equally many on every rank; ``everywhere`` all of them.
 
     Samples of the same modalities come together, those without an image last, so that all ranks call a model's towers
     alike: sharded weights are gathered for each call. Of each such group sample i belongs to part i mod parts, and a
@@ -137,6 +137,9 @@ def samples_of(share: SampleShare, samples: Sequence[Sample]) -> list[tuple[int,
     for group in sorted(groups.values(), key=lambda group: not samples[group[0]].has_vision):
         length = -(-len(group) // share.parts)
         mine = group[share.part :: share.parts]
+        if everywhere:
+            found += [(index, share.leads and index in mine) for index in group]
+            continue
         found += [(index, share.leads) for index in mine] + [(group[0], False)] * (length - len(mine))
     return found
 
@@ -308,11 +311,11 @@ class TokenCounts:
     fingerprint: str | None  # tokens_fingerprint of evaluations with this model and processor
 
 
-def counts_of_model(probe: Probe, adapter: Adapter) -> TokenCounts:
+def counts_of_model(probe: Probe, adapter: Adapter, text_only: str = LEAVE_OUT) -> TokenCounts:
     """Tokens of every sample in an evaluation, with an adapter that knows its masks before the forward."""
-    encoded = encode_probe(probe, adapter, share=SampleShare(), batch_size=1)
+    encoded = encode_probe(probe, adapter, share=SampleShare(), batch_size=1, text_only=text_only)
     vision, text = [0] * len(probe), [0] * len(probe)
-    places = measured_samples(probe.samples)
+    places = measured_samples(probe.samples, text_only == COUNT)
     for (index, _), batch in zip(encoded.shard.samples, encoded.batches, strict=True):
         if batch.masks is not None:
             vision[places[index]] = int(batch.masks.vision.sum())

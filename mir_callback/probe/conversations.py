@@ -7,6 +7,7 @@ turns, one turn a line; its images are where the text has `<image>`, and its vid
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from mir_callback.probe.sources import IMAGE_SUFFIXES, draw, image_bytes, read_j
 PAIRS, IMAGES, ALL = LAYOUTS = ("pairs", "images", "all")
 DEFAULT_VIDEO_FRAMES = 8
 _MARKS = {"image": "<image>", "video": "<video>"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ def records_of_llava_json(json_file: Path, folder: Path, num_samples: int, seed:
             is_pair=len(each.images) == 1 and not each.videos, has_vision=bool(each.images) or bool(each.videos)
         )
     ]
-    origin = f"{json_file}{choice.explain(len(records) - len(usable))}"
+    left_out = choice.explain(len(records) - len(usable))
+    if left_out:
+        log.info("the probe is drawn from %d records of %s%s", len(usable), json_file, left_out)
+    origin = f"{json_file}{left_out}"
     return [_read(record, folder, choice) for record in draw(usable, num_samples, seed, "json_file", origin)]
 
 
@@ -205,18 +211,24 @@ def samples_of_dataset(
     stored = require_columns(dataset, named).with_format("arrow")
     found: list[Sample] = []
     order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+    left_out = 0
     for row in order:
         if len(found) == num_samples:
             break
         name, values = f"row {row}", stored[row].to_pylist()[0]
         images = [_picture(each, name) for each in _listed(values.get(named.get("image")))]
         videos = list(_videos(values.get(named.get("video")), choice.video_frames, name))
-        text = _text_of(values[named["text"]], named["text"], name)
-        sample = Sample(name, place(text, images, videos, name))
+        text, within = _text_of(values[named["text"]], named["text"], name)
+        if images and within:
+            raise ProbeError(f"{name} has images in {named['image']!r} and in its turns. Give image_column=None.")
+        sample = Sample(name, place(text, images or within, videos, name))
         if choice.takes(is_pair=sample.is_pair, has_vision=sample.has_vision):
             found.append(sample)
-    left_out = choice.explain(len(order) - len(found))
-    require_enough(len(found), num_samples, "dataset", f"a dataset of {len(order)} rows{left_out}")
+        else:
+            left_out += 1
+    require_enough(len(found), num_samples, "dataset", f"a dataset of {len(order)} rows{choice.explain(left_out)}")
+    if left_out:
+        log.info("the probe is drawn from a dataset%s of the rows looked at", choice.explain(left_out))
     return found
 
 
@@ -249,20 +261,21 @@ def _videos(value: Any, count: int, name: str) -> Iterator[Video]:
             raise ProbeError(f"A video of {name} is {each!r:.80}, neither a path nor a list of frames.")
 
 
-def _text_of(value: Any, column: str, name: str) -> str:
-    """A text with marks, from a string or the turns of a conversation."""
+def _text_of(value: Any, column: str, name: str) -> tuple[str, list[Picture]]:
+    """A text with marks, from a string or the turns of a conversation, and the images that its turns bring along."""
     if isinstance(value, str):
-        return value.strip()
+        return value.strip(), []
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise ProbeError(
             f"text_column={column!r} holds neither strings nor conversations: {name} is a {type(value).__name__}. Name "
             "another column."
         )
-    return _join([_turn(turn.get("content", turn.get("value")), name) for turn in value])
+    images: list[Picture] = []
+    return _join([_turn(turn.get("content", turn.get("value")), name, images) for turn in value]), images
 
 
-def _turn(content: Any, name: str) -> str:
-    """The text of a turn: as it is, or the items of a list in order."""
+def _turn(content: Any, name: str, images: list[Picture]) -> str:
+    """The text of a turn: as it is, or the items of a list in order, whose images are added to ``images``."""
     if content is None or isinstance(content, str):
         return content or ""
     pieces = []
@@ -273,5 +286,7 @@ def _turn(content: Any, name: str) -> str:
                 f"The conversation of {name} has {item!r:.80} in a turn, which is no text, image or video in the form "
                 '{"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}. Repair or leave out such rows.'
             )
+        if kind == "image" and item.get("image") is not None:
+            images.append(_picture(item["image"], name))
         pieces.append(str(item.get("text") or "") if kind == "text" else _MARKS[kind])
     return "".join(pieces)

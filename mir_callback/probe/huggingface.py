@@ -41,7 +41,7 @@ from mir_callback.probe.prompt import (
     require_no_image_token,
     require_single_ends,
 )
-from mir_callback.probe.sample import IMAGE, Sample
+from mir_callback.probe.sample import IMAGE, VIDEO, Sample
 
 # Families in which text after the image attends to later text, so that no loss of it is a prediction.
 _SHOWN = 80  # characters of a text in a description
@@ -311,6 +311,11 @@ class HuggingFaceAdapter:
     ) -> None:
         end = self._marks[-1] if self._marks and self._image.written != self._image.token else None
         for sample, ids in zip(samples, inputs["input_ids"].tolist(), strict=True):
+            if sample.kinds[-1] in (IMAGE, VIDEO) and self.text_positions != EVERY:
+                raise ProbeError(
+                    f"Probe sample {sample.name} ({sample.describe()}) has no text after its last image. "
+                    "text_positions='all' counts all of its text; else remove it."
+                )
             images = sample.kinds.count(IMAGE)
             if end is not None and end not in self._vision_ids and ids.count(end) < images:
                 words = self._tokenizer.convert_ids_to_tokens(end)

@@ -207,8 +207,8 @@ class Probe:
             image_column: name of a column with an image, or a list of images, a row; None if there is none.
             text_column: name of a column of strings, or of conversations: lists of turns whose `content` is a string,
                 or a list of items of type "text", "image" and "video". Images are where a text has `<image>` or such
-                an item, or first if it has none, and videos likewise. The text of a sample is the text of all turns,
-                one turn a line.
+                an item, which may bring its image along as `image`, or first if it has none, and videos likewise. The
+                text of a sample is the text of all turns, one turn a line.
             video_column: name of a column with videos: paths as for :meth:`from_llava_json`, or lists of frames.
             layouts: which rows to draw from, as for :meth:`from_llava_json`.
             video_frames: frames to take of each video, evenly spread.

@@ -101,6 +101,27 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
     assert "vision tokens not counted" in told
 
 
+def test_what_a_run_would_read_is_shown_with_the_options_of_a_run(folders, capsys, tmp_path):
+    model, processor = tiny_models.llava()
+    model.config.save_pretrained("model")
+    processor.save_pretrained("own")
+    Probe.from_samples([*([image, text] for image, text in pairs(2)), ["a text alone"]]).save("p.zip")
+    read = ["p.zip", "--model", "model", "--processor", "own"]
+    status, told, error = mir(capsys, *read)
+    assert status == 0, error
+    assert "1 without an image or a video, which count only with text_only='count'" in told
+    assert "vision tokens 0 to 16" in told
+    status, counted, error = mir(capsys, *read, "--text-only", "count", "--text-positions", "all")
+    assert status == 0, error
+    assert "without an image" not in counted
+    assert counted.rpartition("fingerprint")[2] != told.rpartition("fingerprint")[2]
+    Probe.from_pairs(pairs(2)).save("pairs.zip")
+    status, told, error = mir(capsys, "pairs.zip", *read[1:], "--prompt", "see {image} now: {text}")
+    assert status == 0, error
+    assert "see" in told
+    assert "now:" in told
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -130,6 +151,8 @@ def test_tokens_are_counted_as_the_model_makes_them(folders, capsys, tmp_path):
         (["--images", "images", "--texts", "texts", "--layouts", "all"], "--layouts needs --llava-json or --dataset"),
         (["p.zip", "--layouts", "all"], "(p.zip) excludes --layouts"),
         (["p.zip", "--seed", "1"], "(p.zip) excludes --seed"),
+        (["p.zip", "--prompt", "chat"], "--prompt needs --model"),
+        (["p.zip", "--model", "m", "--vision-ids", "a"], "vision_ids"),
         (["--images", "images", "--texts", "texts", "--show", "p.txt"], "The contact sheet p.txt"),
         (
             ["--images", "images", "--texts", "texts", "--num-samples", "2", "--model", "nowhere"],

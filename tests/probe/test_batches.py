@@ -23,14 +23,16 @@ def encode(model, processor, probe, part=0, parts=1, batch_size=4):
     return encode_probe(probe, adapter, share=SampleShare(part, parts), batch_size=batch_size)
 
 
-@given(st.integers(1, 200), st.integers(1, 17), st.integers(1, 4))
-def test_shares_cover_every_sample_once_and_are_equally_long(num_samples, parts, peers):
+@given(st.integers(1, 200), st.integers(1, 17), st.integers(1, 4), st.booleans())
+def test_shares_cover_every_sample_once_and_are_equally_long(num_samples, parts, peers, everywhere):
     ranks = [SampleShare(part, parts, leads=peer == 0) for part in range(parts) for peer in range(peers)]
     samples = [Sample.pair("", b"", "")] * num_samples
-    shares = [samples_of(share, samples) for share in ranks]
+    shares = [samples_of(share, samples, everywhere=everywhere) for share in ranks]
     kept = sorted(index for share in shares for index, keep in share if keep)
     assert kept == list(range(num_samples))
     assert len({len(share) for share in shares}) == 1
+    if everywhere:
+        assert all([index for index, _ in share] == list(range(num_samples)) for share in shares)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])

@@ -206,6 +206,35 @@ def test_messages_are_read_turn_by_turn(messages):
     assert [text.strip() for text in found[1].texts] == ["Compare", "with", "Alike."]
 
 
+def test_images_within_messages_are_read_where_they_stand(images):
+    def turn(*numbers):
+        items = [{"type": "image", "image": str(images / f"{number}.png")} for number in numbers]
+        return [{"role": "user", "content": [*items, {"type": "text", "text": "Which is it?"}]}]
+
+    dataset = datasets.Dataset.from_dict({"messages": [turn(1, 2), turn(3)]})
+    options = {"text_column": "messages", "layouts": "images"}
+    found = by_row(Probe.from_dataset(dataset, 2, image_column=None, **options))
+    assert [shades(found[row]) for row in (0, 1)] == [[1, 2, "Which is it?"], [3, "Which is it?"]]
+    twice = datasets.Dataset.from_dict({"images": [[str(images / "1.png")]], "messages": [turn(1)]})
+    with pytest.raises(ProbeError, match="row 0 has images in 'images' and in its turns"):
+        Probe.from_dataset(twice, 1, image_column="images", **options)
+
+
+def test_what_a_draw_leaves_out_is_said(images, caplog):
+    with caplog.at_level("INFO", "mir_callback"):
+        probe_of(images, {"image": "0.png", **turns("a")}, layouts="pairs")
+        assert not caplog.messages
+        records = [{"image": "0.png", **turns("a")}, turns("alone")]
+        (images / "more.json").write_text(json.dumps(records))
+        Probe.from_llava_json(images / "more.json", images, num_samples=1)
+        assert "layouts='pairs' leaves out 1 more" in caplog.messages[0]
+        rows = datasets.Dataset.from_dict({"images": [[], [str(images / "0.png")]], "text": ["alone", "a"]})
+        for seed in range(5):
+            Probe.from_dataset(rows, 1, seed, image_column="images")
+    assert 1 < len(caplog.messages) < 6
+    assert "layouts='pairs' leaves out 1 more of the rows looked at" in caplog.messages[1]
+
+
 def test_llavas_conversations_with_a_single_image_column_are_read_too():
     dataset = datasets.Dataset.from_dict(
         {"image": [image for image, _ in pairs(2)], "conversations": [turns("<image>\na", "b")["conversations"]] * 2}
