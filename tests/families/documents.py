@@ -104,8 +104,12 @@ def paddleocr_vl() -> tuple[Any, Any]:
     return PaddleOCRVLForConditionalGeneration(config), PaddleOCRVLProcessor(images, tok)
 
 
+def _flat(processor: Any, images: Any, prompt: str) -> dict[str, Any]:
+    return dict(processor(images=images, text=[prompt], return_tensors="pt"))
+
+
 FAMILIES = [
-    Family("got_ocr2", got_ocr2, "<img><imgpad></img>{text}", note="a flat list of images"),
+    Family("got_ocr2", got_ocr2, "<img><imgpad></img>{text}", encode=_flat, note="a flat list of images"),
     Family("paddleocr_vl", paddleocr_vl, "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>{text}"),
     Family("pp_chart2table", pp_chart2table, CHART_IMAGE + "{text}"),
     Family("qianfan_ocr", qianfan_ocr, "<image>{text}", note="another placeholder in the prompt than in the sequence"),

@@ -206,15 +206,22 @@ def muse_spark() -> tuple[Any, Any]:
     return MuseSparkForConditionalGeneration(config), processor
 
 
-def _in_float32(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+def _in_float32(processor: Any, images: Any, prompt: str) -> dict[str, Any]:
+    inputs = processor(images=[images], text=[prompt], return_tensors="pt")
     return {**inputs, "pixel_values": inputs["pixel_values"].float()}
 
 
 FAMILIES = [
     Family("llama4", llama4, "<|image|>{text}", encode=_in_float32),
     Family("chameleon", chameleon, "<image>{text}", short=True),
-    Family("perception_lm", perception_lm, "<|image|>{text}", alone=True, note="no batch of different tile counts"),
+    Family(
+        "perception_lm",
+        perception_lm,
+        "<|image|>{text}",
+        alone=True,
+        one_image="failed on the probe samples",
+        note="no batch of different tile counts",
+    ),
     Family("mllama", mllama, refused="cross-attention"),
     Family("muse_glimmer", muse_glimmer, "<|patch|>{text}"),
     Family("muse_spark", muse_spark, "<|patch|>{text}"),

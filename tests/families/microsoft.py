@@ -33,6 +33,7 @@ from transformers import (
     UdopProcessor,
 )
 
+from tests.families.parts import PLACED
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, LAYERS, TOWER, sizes, tokenizer
 
@@ -145,8 +146,8 @@ def udop() -> tuple[Any, Any]:
 FAMILIES = [
     Family("florence2", florence2, refused="encoder-decoder"),
     Family("git", git, refused="no vision tokens"),
-    Family("kosmos-2", kosmos_2, "{text}", vision_at=_kosmos_vision, note="the processor places the image"),
-    Family("kosmos-2.5", kosmos_2_5, "{text}", vision_at=_kosmos_vision, note="the processor places the image"),
+    Family("kosmos-2", kosmos_2, "{text}", vision_at=_kosmos_vision, **PLACED),
+    Family("kosmos-2.5", kosmos_2_5, "{text}", vision_at=_kosmos_vision, **PLACED),
     Family(
         "phi4_multimodal",
         phi4_multimodal,

@@ -67,8 +67,8 @@ def cosmos3_edge() -> tuple[Any, Any]:
     return Cosmos3EdgeForConditionalGeneration(config), processor
 
 
-def _with_types(processor: Any, image: Any, prompt: str) -> dict[str, Any]:
-    return dict(processor(images=[image], text=[prompt], return_tensors="pt", return_mm_token_type_ids=True))
+def _with_types(processor: Any, images: Any, prompt: str) -> dict[str, Any]:
+    return dict(processor(images=[images], text=[prompt], return_tensors="pt", return_mm_token_type_ids=True))
 
 
 def cosmos3_omni() -> tuple[Any, Any]:

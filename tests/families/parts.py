@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# Of families whose processor writes the image down by itself.
+PLACED = {"one_image": "puts the image first by itself", "note": "the processor places the image"}
+
 
 def ids(tok: Any, **tokens: str) -> dict[str, int]:
     """The ids of tokens, under the names of a configuration's fields."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,21 +12,23 @@ from tests.families.registry import Family
 from tests.reference import rate
 
 
-def encode(family: Family, processor: Any, image: Any, text: str) -> dict[str, Any]:
-    """One sample as inputs of the model, with the prompt that the registry writes out."""
-    prompt = family.prompt.format(text=text)
+def encode(family: Family, processor: Any, sample: Sequence[Any]) -> dict[str, Any]:
+    """One sample, its images and texts in order, as inputs of the model, with the markup that the registry writes."""
+    mark = family.prompt.replace("{text}", "")
+    prompt = "".join(part if isinstance(part, str) else mark for part in sample)
+    images = [part for part in sample if not isinstance(part, str)]
     if family.encode is not None:
-        return dict(family.encode(processor, image, prompt))
-    return dict(processor(images=[image], text=[prompt], return_tensors="pt"))
+        return dict(family.encode(processor, images, prompt))
+    return dict(processor(images=[images], text=[prompt], return_tensors="pt"))
 
 
 @torch.no_grad()
-def mir_of(family: Family, model: Any, processor: Any, samples: list[tuple[Any, str]]) -> float:
+def mir_of(family: Family, model: Any, processor: Any, samples: Sequence[Sequence[Any]]) -> float:
     """MIR in float64 over hidden states that the model itself returns, without the embedding's."""
     model.eval()
     vision, text = [], []
-    for image, words in samples:
-        inputs = encode(family, processor, image, words)
+    for sample in samples:
+        inputs = encode(family, processor, sample)
         outputs = model(**inputs, output_hidden_states=True)
         states = (family.states(outputs) if family.states is not None else outputs.hidden_states)[1:]
         if family.vision_at is not None:

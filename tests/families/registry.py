@@ -27,12 +27,13 @@ class Family:
         make: builds a tiny model with random weights, in float32, and its real processor; the same each time.
         prompt: what goes to the processor for one image and one text: the family's own markup with its placeholder,
             and {text}. Written out here, so that the reference decides nothing itself. Of a family that is refused: "".
-        encode: for processors that take an image and a prompt in another way than `processor(images=[image],
-            text=[prompt], return_tensors="pt")`: called as encode(processor, image, prompt), returns model inputs.
+        encode: for processors that take images and a prompt in another way than `processor(images=[images],
+            text=[prompt], return_tensors="pt")`: called as encode(processor, images, prompt), returns model inputs.
         vision: the ids of vision tokens, from the model's config; None for `config.image_token_id`.
         vision_at: for families without such ids: the (1, S) mask of vision positions in the model inputs.
         states: finds the hidden states of the decoder (embedding and layers) in the model's outputs.
         refused: a part of the message with which the family is refused; empty if it is measured.
+        one_image: a part of the message with which samples of several images are refused; empty if they are measured.
         alone: samples can't share a batch without changing one another.
         trains: two steps of a Trainer run on a CPU.
         short: part of `make test`, not only of `make test-all`. Must not need torchvision.
@@ -47,6 +48,7 @@ class Family:
     vision_at: Callable[[dict[str, Any]], Any] | None = None
     states: Callable[[Any], Any] | None = None
     refused: str = ""
+    one_image: str = ""
     alone: bool = False
     trains: bool = True
     short: bool = False

@@ -40,6 +40,7 @@ from transformers import (
     VideoLlama3VideoProcessor,
 )
 
+from tests.families.parts import PLACED
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, TOWER, sizes, tokenizer
 
@@ -203,7 +204,7 @@ def video_llama_3() -> tuple[Any, Any]:
 
 
 FAMILIES = [
-    Family("fuyu", fuyu, "{text}", note="the processor places the image"),
+    Family("fuyu", fuyu, "{text}", **PLACED),
     Family("hyperclovax_vision_v2", hyperclovax_vision_v2, "<|image_start|><|IMAGE_PAD|><|image_end|>{text}"),
     Family("minimax_m3_vl", minimax_m3_vl, "]<]image[>[{text}"),
     Family("molmo2", molmo2, "<|image|>{text}"),

@@ -26,6 +26,7 @@ from transformers import (
     T5Config,
 )
 
+from tests.families.parts import PLACED
 from tests.families.registry import Family
 from tests.tiny_models import HIDDEN, LAYERS, TOWER, sizes, tokenizer
 
@@ -120,7 +121,7 @@ def _states(outputs: Any) -> Any:
 
 FAMILIES = [
     Family("blip", blip, refused="cross-attention"),
-    Family("blip-2", blip_2, "{text}", states=_states, note="the processor places the image"),
+    Family("blip-2", blip_2, "{text}", states=_states, **PLACED),
     Family("blip-2 (T5)", blip_2_t5, refused="encoder-decoder"),
     Family(
         "instructblip",
@@ -128,6 +129,7 @@ FAMILIES = [
         "{text}",
         states=_states,
         alone=True,
+        one_image=PLACED["one_image"],
         note="the processor places the image, and pads between it and the text",
     ),
     Family("instructblip (T5)", instructblip_t5, refused="encoder-decoder"),

@@ -16,6 +16,7 @@ from mir_callback.probe.batches import encode_probe
 from tests.families.reference import mir_of
 from tests.families.registry import families
 from tests.families.run import PAGE
+from tests.layouts import documents
 from tests.samples import pairs
 
 ALL = families()
@@ -49,6 +50,19 @@ def test_refused_with_its_reason(family, samples):
     model, processor = family.build()
     with pytest.raises(MIRError, match=family.refused):
         evaluate_mir(model, Probe.from_pairs(samples), processor=processor, batch_size=2)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", entries(lambda family: not family.refused))
+def test_images_among_texts_have_the_value_of_the_reference_or_are_refused(family):
+    model, processor = family.build()
+    probe = Probe.from_samples(documents())
+    if family.one_image:
+        with pytest.raises(MIRError, match=family.one_image):
+            evaluate_mir(model, probe, processor=processor, batch_size=2)
+        return
+    report = evaluate_mir(model, probe, processor=processor, batch_size=2)
+    assert report.mir == pytest.approx(mir_of(family, *family.build(), documents()), abs=1e-5)
 
 
 @pytest.mark.families

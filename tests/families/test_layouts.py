@@ -12,6 +12,7 @@ from mir_callback import Probe, evaluate_mir
 from mir_callback.errors import ProbeError
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests.families.registry import families
+from tests.layouts import documents
 from tests.reference import rate
 from tests.samples import pairs
 
@@ -38,18 +39,6 @@ def build(family):
 def frames(image):
     """Four frames of a video, each a little darker."""
     return [Image.fromarray((np.asarray(image) * share).astype(np.uint8)) for share in (1.0, 0.9, 0.8, 0.7)]
-
-
-def layouts():
-    """Samples with images among texts, and pairs."""
-    found = pairs(6)
-    images, texts = [image for image, _ in found], [text for _, text in found]
-    return [
-        [images[0], texts[0]],
-        [texts[1], images[1], texts[2], images[2], texts[3]],
-        [images[3], images[4], texts[4]],
-        [texts[0], images[5], texts[5]],
-    ]
 
 
 @torch.no_grad()
@@ -92,16 +81,16 @@ def measured(family, samples, **options):
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_among_texts(name, text_positions):
     family = BY_NAME[name]
-    value = measured(family, layouts(), text_positions=text_positions)
-    assert value == pytest.approx(expected(family, layouts(), all_text=text_positions == "all"), abs=1e-5)
+    value = measured(family, documents(), text_positions=text_positions)
+    assert value == pytest.approx(expected(family, documents(), all_text=text_positions == "all"), abs=1e-5)
 
 
 @pytest.mark.families
 @pytest.mark.parametrize("name", IMAGES)
 def test_texts_alone_count_if_asked_to(name):
-    family, samples = BY_NAME[name], [*layouts(), *([text + " alone"] for _, text in pairs(2))]
+    family, samples = BY_NAME[name], [*documents(), *([text + " alone"] for _, text in pairs(2))]
     assert measured(family, samples, text_only="count") == pytest.approx(expected(family, samples), abs=1e-5)
-    assert measured(family, samples) == pytest.approx(expected(family, layouts()), abs=1e-5)
+    assert measured(family, samples) == pytest.approx(expected(family, documents()), abs=1e-5)
 
 
 @pytest.mark.families
@@ -117,12 +106,6 @@ def test_a_video_is_refused_by_a_family_without_any():
     samples = [[frames(image), text] for image, text in pairs(2)]
     with pytest.raises(ProbeError, match="1 video, then 1 text, and the model takes no video"):
         measured(BY_NAME["llava"], samples)
-
-
-@pytest.mark.families
-def test_several_images_are_refused_where_the_processor_places_the_image():
-    with pytest.raises(ProbeError, match="puts the image first by itself"):
-        measured(BY_NAME["blip-2"], layouts())
 
 
 @pytest.mark.families
