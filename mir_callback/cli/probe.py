@@ -178,11 +178,21 @@ def _count_tokens(probe: Probe, name: str, own: str, config: MIRConfig) -> Token
         flag = "--model" if own == name else "--processor"
         raise ConfigError(f"Could not load a processor or tokenizer of {flag} {own}: {'; '.join(failures)}")
     if getattr(processor, "image_processor", None) is None:
+        if config.encoding != MIRConfig().encoding or config.text_only != MIRConfig.text_only:
+            raise ConfigError(
+                f"{own} has no image processor, and texts alone have no prompt and no positions to count."
+            )
         counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
-        with torch.device("meta"):  # the architecture without its weights
-            architecture = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForImageTextToText.from_config(architecture, trust_remote_code=False)
+        try:
+            with torch.device("meta"):  # the architecture without its weights
+                architecture = AutoConfig.from_pretrained(name, trust_remote_code=False)
+                model = AutoModelForImageTextToText.from_config(architecture, trust_remote_code=False)
+        except Exception as error:  # any kind, as above
+            raise ConfigError(
+                f"--model {name} is no vision-language model that transformers builds from its configuration: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
         adapter = HuggingFaceAdapter(model, processor, **config.encoding)
         counts = counts_of_model(probe, adapter, config.text_only)
         first = next((sample for sample in probe.samples if sample.has_vision), None)

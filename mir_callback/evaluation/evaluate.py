@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,14 @@ from mir_callback.evaluation.hidden_states import GB, ExpectedRows, budget_error
 from mir_callback.evaluation.memory import PeakMemory, find_device, find_machine, free_memory
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
-from mir_callback.evaluation.trial import find_encoding_fault, try_forwards, unlike_pairs
+from mir_callback.evaluation.trial import (
+    choose_representatives,
+    find_encoding_fault,
+    find_forward_fault,
+    find_unlike_calls,
+    sign,
+    unlike_pairs,
+)
 from mir_callback.metric.bootstrap import compare_spreads, project
 from mir_callback.metric.frechet import COMPANIONS
 from mir_callback.metric.influence import compute_mir_influences, compute_standard_error
@@ -39,12 +46,13 @@ from mir_callback.model.decoder import unwrap
 from mir_callback.model.modality import AFTER_IMAGE
 from mir_callback.model.packing import find_packed_attention
 from mir_callback.model.parallelism import find_share
-from mir_callback.model.sharding import is_sharded
+from mir_callback.model.sharding import is_sharded, record_gathers
 from mir_callback.probe.adapters import Adapter, find_adapter
 from mir_callback.probe.batches import ProbeBatch, encode_probe, encode_shards, samples_of
 from mir_callback.probe.encoding import decoder_of
 from mir_callback.probe.huggingface import HuggingFaceAdapter
 from mir_callback.probe.probe import Probe
+from mir_callback.probe.sample import Sample
 from mir_callback.record import DESCRIBED_FIELDS, shorten
 from mir_callback.watchdog import enter_phase
 
@@ -282,8 +290,9 @@ class Evaluator:
             if isinstance(adapter, HuggingFaceAdapter) and first is not None and distributed.is_main():
                 example = adapter.describe(first, probe.max_text_tokens)
         self.first_sample: str | None = distributed.broadcast_object(example)
-        self._unlike: list[Probe] = []  # two samples each, to try before the first evaluation
-        self._find_encoding_fault(fault, sum(sizes, []))
+        self._sizes: list[tuple[int, int, int]] = sum(sizes, [])  # of the samples of all ranks, see RankShard.sizes
+        self._tried = self._everywhere = False
+        self._find_encoding_fault(fault)
 
     @property
     def batches(self) -> Sequence[ProbeBatch]:
@@ -322,14 +331,20 @@ class Evaluator:
         losses: tuple[Tensor, ...] = ()
         samples: SampleRows | None = None
         hidden = not (progress and distributed.is_main())
-        self._try_unlike(model, optimizer, peak)
+        self._try_samples(model, optimizer, peak)
         with _Bar(total=0, desc="MIR", unit="step", delay=_BAR_DELAY_SECONDS, disable=hidden, leave=False) as bar:
             while len(results) < self._num_layers:
                 batches = self.batches, self._encoded.other_images.batches if self._encoded.other_images else ()
                 known = (self._adapter, *batches, self._expected, config, self._ranks_here)
-                passed = forward_probe(model, *known, len(results), optimizer, bar, peak)
+                gathers = self._gathers(model)
+                with record_gathers(model) if gathers else nullcontext() as calls:
+                    passed = forward_probe(model, *known, len(results), optimizer, bar, peak)
                 if isinstance(passed, OutOfMemory):
                     self._halve_batches(passed, device)
+                    continue
+                if gathers and len(set(distributed.gather_objects(repr(calls)))) > 1:
+                    del passed  # its rows may be of weights that no rank has sent
+                    self._forward_everywhere("Ranks called modules whose weights they gather unequally")
                     continue
                 self._expected = passed.expected
                 if not passed.layers:
@@ -383,12 +398,12 @@ class Evaluator:
             **find_losses(text_losses),
         )
 
-    def _find_encoding_fault(self, fault: str | None, sizes: list[tuple[int, int, int]]) -> None:
+    def _find_encoding_fault(self, fault: str | None) -> None:
         """Encode one sample at a time if the adapter can't encode them in batches; ``fault`` is this rank's."""
-        self._unlike = unlike_pairs(self._encoded.samples, self._probe.max_text_tokens, sizes)
+        pairs = unlike_pairs(self._encoded.samples, self._sizes)
         with distributed.fail_together():
-            for pair in self._unlike if self._in_batches else ():
-                fault = fault or find_encoding_fault(pair, self._adapter)
+            for pair in pairs if self._in_batches else ():
+                fault = fault or find_encoding_fault(pair, self._probe.max_text_tokens, self._adapter)
         found = next(filter(None, distributed.gather_objects(fault)), None)
         if found is not None:
             self._encode_one_by_one(found)
@@ -397,32 +412,53 @@ class Evaluator:
     def _in_batches(self) -> bool:
         return self._encoded.shard.batch_size > 1 and len(self._encoded.shard.samples) > 1
 
-    def _try_unlike(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
-        """Once: what samples that share a batch, or ranks that gather weights together, need from now on."""
-        pairs, self._unlike = self._unlike, []
-        gathered = is_sharded(model) and self._share.parts > 1
-        for pair in pairs if self._in_batches or gathered else ():
-            config = replace(self._config, probe_loss=False, vision_gain=False)
-            with _Bar(total=0, disable=True) as bar:
-                known = (self._adapter, config, self._ranks_here, optimizer, bar, peak)
-                trial = try_forwards(model, pair, *known, batched=self._in_batches)
-            if trial.unlike_alone is not None:
-                self._encode_one_by_one(trial.unlike_alone)
-            if trial.unlike_calls is not None and gathered:
-                gathered = False
-                chosen = samples_of(self._share, self._encoded.samples, everywhere=True)
-                self._encode_anew(self._encoded.shard.batch_size, chosen)
-                if distributed.is_main():
-                    log.warning(
-                        "%s. So that ranks don't wait for one another, each forwards the whole probe: an evaluation "
-                        "takes up to %d times as long.",
-                        *(trial.unlike_calls, self._share.parts),
-                    )
+    def _try_samples(self, model: nn.Module, optimizer: Any, peak: PeakMemory) -> None:
+        """Before the first evaluation: find out what samples of a batch, and ranks that gather weights, need."""
+        if self._tried:
+            return
+        self._tried = True
+        with _Bar(total=0, disable=True) as bar:
+            known = (self._probe.max_text_tokens, self._adapter, self._config, self._ranks_here, optimizer, bar, peak)
+            for pair in unlike_pairs(self._encoded.samples, self._sizes):
+                fault = find_forward_fault(model, pair, *known) if self._in_batches else None
+                if fault is not None:
+                    self._encode_one_by_one(fault)
+            for alike in self._find_representatives() if self._gathers(model) else ():
+                unlike = find_unlike_calls(model, alike, *known)
+                if unlike is not None:
+                    self._forward_everywhere(unlike)
+                    return
+
+    def _gathers(self, model: nn.Module) -> bool:
+        """Whether ranks with samples of their own gather weights together."""
+        return is_sharded(model) and self._share.parts > 1 and not self._everywhere
+
+    def _find_representatives(self) -> list[list[Sample]]:
+        samples, cut = self._encoded.samples, self._probe.max_text_tokens
+        with distributed.fail_together():
+            signed = [(at, sign(self._adapter.encode([samples[at]], cut).inputs)) for at in self._encoded.shard.kept]
+        signatures = dict(sum(distributed.gather_objects(signed), []))
+        of_all = [(index, signatures[index], tokens) for index, _, tokens in self._sizes]
+        return choose_representatives(samples, of_all)
+
+    def _forward_everywhere(self, why: str) -> None:
+        """From now on forward the whole probe on every rank, each of which still keeps the rows of its own samples."""
+        self._everywhere = True
+        self._encode_anew(
+            self._encoded.shard.batch_size, samples_of(self._share, self._encoded.samples, everywhere=True)
+        )
+        if distributed.is_main():
+            log.warning(
+                "%s. So that ranks don't wait for one another, each forwards the whole probe from now on: an "
+                "evaluation takes up to %d times as long.",
+                *(why, self._share.parts),
+            )
 
     def _encode_one_by_one(self, fault: str) -> None:
         if self._encoded.shard.batch_size > 1:
             self._encode_anew(1)
-        log.info("NOTE: one sample of the probe per forward, as samples in a batch change one another: %s", fault)
+        if distributed.is_main():
+            log.info("NOTE: one sample of the probe per forward, as samples in a batch change one another: %s", fault)
 
     def _encode_anew(self, batch_size: int, chosen: Sequence[tuple[int, bool]] | None = None) -> None:
         enter_phase(f"encoding the probe in batches of {batch_size}")

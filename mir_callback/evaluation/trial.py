@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is tried once, on the samples that differ most, before the first evaluation.
+"""What is tried once before the first evaluation, on samples of the probe.
 
 Does a batch give each sample what it gets alone? If not, values would depend on the batch size. Some families pad
 images to the largest of the batch before they encode them, count positions over the whole batch, or let a vision tower
 attend to padding; some can't stack images of different sizes at all.
 
 Does the model call the modules whose weights ranks gather together alike for every sample? If not, ranks with samples
-of their own would wait for one another. Some families call their tower once for each image or tile.
+of their own would wait for one another, or use weights that others have not sent. Some families call their tower once
+for each image or tile. What a model decides by its weights (experts) is compared again after every evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,120 +28,173 @@ from mir_callback.errors import ForwardError, MIRError
 from mir_callback.evaluation.forward import ProbePass, forward_probe
 from mir_callback.evaluation.hidden_states import ExpectedRows
 from mir_callback.evaluation.memory import PeakMemory
-from mir_callback.model.parallelism import SampleShare
 from mir_callback.model.sharding import record_gathers
-from mir_callback.probe.batches import EncodedProbe, encode_probe, modalities_of
+from mir_callback.probe.batches import RankShard, encode_shards, modalities_of
 from mir_callback.probe.encoding import Adapter
-from mir_callback.probe.probe import Probe, Sample
+from mir_callback.probe.sample import TEXT, Sample
 
 # How far rows may differ, relative to the norm of all, by the precision of the forwards: at least four times what they
 # do behind 32 layers of random weights on a CPU, 1.1e-6 in float32, 5.4e-3 in bfloat16, 6.8e-4 in float16.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}
 _TENSOR_FLOAT = 3e-3  # float32 where convolutions may round to 10 bits, as float16 does
+_TABLE = 4096  # most integers of a table
+_SPREAD = 8  # samples of all lengths that are tried
+_NOTHING = 1e-12  # GB of rows to keep
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What the forwards of two unlike samples have shown; in words, or None if nothing."""
-
-    unlike_alone: str | None = None  # how rows of a batch differ from those of each sample alone
-    unlike_calls: str | None = None  # how often the two samples call modules whose weights are gathered
-
-
-def unlike_pairs(samples: Sequence[Sample], max_text_tokens: int, sizes: Sequence[tuple[int, int, int]]) -> list[Probe]:
-    """Of samples with the same modalities the two that differ most, as probes. Ranks: pure.
+def unlike_pairs(samples: Sequence[Sample], sizes: Sequence[tuple[int, int, int]]) -> list[tuple[Sample, Sample]]:
+    """Of samples that may share a batch the two that differ most. Ranks: pure.
 
     Those are the ones with the fewest and the most vision tokens and, if they are others, images.
 
     Args:
         samples: all that are measured.
-        max_text_tokens: of the probe.
         sizes: index, vision tokens and tokens of every sample; see :attr:`RankShard.sizes`.
     """
     groups: dict[frozenset[str], list[tuple[int, int, int, int]]] = {}
     for index, vision, tokens in sizes:
-        if samples[index].has_vision:
-            images = sum(kind != "text" for kind in samples[index].kinds)
-            groups.setdefault(modalities_of(samples[index]), []).append((vision, images, tokens, index))
+        images = sum(kind != TEXT for kind in samples[index].kinds)
+        groups.setdefault(modalities_of(samples[index]), []).append((vision, images, tokens, index))
     ends: dict[tuple[int, int], None] = {}  # in order
     for group in groups.values():
         by_tokens = sorted((vision, tokens, index) for vision, _, tokens, index in group)
         by_images = sorted((images, vision, index) for vision, images, _, index in group)
         for order in (by_tokens, by_images) if by_images[0][0] < by_images[-1][0] else (by_tokens,):
             ends[order[0][-1], order[-1][-1]] = None
-    pairs = [(samples[least], samples[most]) for least, most in ends if least != most]
-    return [Probe(pair, max_text_tokens) for pair in pairs]
+    return [(samples[least], samples[most]) for least, most in ends if least != most]
 
 
-def find_encoding_fault(pair: Probe, adapter: Adapter) -> str | None:
+def find_encoding_fault(pair: Sequence[Sample], max_text_tokens: int, adapter: Adapter) -> str | None:
     """Why the adapter can't encode two samples as one batch, or encodes them otherwise than alone; None if it can.
 
     An error of a sample alone is raised. Ranks: any, each for itself.
     """
-    alone = _encode(pair, adapter, 1)
+    alone = _encode(pair, max_text_tokens, adapter, 1)
     try:
-        together = _encode(pair, adapter, 2)
+        together = _encode(pair, max_text_tokens, adapter, 2)
     except MIRError as error:
         return str(error)
-    for name, *ids in zip(
-        (sample.name for sample in pair.samples), alone.shard.token_ids, together.shard.token_ids, strict=True
-    ):
+    for name, *ids in zip((sample.name for sample in pair), alone.token_ids, together.token_ids, strict=True):
         if not torch.equal(*ids):
             return f"{name} has {len(ids[1])} tokens beside another sample and {len(ids[0])} alone, or others"
-    if alone.shard.sizes != together.shard.sizes:
-        return f"vision tokens are {together.shard.sizes} in a batch, and {alone.shard.sizes} alone"
+    if alone.sizes != together.sizes:
+        return f"vision tokens are {together.sizes} in a batch, and {alone.sizes} alone"
     return None
 
 
-def try_forwards(
+def find_forward_fault(
     model: nn.Module,
-    pair: Probe,
+    pair: Sequence[Sample],
+    max_text_tokens: int,
     adapter: Adapter,
     config: MIRConfig,
     ranks_here: int,
     optimizer: Any,
     bar: tqdm,
     peak: PeakMemory,
-    *,
-    batched: bool,
-) -> Trial:
-    """Forward two samples alone and, if ``batched``, in a batch, and compare rows of the first and the last layer.
+) -> str | None:
+    """What the model makes otherwise of two samples in a batch than of each alone, in words; None if nothing.
 
-    What memory does not suffice for is not compared: the evaluation itself says so then.
+    Rows of the first and the last layer are compared. A failure of the batch alone, for lack of memory too, is a fault:
+    it is not known then whether the batch is right. A failure of a single sample is raised.
 
     Ranks: collective; the same forwards and the same result on every rank.
     """
-    names = " and ".join(sample.name for sample in pair.samples)
+    config = replace(config, probe_loss=False, vision_gain=False, capture_budget_gb=None)
+    names = " and ".join(sample.name for sample in pair)
     passes: list[ProbePass] = []
-    unlike_calls: str | None = None
-    for batch_size in (1, 2) if batched else (1,):
-        batches = _encode(pair, adapter, batch_size).batches
+    for batch_size in (1, 2):
+        batches = _encode(pair, max_text_tokens, adapter, batch_size).batches
         known = (ExpectedRows(None, exact=False), config, ranks_here)
         try:
-            with record_gathers(model) as gathers:
-                passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
+            passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
         except ForwardError as error:
             if batch_size == 1:
                 raise
-            return Trial(str(error), unlike_calls)
+            return str(error)
         if not isinstance(passed, ProbePass):
-            break
-        if batch_size == 1:
-            unlike_calls = _compare_calls(names, gathers[-2:])  # the last two, after those that try packed attention
-        if passed.layers:
-            passes.append(passed)
-    unlike_alone = None
-    worst, allowed = max(distributed.gather_objects(_compare(*passes) if len(passes) == 2 else (0.0, 0.0)))
-    if worst > allowed:
-        unlike_alone = f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
-    return Trial(unlike_alone, unlike_calls)
+            return f"memory did not suffice to try {names} in one"
+        passes.append(passed)
+    with distributed.fail_together():
+        own = _compare(*passes)
+    worst, allowed = max(distributed.gather_objects(own))
+    if worst <= allowed:
+        return None
+    return f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
 
 
-def _compare_calls(names: str, calls: Sequence[Sequence[int]]) -> str | None:
+def sign(inputs: Mapping[str, Any]) -> str:
+    """What of a single sample's inputs may decide which modules a model calls, as a hash. Ranks: pure.
+
+    Shapes of all that is no sequence of tokens, and small tables of integers, as of image grids.
+    """
+    sequence = tuple(inputs["input_ids"].shape) if "input_ids" in inputs else None
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [describe(each) for each in value]
+        if not isinstance(value, Tensor):
+            return repr(value)
+        if tuple(value.shape) == sequence:
+            return None
+        is_table = not value.is_floating_point() and value.numel() <= _TABLE
+        return tuple(value.shape), value.tolist() if is_table else None
+
+    words = repr([(name, describe(inputs[name])) for name in sorted(inputs)])
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def choose_representatives(samples: Sequence[Sample], signed: Sequence[tuple[int, str, int]]) -> list[list[Sample]]:
+    """Samples that show how the model calls its modules, those of the same modalities together. Ranks: pure.
+
+    One of each signature, and a few of all lengths.
+
+    Args:
+        samples: all that are measured.
+        signed: index, signature and tokens of every sample; see :func:`sign`.
+    """
+    groups: dict[frozenset[str], list[tuple[int, str, int]]] = {}
+    for tokens, signature, index in sorted((tokens, signature, index) for index, signature, tokens in signed):
+        groups.setdefault(modalities_of(samples[index]), []).append((index, signature, tokens))
+    found = []
+    for group in groups.values():
+        firsts = {signature: index for index, signature, _ in reversed(group)}
+        step = max(1, (len(group) - 1) // (_SPREAD - 1))
+        chosen = {*firsts.values(), *(index for index, _, _ in group[::step])}
+        found.append([samples[index] for index in sorted(chosen)])
+    return found
+
+
+def find_unlike_calls(
+    model: nn.Module,
+    alike: Sequence[Sample],
+    max_text_tokens: int,
+    adapter: Adapter,
+    config: MIRConfig,
+    ranks_here: int,
+    optimizer: Any,
+    bar: tqdm,
+    peak: PeakMemory,
+) -> str | None:
+    """Forward each sample alone: two for which ranks would gather weights unequally often, in words; None if all agree.
+
+    Ranks: collective; the same forwards and the same result on every rank.
+    """
+    batches = _encode(alike, max_text_tokens, adapter, 1).batches
+    config = replace(config, probe_loss=False, vision_gain=False, capture_budget_gb=_NOTHING)
+    known = (ExpectedRows(None, exact=False), config, ranks_here)
+    with record_gathers(model) as calls:
+        passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
+    if not isinstance(passed, ProbePass):
+        return "memory did not suffice to try samples alone"
+    first, *others = list(
+        zip(batches, calls[-len(batches) :], strict=True)
+    )  # the last, after those of packed attention
+    unlike = next(((batch, own) for batch, own in others if own != first[1]), None)
     found = None
-    if len({tuple(each) for each in calls}) > 1:
-        counts = " and ".join(str(len(each)) for each in calls)
-        found = f"{names} take {counts} calls of modules whose weights ranks gather, or others"
+    if unlike is not None:
+        names, counts = f"{first[0].names[0]} and {unlike[0].names[0]}", f"{len(first[1])} and {len(unlike[1])}"
+        found = f"{names} call modules whose weights ranks gather unequally ({counts} calls)"
     return next(filter(None, distributed.gather_objects(found)), None)
 
 
@@ -155,8 +211,12 @@ def _compare(alone: ProbePass, together: ProbePass) -> tuple[float, float]:
 def _difference(batched: Tensor, own: Tensor) -> float:
     if batched.shape != own.shape:
         return float("inf")
-    return float((batched.double() - own.double()).norm() / own.double().norm().clamp_min(1e-30))
+    size = own.double().norm().clamp_min(1e-30)
+    difference = float((batched.double() - own.double()).norm() / size)
+    # The evaluation itself names a sample that is not finite alone.
+    return difference if math.isfinite(difference) else float("inf") if bool(size.isfinite()) else 0.0
 
 
-def _encode(pair: Probe, adapter: Adapter, batch_size: int) -> EncodedProbe:
-    return encode_probe(pair, adapter, share=SampleShare(), batch_size=batch_size)
+def _encode(samples: Sequence[Sample], max_text_tokens: int, adapter: Adapter, batch_size: int) -> RankShard:
+    chosen = [(index, True) for index in range(len(samples))]
+    return encode_shards(samples, max_text_tokens, adapter, chosen, batch_size)[0]

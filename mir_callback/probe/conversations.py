@@ -21,6 +21,7 @@ from mir_callback.probe.sources import IMAGE_SUFFIXES, draw, image_bytes, read_j
 
 PAIRS, IMAGES, ALL = LAYOUTS = ("pairs", "images", "all")
 DEFAULT_VIDEO_FRAMES = 8
+DEFAULT_IMAGE_COLUMN = "image"
 _MARKS = {"image": "<image>", "video": "<video>"}
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,10 @@ def samples_of_dataset(
     Rows are looked at in a random order until enough are found, so that no more images than necessary are read.
     """
     named = {kind: column for kind, column in columns.items() if column is not None}
+    features = getattr(dataset, "features", None) or {}
+    is_string = getattr(features.get(named["text"]), "dtype", None) == "string"
+    if named.get("image") == DEFAULT_IMAGE_COLUMN not in features and not is_string:
+        del named["image"]  # messages may bring their images along
     stored = require_columns(dataset, named).with_format("arrow")
     found: list[Sample] = []
     order = random.Random(seed).sample(range(len(dataset)), len(dataset))
@@ -236,9 +241,17 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def _is_given(stored: Any) -> bool:
+    """Whether an item brings an image along; datasets fill in the keys that other items have."""
+    return any(each is not None for each in (stored.values() if isinstance(stored, Mapping) else [stored]))
+
+
 def _picture(stored: Any, name: str) -> Picture:
     if isinstance(stored, str):
-        return Picture(image_bytes(Path(stored), name))
+        scheme, _, path = stored.rpartition("://")
+        if scheme not in ("", "file"):
+            raise ProbeError(f"An image of {name} is {stored!r:.80}: nothing is downloaded. Give a path.")
+        return Picture(image_bytes(Path(path), name))
     if not isinstance(stored, Mapping) or not {"bytes", "path"} & stored.keys():
         raise ProbeError(f"An image of {name} is {stored!r:.80}, not a stored image or a path. Name another column.")
     content = stored.get("bytes")
@@ -286,7 +299,7 @@ def _turn(content: Any, name: str, images: list[Picture]) -> str:
                 f"The conversation of {name} has {item!r:.80} in a turn, which is no text, image or video in the form "
                 '{"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}. Repair or leave out such rows.'
             )
-        if kind == "image" and item.get("image") is not None:
-            images.append(_picture(item["image"], name))
+        brought = [item[key] for key in ("image", "path", "url") if kind == "image" and _is_given(item.get(key))]
+        images += [_picture(each, name) for each in brought[:1]]
         pieces.append(str(item.get("text") or "") if kind == "text" else _MARKS[kind])
     return "".join(pieces)

@@ -41,7 +41,7 @@ from mir_callback.probe.prompt import (
     require_no_image_token,
     require_single_ends,
 )
-from mir_callback.probe.sample import IMAGE, VIDEO, Sample
+from mir_callback.probe.sample import IMAGE, Sample
 
 # Families in which text after the image attends to later text, so that no loss of it is a prediction.
 _SHOWN = 80  # characters of a text in a description
@@ -311,7 +311,8 @@ class HuggingFaceAdapter:
     ) -> None:
         end = self._marks[-1] if self._marks and self._image.written != self._image.token else None
         for sample, ids in zip(samples, inputs["input_ids"].tolist(), strict=True):
-            if sample.kinds[-1] in (IMAGE, VIDEO) and self.text_positions != EVERY:
+            last = [part for part in sample.parts if not isinstance(part, str) or part.strip()][-1]
+            if not isinstance(last, str) and self.text_positions != EVERY:
                 raise ProbeError(
                     f"Probe sample {sample.name} ({sample.describe()}) has no text after its last image. "
                     "text_positions='all' counts all of its text; else remove it."

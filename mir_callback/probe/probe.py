@@ -189,7 +189,7 @@ class Probe:
         seed: int = 0,
         *,
         texts: Any = None,
-        image_column: str | None = "image",
+        image_column: str | None = conversations.DEFAULT_IMAGE_COLUMN,
         text_column: str = "text",
         video_column: str | None = None,
         layouts: str = PAIRS,

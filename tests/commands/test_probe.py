@@ -120,6 +120,12 @@ def test_what_a_run_would_read_is_shown_with_the_options_of_a_run(folders, capsy
     assert status == 0, error
     assert "see" in told
     assert "now:" in told
+    processor.tokenizer.save_pretrained("tokenizer")
+    for wrong in (["--model", "tokenizer", "--prompt", "chat"], ["--model", "tokenizer", "--processor", "own"]):
+        status, _, error = mir(capsys, "pairs.zip", *wrong)
+        assert status == 2, error
+        assert "Traceback" not in error
+        assert "tokenizer" in error
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from mir_callback import MIRCallback, Probe, evaluate_mir
+from mir_callback.config import MIRConfig
+from mir_callback.evaluation.evaluate import Evaluator
 from mir_callback.probe.adapters import HuggingFaceAdapter
 from tests import tiny_models
 from tests.distributed.launch import write_rank
@@ -44,9 +47,45 @@ def unlike_calls() -> tuple[Any, Any, Probe]:
     return model, processor, Probe.from_samples(samples)
 
 
+class Either(nn.Module):
+    """Two parts of the same shape, of which the length of a sample decides once ``routed`` is set."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([part, copy.deepcopy(part)])
+        self.routed = False
+        with torch.no_grad():
+            for weight in self.parts[1].parameters():
+                weight.mul_(-1.0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """The output of one of them."""
+        return self.parts[states.shape[1] % 2 if self.routed else 0](states)
+
+
+def routed() -> tuple[Any, Either, Evaluator]:
+    """A model with such parts, these, and an evaluator of one sample at a time."""
+    model, processor = tiny_models.llava()
+    layer = model.model.language_model.layers[1]
+    layer.mlp = Either(layer.mlp)
+    if dist.is_initialized():
+        for module in (*layer.mlp.parts, model):
+            fully_shard(module)
+    probe, config = Probe.from_pairs(pairs(6)), MIRConfig(batch_size=1)
+    return model, layer.mlp, Evaluator(model, probe, HuggingFaceAdapter(model, processor), config)
+
+
+def values_while_routed() -> list[float]:
+    """Before samples take other parts, while they do, and once more."""
+    model, either, evaluator = routed()
+    values = []
+    for either.routed in (False, True, True):
+        values.append(evaluator.evaluate(model).mir)
+    return values
+
+
 def evaluated() -> list[float]:
-    """Two evaluations of it under FSDP2, with batches and without."""
-    dist.init_process_group("gloo")
+    """Evaluations under FSDP2 of a model with a part that is called for each image, with batches and without."""
     values = []
     for batch_size in (2, 1):
         model, processor, probe = unlike_calls()
@@ -67,5 +106,9 @@ def trained(folder: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    found: Any = trained(sys.argv[1]) if sys.argv[2] == "trained" else evaluated()
+    if sys.argv[2] == "trained":
+        found: Any = trained(sys.argv[1])
+    else:
+        dist.init_process_group("gloo")
+        found = {"one by one": evaluated(), "routed": values_while_routed()}
     write_rank(sys.argv[1], dist.get_rank(), found)

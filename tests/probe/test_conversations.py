@@ -208,16 +208,20 @@ def test_messages_are_read_turn_by_turn(messages):
 
 def test_images_within_messages_are_read_where_they_stand(images):
     def turn(*numbers):
-        items = [{"type": "image", "image": str(images / f"{number}.png")} for number in numbers]
+        items = [{"type": "image", "image": f"file://{images / f'{number}.png'}"} for number in numbers]
         return [{"role": "user", "content": [*items, {"type": "text", "text": "Which is it?"}]}]
 
     dataset = datasets.Dataset.from_dict({"messages": [turn(1, 2), turn(3)]})
     options = {"text_column": "messages", "layouts": "images"}
-    found = by_row(Probe.from_dataset(dataset, 2, image_column=None, **options))
-    assert [shades(found[row]) for row in (0, 1)] == [[1, 2, "Which is it?"], [3, "Which is it?"]]
+    for given in ({}, {"image_column": None}):
+        found = by_row(Probe.from_dataset(dataset, 2, **given, **options))
+        assert [shades(found[row]) for row in (0, 1)] == [[1, 2, "Which is it?"], [3, "Which is it?"]]
     twice = datasets.Dataset.from_dict({"images": [[str(images / "1.png")]], "messages": [turn(1)]})
     with pytest.raises(ProbeError, match="row 0 has images in 'images' and in its turns"):
         Probe.from_dataset(twice, 1, image_column="images", **options)
+    far = [{"role": "user", "content": [{"type": "image", "url": "https://x/y.png"}, {"type": "text", "text": "a"}]}]
+    with pytest.raises(ProbeError, match=r"row 0 is 'https://x/y.png': nothing is downloaded"):
+        Probe.from_dataset(datasets.Dataset.from_dict({"messages": [far]}), 1, **options)
 
 
 def test_what_a_draw_leaves_out_is_said(images, caplog):
