@@ -179,9 +179,7 @@ def _count_tokens(probe: Probe, name: str, own: str, config: MIRConfig) -> Token
         raise ConfigError(f"Could not load a processor or tokenizer of {flag} {own}: {'; '.join(failures)}")
     if getattr(processor, "image_processor", None) is None:
         if config.encoding != MIRConfig().encoding or config.text_only != MIRConfig.text_only:
-            raise ConfigError(
-                f"{own} has no image processor, and texts alone have no prompt and no positions to count."
-            )
+            raise ConfigError(f"{own} has no image processor: its tokenizer counts texts, without prompt or positions.")
         counts = counts_of_tokenizer(probe, getattr(processor, "tokenizer", processor))
     else:
         try:
