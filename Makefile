@@ -82,16 +82,19 @@ BROWSER_READY := browser-left-out
 BROWSER_LEFT_OUT := and not browser
 endif
 
+# Two processes, each with files of its own: most tests use one core, and fixtures of a file are made once.
+PARALLEL := -n 2 --dist loadfile
+
 test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
-	$(TESTING) $(PY) -m pytest -m 'not slow and not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
+	$(TESTING) $(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
 	  $(LLAVA_LEFT_OUT) $(FAMILIES_LEFT_OUT)
 
 test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) $(TRACKERS_STAMP) $(FAMILIES_READY) ## the checks, then all tests, the slow ones too
-	$(TESTING) $(PY) -m pytest -m 'not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
+	$(TESTING) $(PY) -m pytest $(PARALLEL) -m 'not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
 	  $(LLAVA_LEFT_OUT) $(FACTORY_LEFT_OUT) $(FAMILIES_LEFT_OUT)
 	$(TESTING) $(TRACKERS_PY) -m pytest -m trackers tests/training/test_trackers.py
 ifeq ($(FACTORY_RUNS),yes)
-	$(TESTING) $(FAMILIES_PY) -m pytest -m families tests/families
+	$(TESTING) $(FAMILIES_PY) -m pytest $(PARALLEL) -m families tests/families
 endif
 
 test-gpu: $(STAMP) ## the tests that need a GPU

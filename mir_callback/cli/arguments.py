@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs, recipes, output files and the options of an encoding as command line arguments."""
+"""Runs, recipes and output files as command line arguments."""
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 from collections.abc import Sequence
@@ -15,23 +14,10 @@ from mir_callback.analysis.load import Run, make_names_unique, read_runs
 from mir_callback.errors import ConfigError
 from mir_callback.fs import write_atomic
 from mir_callback.history import LayersOf
-from mir_callback.model.modality import TEXT_ONLY, TEXT_POSITIONS
 
 RUNS = """\
 A RUN is an output folder, a history file, a checkpoint of a run, or the folder of a run's wandb artifact.
 NAME=RUN,RUN,... is a recipe: runs that differ only in the seed. Patterns work too: NAME='runs/a_seed*'."""
-
-ENCODING = ("prompt", "text_positions", "vision_ids", "text_only")  # flags of add_encoding_flags
-
-
-def add_encoding_flags(group: argparse._ArgumentGroup, prompt: str, default: str) -> None:
-    """The options of :class:`MIRConfig` by which samples become tokens; ``prompt`` is the help of that flag."""
-    group.add_argument("--prompt", metavar="PROMPT", help=prompt)
-    group.add_argument(
-        "--text-positions", choices=TEXT_POSITIONS, help=f"positions that count as text (default: {default})"
-    )
-    group.add_argument("--vision-ids", metavar="IDS", help=f"ids of vision tokens (default: {default})")
-    group.add_argument("--text-only", choices=TEXT_ONLY, help=f"samples without an image (default: {default})")
 
 
 def read_recipes(words: Sequence[str], layers_of: LayersOf) -> tuple[list[Recipe], list[str]]:

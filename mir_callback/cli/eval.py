@@ -20,7 +20,7 @@ from mir_callback.checkpoints.discover import Checkpoint, find_checkpoints, sele
 from mir_callback.checkpoints.evaluate import EvalOptions, LiveValues, evaluate_checkpoint, find_record
 from mir_callback.checkpoints.load import AUTO, DTYPES, LoadOptions, fetch_folder, is_local, shorten_message
 from mir_callback.checkpoints.results import RESULTS_NAME, Results
-from mir_callback.cli.arguments import ENCODING, add_encoding_flags
+from mir_callback.cli.encoding import ENCODING, add_encoding_flags
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError, MIRError
 from mir_callback.fs import printable

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mir_callback.analysis.pictures import check_sheet_path, draw_sheet
-from mir_callback.cli.arguments import ENCODING, add_encoding_flags
+from mir_callback.cli.encoding import ENCODING, add_encoding_flags
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ConfigError
 from mir_callback.model.modality import COUNT

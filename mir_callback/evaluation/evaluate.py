@@ -421,6 +421,9 @@ class Evaluator:
             known = (self._probe.max_text_tokens, self._adapter, self._config, self._ranks_here, optimizer, bar, peak)
             for pair in unlike_pairs(self._encoded.samples, self._sizes):
                 fault = find_forward_fault(model, pair, *known) if self._in_batches else None
+                while isinstance(fault, OutOfMemory):
+                    self._halve_batches(fault, find_device(model))
+                    fault = find_forward_fault(model, pair, *known) if self._in_batches else None
                 if fault is not None:
                     self._encode_one_by_one(fault)
             for alike in self._find_representatives() if self._gathers(model) else ():

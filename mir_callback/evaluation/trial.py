@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from mir_callback import distributed
 from mir_callback.config import MIRConfig
 from mir_callback.errors import ForwardError, MIRError
-from mir_callback.evaluation.forward import ProbePass, forward_probe
+from mir_callback.evaluation.forward import OutOfMemory, ProbePass, forward_probe
 from mir_callback.evaluation.hidden_states import ExpectedRows
 from mir_callback.evaluation.memory import PeakMemory
 from mir_callback.model.sharding import record_gathers
@@ -92,11 +92,11 @@ def find_forward_fault(
     optimizer: Any,
     bar: tqdm,
     peak: PeakMemory,
-) -> str | None:
+) -> str | OutOfMemory | None:
     """What the model makes otherwise of two samples in a batch than of each alone, in words; None if nothing.
 
-    Rows of the first and the last layer are compared. A failure of the batch alone, for lack of memory too, is a fault:
-    it is not known then whether the batch is right. A failure of a single sample is raised.
+    Rows of the first and the last layer are compared. A failure of the batch alone is a fault; one of a single sample
+    is raised.
 
     Ranks: collective; the same forwards and the same result on every rank.
     """
@@ -113,7 +113,7 @@ def find_forward_fault(
                 raise
             return str(error)
         if not isinstance(passed, ProbePass):
-            return f"memory did not suffice to try {names} in one"
+            return passed
         passes.append(passed)
     with distributed.fail_together():
         own = _compare(*passes)

@@ -20,7 +20,7 @@ SIGMAS = 3.0
 # By how many units of rounding (eps) of their dtype norms may differ that a norm layer has made equal. It rounds every
 # value of a half-precision row once or twice; in float32 adding up the squares counts too, and those of transformers
 # compute in float32 whatever the rows are.
-_EQUAL_NORMS = {16: 1.0, 32: 64.0, 64: 64.0 * 2.0**29}
+_EQUAL_NORMS = {16: 1.0, 32: 8.0, 64: 8.0 * 2.0**29}
 _GPU_ELEMENTS = 2**24  # numbers converted to float64 at a time: enough to keep a GPU busy,
 _CPU_ELEMENTS = 2**20  # few enough that a CPU reuses the same memory, as fresh memory is slow
 _MEDIAN_ELEMENTS = 2**21
