@@ -63,8 +63,8 @@ setup(
         "optuna": OPTUNA,
         "demo": ["scikit-learn", "tokenizers", *DEEPSPEED, *WANDB, *TRAINER],
         "test": [
-            *["pytest", "pytest-xdist", "hypothesis", "mpmath", "scikit-learn", "peft", "bitsandbytes", "schedulefree", "num2words"],
-            *["lightning", "trl", *DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
+            *["pytest", "pytest-xdist", "hypothesis", "mpmath", "scikit-learn", "peft", "bitsandbytes", "schedulefree"],
+            *["num2words", "lightning", "trl", *DATASETS, *DEEPSPEED, *WANDB, *TENSORBOARD, *TRAINER, *OPTUNA],
         ],
         "checks": ["ruff", "mypy", "codespell"],
     },
