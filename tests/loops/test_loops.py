@@ -67,12 +67,16 @@ def test_value_is_that_of_evaluate_mir_on_the_same_weights(one_process, name):
 
 @pytest.mark.parametrize("name", SOME_SLOW)
 def test_best_model_has_the_weights_of_the_lowest_value(one_process, folders, name):
-    lowest = min(one_process(name, "watched")["history"][1:], key=lambda record: record.mir)
+    history = one_process(name, "watched")["history"]
+    lowest = min(history[1:], key=lambda record: record.mir)
     best = folders / name / "watched" / "mir_best"
     assert json.loads((best / "mir_best.json").read_text())["step"] == lowest.step
     module = example(name)
     model, (_, processor) = LlavaForConditionalGeneration.from_pretrained(best), module.make_model()
-    assert evaluate_mir(model, module.make_probe(), processor=processor).mir == pytest.approx(lowest.mir, abs=1e-6)
+    value = evaluate_mir(model, module.make_probe(), processor=processor).mir
+    # Behind a last norm of ones rounding decides which rows are outliers, and it may differ between processes.
+    assert value == pytest.approx(lowest.mir, abs=1e-3)
+    assert min(history, key=lambda record: abs(record.mir - value)) is lowest
 
 
 @pytest.mark.parametrize("name", SOME_SLOW)
