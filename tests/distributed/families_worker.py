@@ -54,3 +54,4 @@ def main(folder: str, setup: str, *names: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.destroy_process_group()  # left open, it may abort the process at its exit

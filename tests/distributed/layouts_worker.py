@@ -112,3 +112,4 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
         found = {"one by one": evaluated(), "routed": values_while_routed()}
     write_rank(sys.argv[1], dist.get_rank(), found)
+    dist.destroy_process_group()  # left open, it may abort the process at its exit

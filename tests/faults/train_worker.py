@@ -223,3 +223,4 @@ def main(folder: str, fault: str, setup: str = "ddp", options: str = "{}") -> No
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    dist.destroy_process_group()  # left open, it may abort the process at its exit
