@@ -416,7 +416,6 @@ class Evaluator:
         """Before the first evaluation: find out what samples of a batch, and ranks that gather weights, need."""
         if self._tried:
             return
-        self._tried = True
         with _Bar(total=0, disable=True) as bar:
             known = (self._probe.max_text_tokens, self._adapter, self._config, self._ranks_here, optimizer, bar, peak)
             for pair in unlike_pairs(self._encoded.samples, self._sizes):
@@ -430,7 +429,8 @@ class Evaluator:
                 unlike = find_unlike_calls(model, alike, *known)
                 if unlike is not None:
                     self._forward_everywhere(unlike)
-                    return
+                    break
+        self._tried = True
 
     def _gathers(self, model: nn.Module) -> bool:
         """Whether ranks with samples of their own gather weights together."""

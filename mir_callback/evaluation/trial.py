@@ -187,13 +187,11 @@ def find_unlike_calls(
         passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
     if not isinstance(passed, ProbePass):
         return "memory did not suffice to try samples alone"
-    first, *others = list(
-        zip(batches, calls[-len(batches) :], strict=True)
-    )  # the last, after those of packed attention
-    unlike = next(((batch, own) for batch, own in others if own != first[1]), None)
+    own = calls[-len(batches) :]  # without those that try packed attention before
     found = None
+    unlike = next((at for at, called in enumerate(own) if called != own[0]), None)
     if unlike is not None:
-        names, counts = f"{first[0].names[0]} and {unlike[0].names[0]}", f"{len(first[1])} and {len(unlike[1])}"
+        names, counts = f"{alike[0].name} and {alike[unlike].name}", f"{len(own[0])} and {len(own[unlike])}"
         found = f"{names} call modules whose weights ranks gather unequally ({counts} calls)"
     return next(filter(None, distributed.gather_objects(found)), None)
 
