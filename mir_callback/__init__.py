@@ -11,7 +11,8 @@ from mir_callback.errors import MIRError
 if TYPE_CHECKING:
     from mir_callback.config import MIRArguments, MIRConfig
     from mir_callback.early_stopping import PlateauRule, Verdict
-    from mir_callback.evaluation.evaluate import MIRReport, evaluate_mir
+    from mir_callback.evaluation.evaluate import evaluate_mir
+    from mir_callback.evaluation.report import MIRReport
     from mir_callback.integrations.huggingface import MIRCallback, attach_mir
     from mir_callback.integrations.sweeps import hyperparameter_search
     from mir_callback.metric.frechet import frechet_distance
@@ -35,7 +36,8 @@ __version__ = "0.1.0"
 _HOME = {
     "config": ("MIRArguments", "MIRConfig"),
     "early_stopping": ("PlateauRule", "Verdict"),
-    "evaluation.evaluate": ("MIRReport", "evaluate_mir"),
+    "evaluation.evaluate": ("evaluate_mir",),
+    "evaluation.report": ("MIRReport",),
     "integrations.huggingface": ("MIRCallback", "attach_mir"),
     "integrations.sweeps": ("hyperparameter_search",),
     "metric.frechet": ("frechet_distance",),

@@ -573,7 +573,7 @@ def test_says_once_where_outliers_decide_the_error(monitored, monkeypatch):
 
 def test_errors_that_are_not_finite_cost_no_record(tmp_path, monitored, monkeypatch):
     monkeypatch.setattr(
-        "mir_callback.evaluation.evaluate.compute_standard_error", lambda found: math.nan * found.sum(dim=-1)
+        "mir_callback.evaluation.report.compute_standard_error", lambda found: math.nan * found.sum(dim=-1)
     )
     monitor = monitored()
     assert monitor.step(2).record.mir is not None

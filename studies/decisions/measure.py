@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from mir_callback import MIRConfig, PlateauRule, Probe
-from mir_callback.evaluation.evaluate import Evaluator, MIRReport
+from mir_callback.evaluation.evaluate import Evaluator
+from mir_callback.evaluation.report import MIRReport
 from mir_callback.probe.adapters import find_adapter
 
 from . import candidates, stages

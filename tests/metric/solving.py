@@ -6,8 +6,8 @@ import math
 import torch
 from tqdm import tqdm
 
-from mir_callback.evaluation.evaluate import find_errors
 from mir_callback.evaluation.memory import PeakMemory
+from mir_callback.evaluation.report import find_errors
 from mir_callback.evaluation.solve import solve_layers
 from mir_callback.evaluation.token_statistics import SampleRows, clean_rows
 

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mir_callback.evaluation.evaluate import find_errors
+from mir_callback.evaluation.report import find_errors
 from mir_callback.evaluation.solve import LayerResult
 from mir_callback.metric.bootstrap import DRAWS
 from mir_callback.metric.frechet import frechet_from_moments
