@@ -35,7 +35,7 @@ from mir_callback.evaluation.trial import (
     find_encoding_fault,
     find_forward_fault,
     find_unlike_calls,
-    sign,
+    signature_of,
     unlike_pairs,
 )
 from mir_callback.metric.frechet import COMPANIONS
@@ -369,8 +369,8 @@ class Evaluator:
     def _find_representatives(self) -> list[list[Sample]]:
         samples, cut = self._encoded.samples, self._probe.max_text_tokens
         with distributed.fail_together():
-            signed = [(at, sign(self._adapter.encode([samples[at]], cut).inputs)) for at in self._encoded.shard.kept]
-        signatures = dict(sum(distributed.gather_objects(signed), []))
+            own = {at: signature_of(self._adapter.encode([samples[at]], cut).inputs) for at in self._encoded.shard.kept}
+        signatures = {at: found for part in distributed.gather_objects(own) for at, found in part.items()}
         of_all = [(index, signatures[index], tokens) for index, _, tokens in self._sizes]
         return choose_representatives(samples, of_all)
 

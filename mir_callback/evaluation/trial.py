@@ -123,7 +123,7 @@ def find_forward_fault(
     return f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
 
 
-def sign(inputs: Mapping[str, Any]) -> str:
+def signature_of(inputs: Mapping[str, Any]) -> str:
     """What of a single sample's inputs may decide which modules a model calls, as a hash. Ranks: pure.
 
     Shapes of all that is no sequence of tokens, and small tables of integers, as of image grids.
@@ -151,7 +151,7 @@ def choose_representatives(samples: Sequence[Sample], signed: Sequence[tuple[int
 
     Args:
         samples: all that are measured.
-        signed: index, signature and tokens of every sample; see :func:`sign`.
+        signed: index, signature and tokens of every sample; see :func:`signature_of`.
     """
     groups: dict[frozenset[str], list[tuple[int, str, int]]] = {}
     for tokens, signature, index in sorted((tokens, signature, index) for index, signature, tokens in signed):

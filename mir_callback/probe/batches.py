@@ -135,11 +135,11 @@ def samples_of(share: SampleShare, samples: Sequence[Sample], *, everywhere: boo
         groups.setdefault(modalities_of(sample), []).append(index)
     found: list[tuple[int, bool]] = []
     for group in sorted(groups.values(), key=lambda group: not samples[group[0]].has_vision):
+        if everywhere:
+            found += [(index, share.leads and at % share.parts == share.part) for at, index in enumerate(group)]
+            continue
         length = -(-len(group) // share.parts)
         mine = group[share.part :: share.parts]
-        if everywhere:
-            found += [(index, share.leads and index in mine) for index in group]
-            continue
         found += [(index, share.leads) for index in mine] + [(group[0], False)] * (length - len(mine))
     return found
 

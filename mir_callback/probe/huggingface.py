@@ -311,7 +311,7 @@ class HuggingFaceAdapter:
     ) -> None:
         end = self._marks[-1] if self._marks and self._image.written != self._image.token else None
         for sample, ids in zip(samples, inputs["input_ids"].tolist(), strict=True):
-            last = [part for part in sample.parts if not isinstance(part, str) or part.strip()][-1]
+            last = next((part for part in reversed(sample.parts) if not isinstance(part, str) or part.strip()), "")
             if not isinstance(last, str) and self.text_positions != EVERY:
                 raise ProbeError(
                     f"Probe sample {sample.name} ({sample.describe()}) has no text after its last image. "
