@@ -31,10 +31,9 @@ from mir_callback.evaluation.report import MIRReport, find_errors, find_losses
 from mir_callback.evaluation.solve import LayerResult, solve_layers
 from mir_callback.evaluation.token_statistics import TEXT, VISION, SampleRows, clean_rows
 from mir_callback.evaluation.trial import (
+    Trial,
     choose_representatives,
     find_encoding_fault,
-    find_forward_fault,
-    find_unlike_calls,
     signature_of,
     unlike_pairs,
 )
@@ -347,16 +346,17 @@ class Evaluator:
         if self._tried:
             return
         with _Bar(total=0, disable=True) as bar:
-            known = (self._probe.max_text_tokens, self._adapter, self._config, self._ranks_here, optimizer, bar, peak)
+            cut, config = self._probe.max_text_tokens, self._config
+            trial = Trial(model, cut, self._adapter, config, self._ranks_here, optimizer, bar, peak)
             for pair in unlike_pairs(self._encoded.samples, self._sizes):
-                fault = find_forward_fault(model, pair, *known) if self._in_batches else None
+                fault = trial.find_forward_fault(pair) if self._in_batches else None
                 while isinstance(fault, OutOfMemory):
                     self._halve_batches(fault, find_device(model))
-                    fault = find_forward_fault(model, pair, *known) if self._in_batches else None
+                    fault = trial.find_forward_fault(pair) if self._in_batches else None
                 if fault is not None:
                     self._encode_one_by_one(fault)
             for alike in self._find_representatives() if self._gathers(model) else ():
-                unlike = find_unlike_calls(model, alike, *known)
+                unlike = trial.find_unlike_calls(alike)
                 if unlike is not None:
                     self._forward_everywhere(unlike)
                     break

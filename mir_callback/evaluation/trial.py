@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,47 +82,6 @@ def find_encoding_fault(pair: Sequence[Sample], max_text_tokens: int, adapter: A
     return None
 
 
-def find_forward_fault(
-    model: nn.Module,
-    pair: Sequence[Sample],
-    max_text_tokens: int,
-    adapter: Adapter,
-    config: MIRConfig,
-    ranks_here: int,
-    optimizer: Any,
-    bar: tqdm,
-    peak: PeakMemory,
-) -> str | OutOfMemory | None:
-    """What the model makes otherwise of two samples in a batch than of each alone, in words; None if nothing.
-
-    Rows of the first and the last layer are compared. A failure of the batch alone is a fault; one of a single sample
-    is raised.
-
-    Ranks: collective; the same forwards and the same result on every rank.
-    """
-    config = replace(config, probe_loss=False, vision_gain=False, capture_budget_gb=None)
-    names = " and ".join(sample.name for sample in pair)
-    passes: list[ProbePass] = []
-    for batch_size in (1, 2):
-        batches = _encode(pair, max_text_tokens, adapter, batch_size).batches
-        known = (ExpectedRows(None, exact=False), config, ranks_here)
-        try:
-            passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
-        except ForwardError as error:
-            if batch_size == 1:
-                raise
-            return str(error)
-        if not isinstance(passed, ProbePass):
-            return passed
-        passes.append(passed)
-    with distributed.fail_together():
-        own = _compare(*passes)
-    worst, allowed = max(distributed.gather_objects(own))
-    if worst <= allowed:
-        return None
-    return f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
-
-
 def signature_of(inputs: Mapping[str, Any]) -> str:
     """What of a single sample's inputs may decide which modules a model calls, as a hash. Ranks: pure.
 
@@ -165,35 +124,66 @@ def choose_representatives(samples: Sequence[Sample], signed: Sequence[tuple[int
     return found
 
 
-def find_unlike_calls(
-    model: nn.Module,
-    alike: Sequence[Sample],
-    max_text_tokens: int,
-    adapter: Adapter,
-    config: MIRConfig,
-    ranks_here: int,
-    optimizer: Any,
-    bar: tqdm,
-    peak: PeakMemory,
-) -> str | None:
-    """Forward each sample alone: two for which ranks would gather weights unequally often, in words; None if all agree.
+@dataclass(frozen=True)
+class Trial:
+    """Forwards of some samples, of which no rows are kept afterwards.
 
-    Ranks: collective; the same forwards and the same result on every rank.
+    Ranks: collective; the same forwards and the same results on every rank.
     """
-    batches = _encode(alike, max_text_tokens, adapter, 1).batches
-    config = replace(config, probe_loss=False, vision_gain=False, capture_budget_gb=_NOTHING)
-    known = (ExpectedRows(None, exact=False), config, ranks_here)
-    with record_gathers(model) as calls:
-        passed = forward_probe(model, adapter, batches, (), *known, 0, optimizer, bar, peak)
-    if not isinstance(passed, ProbePass):
-        return "memory did not suffice to try samples alone"
-    own = calls[-len(batches) :]  # without those that try packed attention before
-    found = None
-    unlike = next((at for at, called in enumerate(own) if called != own[0]), None)
-    if unlike is not None:
-        names, counts = f"{alike[0].name} and {alike[unlike].name}", f"{len(own[0])} and {len(own[unlike])}"
-        found = f"{names} call modules whose weights ranks gather unequally ({counts} calls)"
-    return next(filter(None, distributed.gather_objects(found)), None)
+
+    model: nn.Module
+    max_text_tokens: int
+    adapter: Adapter
+    config: MIRConfig
+    ranks_here: int
+    optimizer: Any
+    bar: tqdm
+    peak: PeakMemory
+
+    def find_forward_fault(self, pair: Sequence[Sample]) -> str | OutOfMemory | None:
+        """What the model makes otherwise of two samples in a batch than of each alone, in words; None if nothing.
+
+        Rows of the first and the last layer are compared. A failure of the batch alone is a fault; one of a single
+        sample is raised.
+        """
+        names = " and ".join(sample.name for sample in pair)
+        passes: list[ProbePass] = []
+        for batch_size in (1, 2):
+            try:
+                passed = self._forward(pair, batch_size, budget=None)
+            except ForwardError as error:
+                if batch_size == 1:
+                    raise
+                return str(error)
+            if not isinstance(passed, ProbePass):
+                return passed
+            passes.append(passed)
+        with distributed.fail_together():
+            own = _compare(*passes)
+        worst, allowed = max(distributed.gather_objects(own))
+        if worst <= allowed:
+            return None
+        return f"hidden states of {names} differ by {worst:.1e} of their norm from those of each sample alone"
+
+    def find_unlike_calls(self, alike: Sequence[Sample]) -> str | None:
+        """Of samples alone, two for which ranks would gather weights unequally often, in words; None if all agree."""
+        with record_gathers(self.model) as calls:
+            passed = self._forward(alike, 1, budget=_NOTHING)
+        if not isinstance(passed, ProbePass):
+            return "memory did not suffice to try samples alone"
+        own = calls[-len(alike) :]  # without those that try packed attention before
+        found = None
+        unlike = next((at for at, called in enumerate(own) if called != own[0]), None)
+        if unlike is not None:
+            names, counts = f"{alike[0].name} and {alike[unlike].name}", f"{len(own[0])} and {len(own[unlike])}"
+            found = f"{names} call modules whose weights ranks gather unequally ({counts} calls)"
+        return next(filter(None, distributed.gather_objects(found)), None)
+
+    def _forward(self, samples: Sequence[Sample], batch_size: int, *, budget: float | None) -> ProbePass | OutOfMemory:
+        batches = _encode(samples, self.max_text_tokens, self.adapter, batch_size).batches
+        config = replace(self.config, probe_loss=False, vision_gain=False, capture_budget_gb=budget)
+        known = (ExpectedRows(None, exact=False), config, self.ranks_here)
+        return forward_probe(self.model, self.adapter, batches, (), *known, 0, self.optimizer, self.bar, self.peak)
 
 
 def _compare(alone: ProbePass, together: ProbePass) -> tuple[float, float]:
