@@ -85,9 +85,12 @@ endif
 # Two processes, each with files of its own: most tests use one core, and fixtures of a file are made once.
 PARALLEL := -n 2 --dist loadfile
 
-test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) ## the checks, then the fast tests
+test: checks $(EXTENSION) $(LLAVA_READY) $(BROWSER_READY) $(FAMILIES_READY) ## the checks, then the fast tests
 	$(TESTING) $(PY) -m pytest $(PARALLEL) -m 'not slow and not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \
 	  $(LLAVA_LEFT_OUT) $(FAMILIES_LEFT_OUT)
+ifeq ($(FACTORY_RUNS),yes)
+	$(TESTING) $(FAMILIES_PY) -m pytest -m families tests/families/test_families.py -k 'llama4 and value_is_that' # needs torchvision
+endif
 
 test-all: checks $(EXTENSION) $(LLAVA_READY) $(FACTORY_READY) $(BROWSER_READY) $(TRACKERS_STAMP) $(FAMILIES_READY) ## the checks, then all tests, the slow ones too
 	$(TESTING) $(PY) -m pytest $(PARALLEL) -m 'not gpu and not faults and not trackers and not families $(BROWSER_LEFT_OUT)' \

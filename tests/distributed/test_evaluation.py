@@ -7,7 +7,7 @@ from tests.distributed.evaluate_worker import GOOD, good_value
 from tests.distributed.launch import run_ranks
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     return run_ranks("tests.distributed.evaluate_worker", folder, processes=request.param, timeout=180)

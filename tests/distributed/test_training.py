@@ -17,7 +17,7 @@ from tests.distributed.train_worker import EVERY, NUM_SAMPLES, SETUPS, SMALL_BUD
 from tests.samples import pairs
 
 # DDP, ZeRO-2 and FSDP2 of all clients are in tests/matrix.
-CASES = [pytest.param(name, marks=() if name == "3" else pytest.mark.slow) for name in SETUPS]
+CASES = [pytest.param(name, marks=() if name in ("3", "3 bf16 checkpointing") else pytest.mark.slow) for name in SETUPS]
 
 
 @pytest.fixture(scope="module")

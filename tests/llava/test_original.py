@@ -126,7 +126,7 @@ def runs(assets, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("zero", [None, pytest.param("2", marks=pytest.mark.slow), "3"])
+@pytest.mark.parametrize("zero", [None, "2", "3"])
 def test_loss_log_is_identical_and_every_step_present(runs, zero):
     plain, watched = runs(zero, "off")[1], runs(zero, "on")[1]
     assert [entry[0] for entry in plain[0]["log"]] == list(range(1, STEPS + 1))
@@ -140,7 +140,7 @@ def test_rows_with_and_without_an_image_were_trained_on_together(runs):
     assert any(sorted(batch) == [0, 1] for batch in plain)
 
 
-@pytest.mark.parametrize("zero", [None, pytest.param("2", marks=pytest.mark.slow), "3"])
+@pytest.mark.parametrize("zero", [None, "2", "3"])
 def test_trained_projector_is_identical_bit_by_bit(runs, zero):
     # The log rounds losses to four digits. Under ZeRO-3 the script's cast of the frozen tower to float16 only reaches
     # the empty tensors left of its shards, until the first forward: an evaluation must not be that forward.
@@ -149,7 +149,7 @@ def test_trained_projector_is_identical_bit_by_bit(runs, zero):
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 
-@pytest.mark.parametrize("zero", [None, pytest.param("2", marks=pytest.mark.slow), "3"])
+@pytest.mark.parametrize("zero", [None, "2", "3"])
 def test_history_is_written_and_logged(runs, zero):
     output, ranks = runs(zero, "on")
     written = read_history(output / "mir_history.jsonl")

@@ -32,7 +32,7 @@ EXTRAS = {
 NO_CPU = "Lightning's DeepSpeedStrategy runs on CUDA only"
 LEFT_OUT = {("lightning", "zero2"): NO_CPU, ("lightning", "zero3"): NO_CPU}
 # The rest is run by `make test-all`.
-FAST = {(layout, client) for layout in ("one", "fsdp2") for client in CLIENTS} | {("zero3", "trl")}
+FAST = {(layout, client) for layout in ("one", "ddp", "fsdp2") for client in CLIENTS} | {("zero3", "trl")}
 SAME = ("rows", "weights", "optimizer", "random", "flags")
 
 
